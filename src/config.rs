@@ -1,0 +1,93 @@
+//! What an export or an import is to do, once every value has been checked. Past this module
+//! nothing sees the command line or the environment.
+
+use std::time::Duration;
+
+use url::Url;
+
+use crate::digest::Digest;
+
+/// Which results of a cache are kept: BuildKit's `mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Only what the build's own results need.
+    Min,
+    /// Every result.
+    Max,
+}
+
+/// The SDKs' names for how hard a request is tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RetryMode {
+    /// Exponential backoff under a budget shared by the run.
+    Standard,
+    /// The same, and a rate limit of our own once the store throttles.
+    Adaptive,
+}
+
+/// Credentials given in the spec. `Debug` shows no value.
+#[derive(Clone, PartialEq, Eq)]
+pub struct StaticCredentials {
+    pub access_key_id: String,
+    pub secret_access_key: String,
+    pub session_token: Option<String>,
+}
+
+impl std::fmt::Debug for StaticCredentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("StaticCredentials(redacted)")
+    }
+}
+
+/// Where a cache is on S3 and how it is reached: one validated `type=s3` spec, less what only one
+/// direction needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct S3Config {
+    pub region: String,
+    pub bucket: String,
+    /// From the spec, else AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL. http or https.
+    pub endpoint_url: Option<Url>,
+    pub use_path_style: bool,
+    pub prefix: String,
+    pub blobs_prefix: String,
+    pub manifests_prefix: String,
+    /// The `;`-separated names, at least one, none empty, none twice.
+    pub names: Vec<String>,
+    /// `None`: the AWS default chain.
+    pub credentials: Option<StaticCredentials>,
+    pub retry_mode: RetryMode,
+    /// Counts the first try; at least 1.
+    pub retry_max_attempts: u32,
+    pub disable_accept_encoding: bool,
+}
+
+impl S3Config {
+    /// The key of a blob: plain concatenation, as BuildKit does it.
+    pub fn blob_key(&self, digest: &Digest) -> String {
+        format!("{}{}{digest}", self.prefix, self.blobs_prefix)
+    }
+
+    /// The key of the manifest called `name`.
+    pub fn manifest_key(&self, name: &str) -> String {
+        format!("{}{}{name}", self.prefix, self.manifests_prefix)
+    }
+}
+
+/// One validated `--cache-to`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportConfig {
+    pub s3: S3Config,
+    /// Layers uploaded at once; at least 1.
+    pub upload_parallelism: usize,
+    /// Blobs last modified longer ago than this are refreshed.
+    pub touch_refresh: Duration,
+    pub mode: Mode,
+    /// A failure of this export is a warning.
+    pub ignore_error: bool,
+}
+
+/// One validated `--cache-from`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportConfig {
+    pub s3: S3Config,
+}

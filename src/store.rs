@@ -1,0 +1,198 @@
+//! What export and import need of an object store. `s3/` is the one real implementation; tests wrap
+//! a store to make its k-th call fail.
+
+use std::ops::Range;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+
+use crate::digest::Digest;
+
+/// A body in flight: chunks, or the error that ended it.
+pub type ByteStream = BoxStream<'static, std::io::Result<Bytes>>;
+
+/// A body that can be sent again from its start when a try failed.
+pub trait UploadBody: Send + Sync {
+    /// Bytes of the whole body.
+    fn len(&self) -> u64;
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// The body's digest where it is known: sent as x-amz-content-sha256, so that the store refuses
+    /// other bytes.
+    fn sha256(&self) -> Option<Digest>;
+    /// A fresh stream over the whole body. An error that it yields is a local failure: the request
+    /// is cut off before its last byte and not tried again.
+    fn open(&self) -> ByteStream;
+}
+
+/// What a store says of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Bytes of the whole object, also where only a range was asked for.
+    pub size: u64,
+    pub last_modified: Option<SystemTime>,
+    pub etag: Option<String>,
+    pub storage_class: Option<String>,
+}
+
+/// An object, or a range of one, being read. The body ends early with an error if it is shorter
+/// than announced, and never yields more than was announced.
+pub struct Object {
+    pub info: ObjectInfo,
+    /// Bytes that `body` will yield.
+    pub length: u64,
+    pub body: ByteStream,
+}
+
+/// One page of a listing, in key order.
+#[derive(Debug, Clone, Default)]
+pub struct Page {
+    pub objects: Vec<(String, ObjectInfo)>,
+    /// Pass to the next call; `None` on the last page.
+    pub next: Option<String>,
+}
+
+/// A multipart upload that is under way or was abandoned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upload {
+    pub key: String,
+    pub id: String,
+    pub initiated: Option<SystemTime>,
+}
+
+/// A part of a multipart upload that the store holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// From 1.
+    pub number: u32,
+    pub size: u64,
+    pub etag: String,
+}
+
+/// The distinctions between failures that a caller acts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// 403, or credentials that are missing or refused.
+    Denied,
+    /// The bucket is not there.
+    NoBucket,
+    /// 412: the object is no longer the one that If-Match named.
+    Changed,
+    /// 416: the range lies outside the object.
+    Range,
+    /// 404 NoSuchUpload (some stores: 403).
+    NoSuchUpload,
+    /// 501 or 405: the store does not do this operation.
+    Unsupported,
+    /// Still failing in a way that passes, after the last try.
+    Unavailable,
+    /// The body to send could not be read, or is not what it should be. The store is not at fault.
+    LocalBody,
+    /// Anything else, an answer that makes no sense included.
+    Other,
+}
+
+/// A failed operation on a store. Displays as one lower-case clause that names the operation and
+/// the object, what the store said, and what to try where something can be tried; never a secret.
+#[derive(Debug)]
+pub struct StoreError {
+    pub kind: Kind,
+    /// HTTP status, where there was an answer.
+    pub status: Option<u16>,
+    /// S3's error code, where there was one.
+    pub code: Option<String>,
+    pub message: String,
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl std::fmt::Display for StoreError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for StoreError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| &**source as _)
+    }
+}
+
+pub type StoreResult<T> = std::result::Result<T, StoreError>;
+
+/// A bucket. Every call retries what is worth retrying before it returns; a missing key is `None`.
+#[async_trait]
+pub trait Store: Send + Sync {
+    /// HEAD.
+    async fn head(&self, key: &str) -> StoreResult<Option<ObjectInfo>>;
+
+    /// GET, whole or the bytes of `range`. With `if_match`, [`Kind::Changed`] if the object's ETag
+    /// is another. What breaks after the first byte of the body is the caller's to resume.
+    async fn get(
+        &self,
+        key: &str,
+        range: Option<Range<u64>>,
+        if_match: Option<&str>,
+    ) -> StoreResult<Option<Object>>;
+
+    /// PUT, whole.
+    async fn put(&self, key: &str, content_type: &str, body: &dyn UploadBody) -> StoreResult<()>;
+
+    /// Copies the object onto itself with metadata `updated-at` replaced (so that its LastModified
+    /// moves), keeping its storage class. One request; objects over 5 GiB need `copy_part`.
+    /// `Ok(false)`: the object is not there any more.
+    async fn touch(&self, key: &str, info: &ObjectInfo) -> StoreResult<bool>;
+
+    /// One page, at most 1,000 keys, of those that begin with `prefix` and sort after `after`;
+    /// `next` is the last page's.
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        next: Option<&str>,
+    ) -> StoreResult<Page>;
+
+    /// Starts a multipart upload. `touched`: of an object being refreshed by copying; its
+    /// storage class is kept and metadata `updated-at` set.
+    async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String>;
+
+    /// Uploads part `number` (from 1); the part's ETag.
+    async fn upload_part(
+        &self,
+        key: &str,
+        upload: &str,
+        number: u32,
+        body: &dyn UploadBody,
+    ) -> StoreResult<String>;
+
+    /// Copies `range` of the object at `key` into part `number` of an upload to the same key, if
+    /// its ETag is still `etag`; the part's ETag.
+    async fn copy_part(
+        &self,
+        key: &str,
+        upload: &str,
+        number: u32,
+        range: Range<u64>,
+        etag: Option<&str>,
+    ) -> StoreResult<String>;
+
+    /// Makes the parts, in order of number, the object.
+    async fn complete_upload(&self, key: &str, upload: &str, parts: &[Part]) -> StoreResult<()>;
+
+    /// Gives a multipart upload up. An upload that is gone already is no error.
+    async fn abort_upload(&self, key: &str, upload: &str) -> StoreResult<()>;
+
+    /// Unfinished multipart uploads to exactly `key`.
+    async fn list_uploads(&self, key: &str) -> StoreResult<Vec<Upload>>;
+
+    /// The parts that an unfinished upload holds, in order.
+    async fn list_parts(&self, key: &str, upload: &str) -> StoreResult<Vec<Part>>;
+
+    /// Requests sent so far, retries included.
+    fn requests(&self) -> u64;
+
+    /// What decides whether a body that broke off is worth asking for again.
+    fn retries(&self) -> &crate::retry::RetryPolicy;
+}
