@@ -188,14 +188,15 @@ struct Screen {
     drawing: bool,
 }
 
-/// A blob in flight as the thread that draws sees it. The first few have bars.
+/// A blob in flight as the thread that draws sees it.
 struct Flight {
     id: u64,
-    activity: Activity,
-    digest: Digest,
-    bytes: u64,
     current: Arc<AtomicU64>,
-    bar: Option<ProgressBar>,
+    /// Made at once, so that it measures the rate from the blob's first byte on.
+    bar: ProgressBar,
+    seen: bool,
+    /// Whether the bar is on the screen.
+    shown: bool,
 }
 
 /// One line of rawjson.
@@ -317,13 +318,17 @@ impl Progress {
                 let mut screen = lock(screen);
                 flight = screen.next_flight;
                 screen.next_flight += 1;
+                let digest = *digest;
+                let bar = ProgressBar::hidden().with_style(style(move |state, width| {
+                    blob_line(width, activity, &digest, &Measure::of(state))
+                }));
+                bar.set_length(bytes);
                 screen.flights.push(Flight {
                     id: flight,
-                    activity,
-                    digest: *digest,
-                    bytes,
                     current: current.clone(),
-                    bar: None,
+                    bar,
+                    seen: false,
+                    shown: false,
                 });
             }
         }
@@ -458,10 +463,9 @@ impl Blob {
     fn land(&self) {
         if let Sink::Terminal(screen) = &self.shared.sink {
             let mut screen = lock(screen);
-            if let Some(at) = screen.flights.iter().position(|f| f.id == self.flight)
-                && let Some(bar) = screen.flights.remove(at).bar
-            {
-                screen.multi.remove(&bar);
+            if let Some(at) = screen.flights.iter().position(|f| f.id == self.flight) {
+                let flight = screen.flights.remove(at);
+                screen.multi.remove(&flight.bar);
             }
         }
     }
@@ -611,8 +615,9 @@ impl Screen {
 
     fn clear(&mut self) {
         if let Some(whole) = self.whole.take() {
-            for bar in self.flights.iter_mut().filter_map(|f| f.bar.take()) {
-                self.multi.remove(&bar);
+            for flight in &mut self.flights {
+                self.multi.remove(&flight.bar);
+                flight.shown = false;
             }
             self.multi.remove(&whole);
             let _ = self.multi.clear();
@@ -629,21 +634,17 @@ impl Screen {
         // Three lines are left for the whole, and for what is said.
         let height = usize::from(console::Term::stderr().size().0);
         let room = height.saturating_sub(3).min(MOST_BARS);
-        let mut shown = self.flights.iter().filter(|f| f.bar.is_some()).count();
+        let mut shown = self.flights.iter().filter(|f| f.shown).count();
         for flight in &mut self.flights {
-            if flight.bar.is_none() && shown < room {
-                let (activity, digest) = (flight.activity, flight.digest);
-                let bar = ProgressBar::hidden().with_style(style(move |state, width| {
-                    blob_line(width, activity, &digest, &Measure::of(state))
-                }));
-                bar.set_length(flight.bytes);
-                flight.bar = Some(self.multi.add(bar));
+            // Small blobs, gone by the second look, never flicker across the screen.
+            if flight.seen && !flight.shown && shown < room {
+                self.multi.add(flight.bar.clone());
+                flight.shown = true;
                 shown += 1;
             }
-            if let Some(bar) = &flight.bar {
-                bar.set_position(flight.current.load(Relaxed));
-                bar.tick();
-            }
+            flight.seen = true;
+            flight.bar.set_position(flight.current.load(Relaxed));
+            flight.bar.tick();
         }
         whole.set_position(stage.current.load(Relaxed));
         whole.set_length(stage.bytes());
