@@ -45,16 +45,19 @@ pub struct Downloader {
     buffers: Buffers,
     progress: Progress,
     verified: mpsc::Sender<Staged>,
+    replace: bool,
 }
 
 impl Downloader {
-    /// Verified blobs are handed to `verified`, for [`publish`] to name them.
+    /// Verified blobs are handed to `verified`, for [`publish`] to name them. With `replace`, a blob
+    /// that is there already is replaced unless its bytes are good.
     pub fn new(
         store: Arc<dyn Store>,
         layout: Layout,
         buffers: Buffers,
         progress: Progress,
         verified: mpsc::Sender<Staged>,
+        replace: bool,
     ) -> Self {
         Downloader {
             store,
@@ -62,13 +65,18 @@ impl Downloader {
             buffers,
             progress,
             verified,
+            replace,
         }
     }
 
     /// Fetches a blob that the layout lacks.
     pub async fn fetch(&self, key: &str, digest: Digest, size: u64) -> Result<Fetched> {
-        let layout = self.layout.clone();
-        let staged = match blocking(move || layout.stage(&digest, size)).await? {
+        let (layout, replace) = (self.layout.clone(), self.replace);
+        let stage = move || match replace {
+            true => layout.stage_replacement(&digest, size),
+            false => layout.stage(&digest, size),
+        };
+        let staged = match blocking(stage).await? {
             Stage::Present => return Ok(Fetched::Whole { bytes: 0 }),
             Stage::Staged(staged) => staged,
         };
@@ -269,8 +277,7 @@ impl Receiver {
 
     async fn begin_again(&mut self, blob: &Arc<Blob>) -> Result<()> {
         blob.take_back(self.at);
-        self.staged.file.set_len(0).context("emptying a partial blob")?;
-        self.staged.file.seek(SeekFrom::Start(0)).context("emptying a partial blob")?;
+        self.staged.restart()?;
         self.at = 0;
         self.hasher = Sha256::new();
         Ok(())

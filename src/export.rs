@@ -69,11 +69,16 @@ fn address(target: &ExportConfig) -> String {
     format!("s3://{}/{}", target.s3.bucket, target.s3.manifest_key(&target.s3.names[0]))
 }
 
+fn keys(target: &ExportConfig) -> Vec<String> {
+    target.s3.names.iter().map(|name| target.s3.manifest_key(name)).collect()
+}
+
 fn failed(target: &ExportConfig, error: &anyhow::Error) -> Report {
     Report {
         command: "export",
         bucket: target.s3.bucket.clone(),
         names: target.s3.names.clone(),
+        keys: keys(target),
         error: Some(format!("{error:#}")),
         ..Report::default()
     }
@@ -110,12 +115,13 @@ impl Plan {
             match found.remove(&digest) {
                 // An object of another size is not this blob, whatever its key says.
                 Some(info) if info.size == size => {
-                    plan.present += 1;
                     let age = info.last_modified.map(|then| now.duration_since(then).unwrap_or_default());
                     // An age that is not known counts as old. With touch_refresh=0s every blob is
                     // refreshed, also one from this very second.
                     if touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh) {
                         plan.old.push((digest, info));
+                    } else {
+                        plan.present += 1;
                     }
                 }
                 _ => plan.absent.push((digest, size)),
@@ -159,6 +165,8 @@ async fn export_to(
     report.command = "export";
     report.bucket = target.s3.bucket.clone();
     report.names = target.s3.names.clone();
+    report.keys = keys(target);
+    report.layout = task.layout.display().to_string();
     report.dry_run = task.dry_run;
     report.requests = store.requests();
     report.seconds = began.elapsed().as_secs_f64();
@@ -210,7 +218,6 @@ async fn send(
         .try_collect()
         .await?;
     for (digest, size) in refreshed.into_iter().flatten() {
-        report.present -= 1;
         report.refreshed -= 1;
         report.transferred += 1;
         report.bytes += size;
@@ -264,6 +271,6 @@ mod tests {
         let plan = Plan::new(&blobs, found, Duration::from_secs(60), now);
         assert_eq!(plan.absent, vec![(absent, 3), (short, 2)]);
         assert_eq!(plan.old.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(), vec![old]);
-        assert_eq!(plan.present, 2);
+        assert_eq!(plan.present, 1);
     }
 }

@@ -94,6 +94,8 @@ async fn import_from(
         command: "import",
         bucket: source.s3.bucket.clone(),
         names: vec![source.s3.names[0].clone()],
+        keys: vec![source.s3.manifest_key(&source.s3.names[0])],
+        layout: task.layout.display().to_string(),
         dry_run: task.dry_run,
         ..Report::default()
     };
@@ -242,6 +244,7 @@ impl Import<'_> {
             Buffers::new(BUDGET),
             self.progress.clone(),
             sender,
+            self.task.verify,
         );
         let naming = publish(self.layout.clone(), receiver);
         let fetching = async {
@@ -316,7 +319,7 @@ impl Import<'_> {
 fn write(layout: &Layout, cache: &CacheConfig, tag: &str) -> Result<(Digest, usize)> {
     if let Some(image) = &cache.image {
         // The manifest on S3 said what belongs to the image; the image itself has the last word.
-        snapshot::check_image(layout, &image.root)?;
+        snapshot::check_complete(layout, &image.root).context("checking the image that came from s3")?;
         layout.tag(tag, &image.root)?;
         return Ok((image.root.digest, 0));
     }

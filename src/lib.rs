@@ -17,7 +17,6 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Parser;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 
@@ -135,7 +134,7 @@ impl Interrupt {
 /// Runs the command that `args` (the program's name first) spell, and prints what came of it:
 /// results to stdout, all else to stderr. Can be called more than once in a process.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let args = match args::Args::try_parse_from(args) {
+    let args = match args::parse(args) {
         Ok(args) => args,
         Err(shown) => {
             let _ = shown.print();
@@ -162,9 +161,10 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 }
 
 fn run_command(args: args::Args) -> Result<()> {
-    let progress = Progress::new(args.progress(), args.verbose());
-    let metadata_file = args.metadata_file().map(ToOwned::to_owned);
-    let (task, warnings) = args::resolve(args, &|name| std::env::var(name).ok())?;
+    let env = |name: &str| std::env::var(name).ok();
+    let progress = Progress::new(args.global.progress(&env)?, args.global.verbose);
+    let metadata_file = args.global.metadata_file.clone();
+    let (task, warnings) = args::resolve(args, &env)?;
     for warning in warnings {
         progress.warn(&warning);
     }

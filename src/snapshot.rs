@@ -62,6 +62,22 @@ impl Snapshot {
     }
 }
 
+/// Makes sure that everything `root` refers to, directly or through other manifests, is in the
+/// layout: what a manifest on S3 said of an image is not trusted.
+///
+/// # Errors
+/// The first blob that is absent or of another size, or a document that makes no sense.
+pub fn check_complete(layout: &Layout, root: &Descriptor) -> Result<()> {
+    let snapshot = Snapshot::read(layout, root, &Progress::silent())?;
+    match snapshot.blobs.iter().find(|(digest, size)| !layout.has_blob(digest, **size)) {
+        Some((digest, size)) => bail!(
+            "{} refers to blob {digest} ({size} bytes), which is not in the layout",
+            root.digest
+        ),
+        None => Ok(()),
+    }
+}
+
 enum Document {
     Manifest(Manifest),
     Index(Index),

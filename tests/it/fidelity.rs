@@ -6,7 +6,7 @@ use crate::program::{Program, files, fixture, s3_manifest};
 use crate::server::Server;
 
 fn specs(server: &Server, extra: &str) -> [String; 2] {
-    [server.spec(extra), server.virtual_spec(extra)]
+    [server.spec(extra), server.virtual_hosted_spec(extra)]
 }
 
 #[test]
