@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use rustix::io::Errno;
 
 use super::dir::Dir;
 use super::lock::{lock_file, try_lock_file};
@@ -277,12 +276,14 @@ impl Layout {
 fn preallocate(file: &File, from: u64, length: u64) -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
     {
+        use rustix::io::Errno;
         let reserve =
             || rustix::fs::fallocate(file, rustix::fs::FallocateFlags::KEEP_SIZE, from, length);
-        match rustix::io::retry_on_intr(reserve) {
-            Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => return Err(error.into()),
-            // A filesystem that cannot reserve will say that it is full when it is.
-            Ok(()) | Err(_) => {}
+        // Other errors: a filesystem that cannot reserve will say that it is full when it is.
+        if let Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
+            rustix::io::retry_on_intr(reserve)
+        {
+            return Err(error.into());
         }
     }
     #[cfg(not(target_os = "linux"))]

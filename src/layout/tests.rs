@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -984,4 +985,54 @@ fn a_lock_whose_file_buildkit_took_away_is_known_to_be_lost() {
     drop(lock);
     assert!(path.exists(), "the other's lock was removed");
     assert!(other.holds().unwrap());
+}
+
+/// Not a test of its own: the next test runs it as a user whom permissions bind.
+#[test]
+fn user_without_write_permission() {
+    let Some(root) = std::env::var_os("LAYERCACHE_TEST_READ_ONLY") else {
+        return;
+    };
+    let root = Path::new(&root);
+    let layout = Layout::open(root, SHORT).unwrap();
+    let entry = layout.select(&Selection::Default).unwrap();
+    layout.read_document(&entry).unwrap();
+    assert_says(
+        layout.prepare(),
+        &["cannot write into", root.to_str().unwrap(), "denied"],
+    );
+    assert_says(layout.tag("v2", &entry), &["index.json.lock", "denied"]);
+    let below = Layout::open_for_import(&root.join("below"), SHORT).unwrap();
+    assert_says(
+        below.prepare(),
+        &["cannot create directory", "below", "denied"],
+    );
+}
+
+#[test]
+fn a_layout_that_cannot_be_written_is_read_without_lock_and_refuses_an_import_early() {
+    let copy = copy_of("local-max");
+    let dir = tempfile::tempdir().unwrap();
+    // Permissions do not bind root, and another user may not get to where this program stands.
+    let program = dir.path().join("test");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(copy.path(), fs::Permissions::from_mode(0o555)).unwrap();
+    let mut command = Command::new(program);
+    if fs::metadata(dir.path()).unwrap().uid() == 0 {
+        command.uid(65534).gid(65534);
+    }
+    let output = command
+        .args(["--exact", "layout::tests::user_without_write_permission"])
+        .env("LAYERCACHE_TEST_READ_ONLY", copy.path())
+        .current_dir("/")
+        .output()
+        .unwrap();
+    fs::set_permissions(copy.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    assert_eq!(names(copy.path()), ["blobs", "index.json", "oci-layout"]);
 }
