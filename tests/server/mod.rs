@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime};
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body as _, Frame, Incoming};
 use hyper_util::rt::TokioIo;
 use s3s::access::{S3Access, S3AccessContext};
 use s3s::auth::{S3Auth, SecretKey};
@@ -708,7 +708,8 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> Answer {
         Some(Fault::ResetWhileReading(bytes)) => bytes,
         _ => u64::MAX,
     };
-    let mut body = BytesMut::new();
+    let expected = incoming.size_hint().exact().unwrap_or(0).min(256 << 20);
+    let mut body = BytesMut::with_capacity(expected as usize);
     while let Some(frame) = incoming.frame().await {
         let Ok(frame) = frame else {
             return Answer::Broken(Ending::Reset);

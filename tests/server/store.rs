@@ -178,11 +178,14 @@ impl Store {
         content_md5: Option<&str>,
         checksum_sha256: Option<&str>,
     ) -> S3Result<Bytes> {
-        let mut whole = BytesMut::new();
+        let mut whole = Bytes::new();
         if let Some(mut body) = body {
             let failed = |error| S3Error::with_source(S3ErrorCode::InternalError, error);
             while let Some(chunk) = body.try_next().await.map_err(failed)? {
-                whole.extend_from_slice(&chunk);
+                whole = match whole.is_empty() {
+                    true => chunk, // The usual case: the request was read whole, this is all of it.
+                    false => [whole, chunk].concat().into(),
+                };
             }
         }
         if whole.len() as u64 > self.limits.put_limit {
@@ -193,7 +196,7 @@ impl Store {
         {
             return Err(s3_error!(BadDigest));
         }
-        Ok(whole.freeze())
+        Ok(whole)
     }
 }
 
