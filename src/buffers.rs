@@ -55,7 +55,9 @@ impl Drop for Lent {
 impl Buffers {
     /// A pool that lends at most `budget` bytes at once.
     pub fn new(budget: u64) -> Self {
-        let capacity = u32::try_from(budget.div_ceil(UNIT)).unwrap_or(u32::MAX >> 3).max(1);
+        let capacity = u32::try_from(budget.div_ceil(UNIT))
+            .unwrap_or(u32::MAX >> 3)
+            .max(1);
         Buffers {
             budget: Arc::new(Semaphore::new(capacity as usize)),
             capacity,
@@ -66,7 +68,9 @@ impl Buffers {
     /// Waits for room for `bytes`, in the order of asking. More than the whole bound counts as the
     /// whole bound, so that one huge part is slow and not stuck.
     pub async fn room(&self, bytes: u64) -> Room {
-        let units = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.capacity);
+        let units = u32::try_from(bytes.div_ceil(UNIT))
+            .unwrap_or(u32::MAX)
+            .clamp(1, self.capacity);
         let permit = Arc::clone(&self.budget).acquire_many_owned(units).await;
         Room {
             _permit: permit.expect("the budget's semaphore is never closed"),
@@ -76,7 +80,9 @@ impl Buffers {
     /// An empty buffer that can hold `capacity` bytes.
     pub fn take(&self, capacity: usize) -> Vec<u8> {
         let reused = self.free.lock().ok().and_then(|mut free| {
-            let fits = free.iter().position(|buffer| buffer.capacity() >= capacity)?;
+            let fits = free
+                .iter()
+                .position(|buffer| buffer.capacity() >= capacity)?;
             Some(free.swap_remove(fits))
         });
         let mut buffer = reused.unwrap_or_else(|| Vec::with_capacity(capacity));

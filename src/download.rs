@@ -86,7 +86,10 @@ impl Downloader {
         let mut refetched = 0;
         let mut bytes = 0;
         loop {
-            if !self.fetch_rest(key, &mut receiver, &blob, &mut bytes).await? {
+            if !self
+                .fetch_rest(key, &mut receiver, &blob, &mut bytes)
+                .await?
+            {
                 return Ok(Fetched::Missing);
             }
             let found = Digest::from_hasher(receiver.hasher.clone());
@@ -103,7 +106,8 @@ impl Downloader {
             }
             refetched += u32::from(!taken_up);
             taken_up = false;
-            self.progress.note(&format!("{digest}: its bytes are wrong, fetching it again"));
+            self.progress
+                .note(&format!("{digest}: its bytes are wrong, fetching it again"));
             receiver.begin_again(&blob).await?;
         }
         blob.done();
@@ -130,7 +134,9 @@ impl Downloader {
         // An empty blob has no range, and is still asked for: it may not be there.
         let pieces: Vec<_> = match size {
             0 => vec![0..0],
-            _ => ranges(size - from, PIECE).map(|r| from + r.start..from + r.end).collect(),
+            _ => ranges(size - from, PIECE)
+                .map(|r| from + r.start..from + r.end)
+                .collect(),
         };
         let mut arriving = futures::stream::iter(pieces)
             .map(|range| self.fetch_piece(key, range, size, blob))
@@ -188,7 +194,11 @@ impl Downloader {
                 match body.next().await {
                     Some(Ok(chunk)) => {
                         let room = length - have;
-                        let chunk = if chunk.len() as u64 > room { chunk.slice(..room as usize) } else { chunk };
+                        let chunk = if chunk.len() as u64 > room {
+                            chunk.slice(..room as usize)
+                        } else {
+                            chunk
+                        };
                         have += chunk.len() as u64;
                         blob.advance(chunk.len() as u64);
                         chunks.push(chunk);
@@ -198,10 +208,17 @@ impl Downloader {
                 }
             };
             if have == length {
-                return Ok(Some(Piece { chunks, length, _room: room }));
+                return Ok(Some(Piece {
+                    chunks,
+                    length,
+                    _room: room,
+                }));
             }
             let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
-            self.progress.debug(&format!("{key}: the body broke off at byte {}: {error}", range.start + have));
+            self.progress.debug(&format!(
+                "{key}: the body broke off at byte {}: {error}",
+                range.start + have
+            ));
             // Coming along in strides is not failing; a few bytes at a time is.
             if have - before >= PIECE / 4 {
                 tries.progressed();
@@ -235,12 +252,20 @@ impl Receiver {
     async fn take_up(mut staged: Staged, size: u64, blob: &Arc<Blob>) -> Result<Self> {
         let have = staged.have;
         if have == 0 {
-            return Ok(Receiver { staged, size, at: 0, hasher: Sha256::new() });
+            return Ok(Receiver {
+                staged,
+                size,
+                at: 0,
+                hasher: Sha256::new(),
+            });
         }
         let (staged, hasher) = blocking(move || {
             let mut hasher = Sha256::new();
             let mut buffer = vec![0; 256 << 10];
-            staged.file.seek(SeekFrom::Start(0)).context("reading a partial blob")?;
+            staged
+                .file
+                .seek(SeekFrom::Start(0))
+                .context("reading a partial blob")?;
             let mut rest = (&staged.file).take(have);
             loop {
                 match rest.read(&mut buffer).context("reading a partial blob")? {
@@ -248,17 +273,29 @@ impl Receiver {
                     read => hasher.update(&buffer[..read]),
                 }
             }
-            staged.file.seek(SeekFrom::Start(have)).context("reading a partial blob")?;
+            staged
+                .file
+                .seek(SeekFrom::Start(have))
+                .context("reading a partial blob")?;
             Ok((staged, hasher))
         })
         .await?;
         blob.advance(have);
-        Ok(Receiver { staged, size, at: have, hasher })
+        Ok(Receiver {
+            staged,
+            size,
+            at: have,
+            hasher,
+        })
     }
 
     async fn accept(&mut self, piece: Piece) -> Result<()> {
         let digest = self.staged.digest;
-        let file = self.staged.file.try_clone().context("writing a blob into the layout")?;
+        let file = self
+            .staged
+            .file
+            .try_clone()
+            .context("writing a blob into the layout")?;
         let mut hasher = std::mem::take(&mut self.hasher);
         let length = piece.length;
         self.hasher = blocking(move || {

@@ -41,17 +41,31 @@ pub async fn export(
     let read = read_layout(task, progress);
     let (layout, manifest, snapshot) = match interrupt.or(read).await {
         Ok(read) => read,
-        Err(error) if !interrupt.happened() && task.targets.iter().all(|target| target.ignore_error) => {
-            progress.warn(&format!("the export failed, which ignore-error=true allows: {error:#}"));
-            return Ok(task.targets.iter().map(|target| failed(target, &error)).collect());
+        Err(error)
+            if !interrupt.happened() && task.targets.iter().all(|target| target.ignore_error) =>
+        {
+            progress.warn(&format!(
+                "the export failed, which ignore-error=true allows: {error:#}"
+            ));
+            return Ok(task
+                .targets
+                .iter()
+                .map(|target| failed(target, &error))
+                .collect());
         }
         Err(error) => return Err(error),
     };
     let mut reports = Vec::new();
     for target in &task.targets {
-        let exported = export_to(target, task, &layout, &snapshot, connect, interrupt, progress).await;
+        let exported = export_to(
+            target, task, &layout, &snapshot, connect, interrupt, progress,
+        )
+        .await;
         reports.push(match exported {
-            Ok(report) => Report { manifest: Some(manifest.to_string()), ..report },
+            Ok(report) => Report {
+                manifest: Some(manifest.to_string()),
+                ..report
+            },
             Err(error) if target.ignore_error && !interrupt.happened() => {
                 progress.warn(&format!(
                     "the export to {} failed, which ignore-error=true allows: {error:#}",
@@ -66,11 +80,20 @@ pub async fn export(
 }
 
 fn address(target: &ExportConfig) -> String {
-    format!("s3://{}/{}", target.s3.bucket, target.s3.manifest_key(&target.s3.names[0]))
+    format!(
+        "s3://{}/{}",
+        target.s3.bucket,
+        target.s3.manifest_key(&target.s3.names[0])
+    )
 }
 
 fn keys(target: &ExportConfig) -> Vec<String> {
-    target.s3.names.iter().map(|name| target.s3.manifest_key(name)).collect()
+    target
+        .s3
+        .names
+        .iter()
+        .map(|name| target.s3.manifest_key(name))
+        .collect()
 }
 
 fn failed(target: &ExportConfig, error: &anyhow::Error) -> Report {
@@ -85,7 +108,11 @@ fn failed(target: &ExportConfig, error: &anyhow::Error) -> Report {
 }
 
 async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<(Layout, Digest, Snapshot)> {
-    let (root, selection, progress) = (task.layout.clone(), task.selection.clone(), progress.clone());
+    let (root, selection, progress) = (
+        task.layout.clone(),
+        task.selection.clone(),
+        progress.clone(),
+    );
     blocking(move || {
         let layout = Layout::open(&root, LOCK_WAIT)?;
         let entry = layout.select(&selection)?;
@@ -110,12 +137,18 @@ impl Plan {
         touch_refresh: Duration,
         now: SystemTime,
     ) -> Self {
-        let mut plan = Plan { absent: Vec::new(), old: Vec::new(), present: 0 };
+        let mut plan = Plan {
+            absent: Vec::new(),
+            old: Vec::new(),
+            present: 0,
+        };
         for (&digest, &size) in blobs {
             match found.remove(&digest) {
                 // An object of another size is not this blob, whatever its key says.
                 Some(info) if info.size == size => {
-                    let age = info.last_modified.map(|then| now.duration_since(then).unwrap_or_default());
+                    let age = info
+                        .last_modified
+                        .map(|then| now.duration_since(then).unwrap_or_default());
                     // An age that is not known counts as old. With touch_refresh=0s every blob is
                     // refreshed, also one from this very second.
                     if touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh) {
@@ -128,7 +161,8 @@ impl Plan {
             }
         }
         // The largest first, so that none is left to run alone at the end.
-        plan.absent.sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
+        plan.absent
+            .sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
         plan
     }
 }
@@ -156,7 +190,15 @@ async fn export_to(
         progress.clone(),
         Limits::default(),
     ));
-    let sent = send(target, task.dry_run, &cache, &blobs, &*store, &uploader, progress);
+    let sent = send(
+        target,
+        task.dry_run,
+        &cache,
+        &blobs,
+        &*store,
+        &uploader,
+        progress,
+    );
     let sent = interrupt.or(sent).await;
     if sent.is_err() {
         uploader.abort_unfinished(ABORT_PATIENCE).await;
@@ -196,7 +238,10 @@ async fn send(
     if dry_run {
         for (digest, size) in &plan.absent {
             uploader.check_readable(digest, *size).await?;
-            progress.note(&format!("would upload {digest} ({})", crate::progress::bytes(*size)));
+            progress.note(&format!(
+                "would upload {digest} ({})",
+                crate::progress::bytes(*size)
+            ));
         }
         for (digest, _) in &plan.old {
             progress.note(&format!("would refresh {digest}"));
@@ -207,11 +252,17 @@ async fn send(
         return Ok(report);
     }
 
-    progress.stage("refreshing", plan.old.len() as u64, plan.old.iter().map(|(_, info)| info.size).sum());
+    progress.stage(
+        "refreshing",
+        plan.old.len() as u64,
+        plan.old.iter().map(|(_, info)| info.size).sum(),
+    );
     let mut absent = plan.absent;
     let refreshed: Vec<_> = futures::stream::iter(&plan.old)
         .map(|(digest, info)| async move {
-            let there = uploader.refresh(&target.s3.blob_key(digest), digest, info).await?;
+            let there = uploader
+                .refresh(&target.s3.blob_key(digest), digest, info)
+                .await?;
             Ok::<_, anyhow::Error>((!there).then_some((*digest, info.size)))
         })
         .buffer_unordered(REFRESHES)
@@ -224,7 +275,11 @@ async fn send(
         absent.push((digest, size));
     }
 
-    progress.stage("uploading", absent.len() as u64, absent.iter().map(|(_, size)| size).sum());
+    progress.stage(
+        "uploading",
+        absent.len() as u64,
+        absent.iter().map(|(_, size)| size).sum(),
+    );
     futures::stream::iter(absent)
         .map(|(digest, size)| async move {
             uploader
@@ -241,7 +296,11 @@ async fn send(
         let key = target.s3.manifest_key(name);
         report.bytes += manifest.len() as u64;
         store
-            .put(&key, "application/octet-stream", Arc::new(Document(manifest.clone())))
+            .put(
+                &key,
+                "application/octet-stream",
+                Arc::new(Document(manifest.clone())),
+            )
             .await
             .with_context(|| format!("writing the manifest {key}"))?;
         progress.note(&format!("wrote {key}"));
@@ -267,10 +326,20 @@ mod tests {
         let now = SystemTime::now();
         let [young, old, short, absent] = [b"a", b"b", b"c", b"d"].map(|text| Digest::of(text));
         let blobs = BTreeMap::from([(young, 1), (old, 1), (short, 2), (absent, 3)]);
-        let found = BTreeMap::from([(young, info(1, 60, now)), (old, info(1, 61, now)), (short, info(1, 0, now))]);
+        let found = BTreeMap::from([
+            (young, info(1, 60, now)),
+            (old, info(1, 61, now)),
+            (short, info(1, 0, now)),
+        ]);
         let plan = Plan::new(&blobs, found, Duration::from_secs(60), now);
         assert_eq!(plan.absent, vec![(absent, 3), (short, 2)]);
-        assert_eq!(plan.old.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(), vec![old]);
+        assert_eq!(
+            plan.old
+                .iter()
+                .map(|(digest, _)| *digest)
+                .collect::<Vec<_>>(),
+            vec![old]
+        );
         assert_eq!(plan.present, 1);
     }
 }

@@ -50,17 +50,27 @@ pub async fn import(
     let layout = blocking(move || Layout::open_for_import(&root, LOCK_WAIT)).await?;
     let mut reports: Vec<Report> = Vec::new();
     for source in &task.sources {
-        let taken: Vec<&str> = reports.iter().filter_map(|report| report.tag.as_deref()).collect();
+        let taken: Vec<&str> = reports
+            .iter()
+            .filter_map(|report| report.tag.as_deref())
+            .collect();
         let tag = tag_for(task, source, &taken);
         let imported = import_from(source, task, &layout, tag, connect, progress);
-        let report = interrupt.or(imported).await.with_context(|| format!("importing from {}", address(source)))?;
+        let report = interrupt
+            .or(imported)
+            .await
+            .with_context(|| format!("importing from {}", address(source)))?;
         reports.push(report);
     }
     Ok(reports)
 }
 
 fn address(source: &ImportConfig) -> String {
-    format!("s3://{}/{}", source.s3.bucket, source.s3.manifest_key(&source.s3.names[0]))
+    format!(
+        "s3://{}/{}",
+        source.s3.bucket,
+        source.s3.manifest_key(&source.s3.names[0])
+    )
 }
 
 /// The first cache found gets the tag that was asked for, the others that of their own name; no tag
@@ -104,9 +114,16 @@ async fn import_from(
     match read_manifest(&*store, &key).await? {
         Some(bytes) => {
             report.bytes = bytes.len() as u64;
-            let cache = CacheConfig::parse_s3(&bytes).with_context(|| format!("reading the manifest {key} on s3"))?;
+            let cache = CacheConfig::parse_s3(&bytes)
+                .with_context(|| format!("reading the manifest {key} on s3"))?;
             drop(bytes);
-            let import = Import { source, task, layout, store: Arc::clone(&store), progress };
+            let import = Import {
+                source,
+                task,
+                layout,
+                store: Arc::clone(&store),
+                progress,
+            };
             import.run(cache, tag, &mut report).await?;
         }
         None if task.require => bail!("there is no manifest {key} in bucket {}", source.s3.bucket),
@@ -132,7 +149,10 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<Vec<u8>>> 
             return Ok(None);
         };
         if object.length > MANIFEST_LIMIT {
-            bail!("the manifest {key} on s3 has {} bytes: no cache manifest is that large", object.length);
+            bail!(
+                "the manifest {key} on s3 has {} bytes: no cache manifest is that large",
+                object.length
+            );
         }
         let mut bytes = Vec::with_capacity(object.length as usize);
         let broke = loop {
@@ -148,7 +168,10 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<Vec<u8>>> 
                 let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
                 if !tries.again(Trouble::default()).await {
                     return Err(error).with_context(|| {
-                        format!("getting {key} from s3: the body broke off in each of {} tries", tries.made())
+                        format!(
+                            "getting {key} from s3: the body broke off in each of {} tries",
+                            tries.made()
+                        )
                     });
                 }
             }
@@ -173,7 +196,10 @@ impl Import<'_> {
         report.transferred = absent.len() as u64;
         if self.task.dry_run {
             for (digest, size) in &absent {
-                self.progress.note(&format!("would fetch {digest} ({})", crate::progress::bytes(*size)));
+                self.progress.note(&format!(
+                    "would fetch {digest} ({})",
+                    crate::progress::bytes(*size)
+                ));
                 report.bytes += size;
             }
             report.tag = Some(tag);
@@ -222,11 +248,17 @@ impl Import<'_> {
                     Ok((!good).then_some((digest, size)))
                 })
             });
-            let found: Vec<_> = futures::stream::iter(checks).buffer_unordered(HASHES).try_collect().await?;
+            let found: Vec<_> = futures::stream::iter(checks)
+                .buffer_unordered(HASHES)
+                .try_collect()
+                .await?;
             found.into_iter().flatten().collect()
         } else {
             blocking(move || {
-                Ok(wanted.into_iter().filter(|(digest, size)| !layout.has_blob(digest, *size)).collect())
+                Ok(wanted
+                    .into_iter()
+                    .filter(|(digest, size)| !layout.has_blob(digest, *size))
+                    .collect())
             })
             .await?
         };
@@ -235,8 +267,16 @@ impl Import<'_> {
     }
 
     /// Fetches what is absent; returns what S3 does not have either.
-    async fn fetch(&self, absent: Vec<(Digest, u64)>, report: &mut Report) -> Result<BTreeSet<Digest>> {
-        self.progress.stage("fetching", absent.len() as u64, absent.iter().map(|(_, size)| size).sum());
+    async fn fetch(
+        &self,
+        absent: Vec<(Digest, u64)>,
+        report: &mut Report,
+    ) -> Result<BTreeSet<Digest>> {
+        self.progress.stage(
+            "fetching",
+            absent.len() as u64,
+            absent.iter().map(|(_, size)| size).sum(),
+        );
         let (sender, receiver) = mpsc::channel(BLOBS);
         let downloader = Downloader::new(
             Arc::clone(&self.store),
@@ -254,20 +294,28 @@ impl Import<'_> {
                 .map(|(digest, size)| {
                     let downloader = &downloader;
                     async move {
-                        let fetched = downloader.fetch(&self.source.s3.blob_key(&digest), digest, size).await;
-                        Ok::<_, anyhow::Error>((digest, fetched.with_context(|| format!("fetching {digest}"))?))
+                        let fetched = downloader
+                            .fetch(&self.source.s3.blob_key(&digest), digest, size)
+                            .await;
+                        Ok::<_, anyhow::Error>((
+                            digest,
+                            fetched.with_context(|| format!("fetching {digest}"))?,
+                        ))
                     }
                 })
                 .buffer_unordered(BLOBS)
-                .try_fold((BTreeSet::new(), 0), |(mut missing, mut bytes), (digest, fetched)| async move {
-                    match fetched {
-                        Fetched::Missing => {
-                            missing.insert(digest);
+                .try_fold(
+                    (BTreeSet::new(), 0),
+                    |(mut missing, mut bytes), (digest, fetched)| async move {
+                        match fetched {
+                            Fetched::Missing => {
+                                missing.insert(digest);
+                            }
+                            Fetched::Whole { bytes: more } => bytes += more,
                         }
-                        Fetched::Whole { bytes: more } => bytes += more,
-                    }
-                    Ok((missing, bytes))
-                })
+                        Ok((missing, bytes))
+                    },
+                )
                 .await;
             drop(downloader);
             fetched
@@ -281,23 +329,37 @@ impl Import<'_> {
     }
 
     /// The cache without what S3 no longer has.
-    fn without(&self, cache: CacheConfig, missing: &BTreeSet<Digest>, report: &mut Report) -> Result<CacheConfig> {
+    fn without(
+        &self,
+        cache: CacheConfig,
+        missing: &BTreeSet<Digest>,
+        report: &mut Report,
+    ) -> Result<CacheConfig> {
         if self.task.missing == Missing::Error {
             let named: Vec<String> = missing.iter().take(5).map(Digest::to_string).collect();
             bail!(
                 "{} blob(s) that the manifest names are not on s3 (expired?): {}{}; export the cache again, or let --missing=drop leave out what needs them",
                 missing.len(),
                 named.join(", "),
-                if missing.len() > named.len() { ", …" } else { "" }
+                if missing.len() > named.len() {
+                    ", …"
+                } else {
+                    ""
+                }
             );
         }
         for digest in missing {
-            self.progress.note(&format!("{digest} is not on s3 any more"));
+            self.progress
+                .note(&format!("{digest} is not on s3 any more"));
         }
         let had_image = cache.image.is_some();
         let (mut kept, dropped) = cache.without_blobs(missing);
-        let image_broken =
-            kept.image.as_ref().is_some_and(|image| image.contents.iter().any(|blob| missing.contains(&blob.digest)));
+        let image_broken = kept.image.as_ref().is_some_and(|image| {
+            image
+                .contents
+                .iter()
+                .any(|blob| missing.contains(&blob.digest))
+        });
         if image_broken {
             kept.image = None;
         }
@@ -319,7 +381,8 @@ impl Import<'_> {
 fn write(layout: &Layout, cache: &CacheConfig, tag: &str) -> Result<(Digest, usize)> {
     if let Some(image) = &cache.image {
         // The manifest on S3 said what belongs to the image; the image itself has the last word.
-        snapshot::check_complete(layout, &image.root).context("checking the image that came from s3")?;
+        snapshot::check_complete(layout, &image.root)
+            .context("checking the image that came from s3")?;
         layout.tag(tag, &image.root)?;
         return Ok((image.root.digest, 0));
     }

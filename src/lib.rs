@@ -49,11 +49,17 @@ use store::Store;
 pub const LOCK_WAIT: Duration = Duration::from_secs(60);
 
 /// How a store is reached: [`s3::connect`], or a test's wrapper around it.
-pub type Connect<'a> =
-    &'a (dyn for<'b> Fn(&'b S3Config, &'b Progress) -> BoxFuture<'b, Result<Arc<dyn Store>>> + Send + Sync);
+pub type Connect<'a> = &'a (
+        dyn for<'b> Fn(&'b S3Config, &'b Progress) -> BoxFuture<'b, Result<Arc<dyn Store>>>
+            + Send
+            + Sync
+    );
 
 /// [`s3::connect`] as a [`Connect`].
-pub fn connect<'a>(config: &'a S3Config, progress: &'a Progress) -> BoxFuture<'a, Result<Arc<dyn Store>>> {
+pub fn connect<'a>(
+    config: &'a S3Config,
+    progress: &'a Progress,
+) -> BoxFuture<'a, Result<Arc<dyn Store>>> {
     Box::pin(s3::connect(config, progress.clone()))
 }
 
@@ -81,7 +87,9 @@ pub struct Interrupt {
 impl Interrupt {
     /// One that never comes.
     pub fn never() -> Self {
-        Interrupt { signal: watch::channel(0).1 }
+        Interrupt {
+            signal: watch::channel(0).1,
+        }
     }
 
     /// Listens for SIGINT and SIGTERM. The second one does not wait for anything.
@@ -144,7 +152,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match run_command(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "layercache: {}", progress::printable(&format!("{error:#}")));
+            let _ = writeln!(
+                std::io::stderr(),
+                "layercache: {}",
+                progress::printable(&format!("{error:#}"))
+            );
             exit_code(&error)
         }
     }
@@ -169,7 +181,9 @@ fn run_command(args: args::Args) -> Result<()> {
         progress.warn(&warning);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)))
+        .worker_threads(
+            std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)),
+        )
         .enable_all()
         .build()
         .context("starting the runtime")?;

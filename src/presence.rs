@@ -63,9 +63,13 @@ async fn list(
             Ok(page) => page,
             // Down is down; anything else (no permission, version 1 only, an answer that is no
             // listing) HEADs may still get around.
-            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::NoBucket) => return Err(error.into()),
+            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::NoBucket) => {
+                return Err(error.into());
+            }
             Err(error) => {
-                progress.debug(&format!("listing the blobs does not work, asking for each: {error}"));
+                progress.debug(&format!(
+                    "listing the blobs does not work, asking for each: {error}"
+                ));
                 return Ok(());
             }
         };

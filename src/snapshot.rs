@@ -69,7 +69,11 @@ impl Snapshot {
 /// The first blob that is absent or of another size, or a document that makes no sense.
 pub fn check_complete(layout: &Layout, root: &Descriptor) -> Result<()> {
     let snapshot = Snapshot::read(layout, root, &Progress::silent())?;
-    match snapshot.blobs.iter().find(|(digest, size)| !layout.has_blob(digest, **size)) {
+    match snapshot
+        .blobs
+        .iter()
+        .find(|(digest, size)| !layout.has_blob(digest, **size))
+    {
         Some((digest, size)) => bail!(
             "{} refers to blob {digest} ({size} bytes), which is not in the layout",
             root.digest

@@ -139,7 +139,12 @@ pub trait Store: Send + Sync {
     ) -> StoreResult<Option<Object>>;
 
     /// PUT, whole.
-    async fn put(&self, key: &str, content_type: &str, body: Arc<dyn UploadBody>) -> StoreResult<()>;
+    async fn put(
+        &self,
+        key: &str,
+        content_type: &str,
+        body: Arc<dyn UploadBody>,
+    ) -> StoreResult<()>;
 
     /// Copies the object onto itself with metadata `updated-at` replaced (so that its LastModified
     /// moves), keeping its storage class. One request; objects over 5 GiB need `copy_part`.

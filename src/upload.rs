@@ -103,7 +103,10 @@ impl Unfinished {
     }
 
     fn all(&self) -> Vec<(String, String)> {
-        self.uploads.lock().expect("no holder of this lock panics").clone()
+        self.uploads
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone()
     }
 }
 
@@ -160,7 +163,11 @@ impl Uploader {
             blob: Arc::clone(&blob),
         };
         if size < self.limits.multipart {
-            let body = WholeBlob { source, buffers: self.buffers.clone(), sent: Arc::default() };
+            let body = WholeBlob {
+                source,
+                buffers: self.buffers.clone(),
+                sent: Arc::default(),
+            };
             self.store
                 .put(key, "application/octet-stream", Arc::new(body))
                 .await
@@ -183,7 +190,8 @@ impl Uploader {
             Ok(uploads) => uploads,
             // Not every store can tell (OCI, Storj), and not every role may ask.
             Err(error) => {
-                self.progress.debug(&format!("not looking for interrupted uploads: {error}"));
+                self.progress
+                    .debug(&format!("not looking for interrupted uploads: {error}"));
                 Vec::new()
             }
         };
@@ -213,7 +221,11 @@ impl Uploader {
             match self.send_parts(key, &upload, source, there).await {
                 Ok(()) => {
                     self.unfinished.remove(key, &upload);
-                    self.forget(key, abandoned.iter().map(|u| &u.id).filter(|id| **id != upload)).await;
+                    self.forget(
+                        key,
+                        abandoned.iter().map(|u| &u.id).filter(|id| **id != upload),
+                    )
+                    .await;
                     return Ok(());
                 }
                 Err(Interrupted::Failed(error)) => {
@@ -223,13 +235,20 @@ impl Uploader {
                 Err(Interrupted::Gone) => {
                     self.unfinished.remove(key, &upload);
                     // Whoever completed it had the same bytes: the key is their digest.
-                    if self.store.head(key).await?.is_some_and(|info| info.size == source.size) {
+                    if self
+                        .store
+                        .head(key)
+                        .await?
+                        .is_some_and(|info| info.size == source.size)
+                    {
                         return Ok(());
                     }
                 }
             }
         }
-        bail!("uploading {key} to s3: other runs took its multipart upload away {RESTARTS} times; try again");
+        bail!(
+            "uploading {key} to s3: other runs took its multipart upload away {RESTARTS} times; try again"
+        );
     }
 
     /// Sends every part that the upload does not hold yet, and completes it if the digest holds.
@@ -240,11 +259,13 @@ impl Uploader {
         source: &Source,
         there: Vec<Part>,
     ) -> Result<(), Interrupted> {
-        let there: BTreeMap<u32, Part> = there.into_iter().map(|part| (part.number, part)).collect();
+        let there: BTreeMap<u32, Part> =
+            there.into_iter().map(|part| (part.number, part)).collect();
         let mut hasher = Sha256::new();
         let mut sending = FuturesUnordered::new();
         let mut parts = Vec::new();
-        for (number, range) in (1u32..).zip(ranges(source.size, self.limits.part_size(source.size))) {
+        for (number, range) in (1u32..).zip(ranges(source.size, self.limits.part_size(source.size)))
+        {
             // Room is waited for while parts already read go out: they are what frees it.
             let room = self.buffers.room(range.end - range.start);
             tokio::pin!(room);
@@ -256,7 +277,10 @@ impl Uploader {
                 }
             };
             let buffer = self.buffers.take((range.end - range.start) as usize);
-            let known = there.get(&number).filter(|part| part.size == range.end - range.start).cloned();
+            let known = there
+                .get(&number)
+                .filter(|part| part.size == range.end - range.start)
+                .cloned();
             let reader = source.clone();
             let reading = blocking(move || {
                 let buffer = reader.read(range, buffer)?;
@@ -340,7 +364,12 @@ impl Uploader {
         }
     }
 
-    async fn copy_each_part(&self, key: &str, upload: &str, info: &ObjectInfo) -> Result<(), StoreError> {
+    async fn copy_each_part(
+        &self,
+        key: &str,
+        upload: &str,
+        info: &ObjectInfo,
+    ) -> Result<(), StoreError> {
         let size = self.limits.copy_part.max(info.size.div_ceil(10_000));
         let mut copies = futures::stream::iter((1u32..).zip(ranges(info.size, size)))
             .map(|(number, range)| async move {
@@ -434,12 +463,20 @@ fn landed(part: Result<Part, StoreError>) -> Result<Part, Interrupted> {
 fn explain_local(error: StoreError) -> anyhow::Error {
     match (error.kind, error.source) {
         (Kind::LocalBody, Some(source)) => anyhow!("{source}").context(error.message),
-        (kind, source) => StoreError { source, kind, ..error }.into(),
+        (kind, source) => StoreError {
+            source,
+            kind,
+            ..error
+        }
+        .into(),
     }
 }
 
 fn md5_hex(bytes: &[u8]) -> String {
-    Md5::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Md5::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// A blob's open file.
@@ -455,10 +492,13 @@ impl Source {
     /// Reads exactly `range` into `buffer`. Blocks.
     fn read(&self, range: Range<u64>, mut buffer: Vec<u8>) -> Result<Vec<u8>> {
         let wanted = range.end - range.start;
-        let read = At { file: &self.file, offset: range.start }
-            .take(wanted)
-            .read_to_end(&mut buffer)
-            .with_context(|| format!("reading blob {} of the layout", self.digest))?;
+        let read = At {
+            file: &self.file,
+            offset: range.start,
+        }
+        .take(wanted)
+        .read_to_end(&mut buffer)
+        .with_context(|| format!("reading blob {} of the layout", self.digest))?;
         if (read as u64) < wanted {
             bail!(
                 "blob {} of the layout shrank while it was read: {} bytes are missing",
@@ -559,7 +599,10 @@ impl UploadBody for WholeBlob {
                         }
                     }
                     Err(error) => {
-                        let error = std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{error:#}"));
+                        let error = std::io::Error::new(
+                            std::io::ErrorKind::InvalidData,
+                            format!("{error:#}"),
+                        );
                         let _ = sender.send(Err(error)).await;
                         return;
                     }
@@ -588,7 +631,11 @@ impl UploadBody for PartBody {
 
     fn open(&self) -> ByteStream {
         restart(&self.sent, &self.blob);
-        let (bytes, blob, sent) = (self.bytes.clone(), Arc::clone(&self.blob), Arc::clone(&self.sent));
+        let (bytes, blob, sent) = (
+            self.bytes.clone(),
+            Arc::clone(&self.blob),
+            Arc::clone(&self.sent),
+        );
         // In slices, so that progress moves while a part goes out.
         futures::stream::iter(ranges(bytes.len() as u64, CHUNK).map(move |range| {
             count(&sent, &blob, range.end - range.start);
@@ -628,7 +675,9 @@ fn count(sent: &Mutex<u64>, blob: &Blob, bytes: u64) {
 }
 
 /// Runs `work` where it may block.
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(error) => match error.try_into_panic() {

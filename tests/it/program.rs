@@ -70,11 +70,15 @@ impl Program {
     }
 
     pub fn export(spec: &str, layout: &Path) -> Program {
-        Program::new().args(["export", "--cache-to", spec]).arg(layout)
+        Program::new()
+            .args(["export", "--cache-to", spec])
+            .arg(layout)
     }
 
     pub fn import(spec: &str, layout: &Path) -> Program {
-        Program::new().args(["import", "--cache-from", spec]).arg(layout)
+        Program::new()
+            .args(["import", "--cache-from", spec])
+            .arg(layout)
     }
 
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Program {
@@ -107,7 +111,9 @@ impl Program {
 
 /// A layout that BuildKit wrote.
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
 }
 
 /// A manifest that BuildKit put on S3.
@@ -120,7 +126,11 @@ pub fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     fn walk(root: &Path, at: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
         for entry in std::fs::read_dir(at).expect("the directory can be read") {
             let path = entry.expect("the entry can be read").path();
-            let name = path.strip_prefix(root).expect("below the root").display().to_string();
+            let name = path
+                .strip_prefix(root)
+                .expect("below the root")
+                .display()
+                .to_string();
             if path.is_dir() {
                 found.insert(format!("{name}/"), Vec::new());
                 walk(root, &path, found);
@@ -142,7 +152,8 @@ pub fn copy_of(layout: &Path) -> tempfile::TempDir {
         if name.ends_with('/') {
             std::fs::create_dir_all(path).expect("a directory can be made");
         } else {
-            std::fs::create_dir_all(path.parent().expect("it is below the copy")).expect("a directory can be made");
+            std::fs::create_dir_all(path.parent().expect("it is below the copy"))
+                .expect("a directory can be made");
             std::fs::write(path, bytes).expect("a file can be written");
         }
     }
