@@ -1,59 +1,434 @@
 //! Whether a failed try is worth another, and after how long.
+//!
+//! The scheme is that of the AWS SDKs: exponential backoff with full jitter, a budget of tokens
+//! that every request of the run draws its retries from (so that a store in trouble is not hit
+//! three times as hard), and in `adaptive` mode a rate limit of our own once the store throttles.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use rand::Rng;
+use tokio::time::Instant;
 
 use crate::config::RetryMode;
 
+/// Where the backoff starts.
+const BASE: Duration = Duration::from_millis(100);
+/// Where the backoff stops growing.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(20);
+/// The longest that we let a store make us wait.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+const BUDGET: u32 = 500;
+const RETRY_COST: u32 = 5;
+const TIMEOUT_COST: u32 = 10;
+
 /// Shared by every request of a run.
-pub struct RetryPolicy;
+pub struct RetryPolicy {
+    mode: RetryMode,
+    max_attempts: u32,
+    base: Duration,
+    budget: Mutex<u32>,
+    rate: Mutex<Rate>,
+}
 
 /// The tries of one operation.
 pub struct Tries<'a> {
-    _policy: &'a RetryPolicy,
+    policy: &'a RetryPolicy,
+    made: u32,
+    /// What the last retry cost, given back when it turns out well.
+    cost: u32,
 }
 
 /// What was wrong with a try that may be worth repeating.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Trouble {
     /// The store asked us to slow down.
     pub throttled: bool,
     /// The store said how long to wait.
     pub retry_after: Option<Duration>,
+    /// Nothing came for too long; such a retry costs the budget double.
+    pub timed_out: bool,
 }
 
 impl RetryPolicy {
     /// `max_attempts` counts the first try.
     pub fn new(mode: RetryMode, max_attempts: u32) -> Self {
-        let _ = (mode, max_attempts);
-        todo!()
+        Self::with_base(mode, max_attempts, BASE)
+    }
+
+    /// As [`new`](Self::new), with a backoff that starts at `base`.
+    pub fn with_base(mode: RetryMode, max_attempts: u32, base: Duration) -> Self {
+        RetryPolicy {
+            mode,
+            max_attempts: max_attempts.max(1),
+            base,
+            budget: Mutex::new(BUDGET),
+            rate: Mutex::new(Rate::new(Instant::now())),
+        }
     }
 
     /// Begins an operation.
     pub fn tries(&self) -> Tries<'_> {
-        todo!()
+        Tries {
+            policy: self,
+            made: 1,
+            cost: 0,
+        }
+    }
+
+    /// Takes `cost` from the run's budget, if it is there.
+    fn spend(&self, cost: u32) -> bool {
+        let mut budget = lock(&self.budget);
+        match budget.checked_sub(cost) {
+            Some(left) => {
+                *budget = left;
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn earn(&self, tokens: u32) {
+        let mut budget = lock(&self.budget);
+        *budget = budget.saturating_add(tokens).min(BUDGET);
+    }
+
+    /// A random time up to the backoff that is due after `made` tries.
+    fn backoff(&self, made: u32) -> Duration {
+        let doubled = 1u32.checked_shl(made.saturating_sub(1)).unwrap_or(u32::MAX);
+        let most = self.base.saturating_mul(doubled).min(LONGEST_BACKOFF);
+        most.mul_f64(rand::rng().random_range(0.0..=1.0))
     }
 }
 
 impl Tries<'_> {
     /// Waits until a try may be sent: at once, unless `adaptive` mode is holding requests back.
     pub async fn permit(&mut self) {
-        todo!()
+        if self.policy.mode != RetryMode::Adaptive {
+            return;
+        }
+        loop {
+            let wait = lock(&self.policy.rate).take(Instant::now());
+            if wait.is_zero() {
+                return;
+            }
+            tokio::time::sleep(wait).await;
+        }
     }
 
     /// A try failed in a way that may pass. Waits, then true; or false at once if the attempts or
     /// the run's budget are used up.
     pub async fn again(&mut self, trouble: Trouble) -> bool {
-        let _ = trouble;
-        todo!()
+        if self.policy.mode == RetryMode::Adaptive {
+            lock(&self.policy.rate).answered(Instant::now(), trouble.throttled);
+        }
+        if self.made >= self.policy.max_attempts {
+            return false;
+        }
+        let cost = if trouble.timed_out {
+            TIMEOUT_COST
+        } else {
+            RETRY_COST
+        };
+        if !self.policy.spend(cost) {
+            return false;
+        }
+        self.cost = cost;
+        let asked = trouble.retry_after.unwrap_or_default();
+        let wait = self
+            .policy
+            .backoff(self.made)
+            .max(asked.min(LONGEST_RETRY_AFTER));
+        tokio::time::sleep(wait).await;
+        self.made = self.made.saturating_add(1);
+        true
     }
 
     /// The operation came along: gives budget back, and counts attempts from one again.
     pub fn progressed(&mut self) {
-        todo!()
+        self.policy.earn(self.cost.max(1));
+        if self.policy.mode == RetryMode::Adaptive {
+            lock(&self.policy.rate).answered(Instant::now(), false);
+        }
+        self.cost = 0;
+        self.made = 1;
     }
 
-    /// Tries made so far.
+    /// Tries made so far, the one under way included.
     pub fn made(&self) -> u32 {
-        todo!()
+        self.made
+    }
+}
+
+/// A panic elsewhere leaves no half-done state in these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How far the rate falls when the store throttles.
+const BETA: f64 = 0.7;
+/// How fast it climbs again.
+const SCALE: f64 = 0.4;
+/// How much the newest half second counts in the measured rate.
+const SMOOTH: f64 = 0.8;
+/// Requests a second that are never gone below.
+const SLOWEST: f64 = 0.5;
+
+/// The SDKs' client-side rate limit: a token bucket whose rate follows CUBIC, as TCP's does.
+struct Rate {
+    start: Instant,
+    /// Holds requests back only once the store has throttled.
+    engaged: bool,
+    tokens: f64,
+    per_second: f64,
+    capacity: f64,
+    refilled: f64,
+    measured: f64,
+    counted: u32,
+    bucket: f64,
+    last_max: f64,
+    throttled_at: f64,
+}
+
+impl Rate {
+    fn new(start: Instant) -> Self {
+        Rate {
+            start,
+            engaged: false,
+            tokens: 0.0,
+            per_second: 0.0,
+            capacity: 0.0,
+            refilled: 0.0,
+            measured: 0.0,
+            counted: 0,
+            bucket: 0.0,
+            last_max: 0.0,
+            throttled_at: 0.0,
+        }
+    }
+
+    fn seconds(&self, now: Instant) -> f64 {
+        now.saturating_duration_since(self.start).as_secs_f64()
+    }
+
+    /// Takes a token, or says how long until there is one.
+    fn take(&mut self, now: Instant) -> Duration {
+        if !self.engaged {
+            return Duration::ZERO;
+        }
+        self.refill(self.seconds(now));
+        if self.tokens >= 1.0 {
+            self.tokens -= 1.0;
+            return Duration::ZERO;
+        }
+        let missing = (1.0 - self.tokens) / self.per_second.max(SLOWEST);
+        // Rounded up, or the sleeper would wake a moment before its token is there.
+        Duration::from_secs_f64(missing) + Duration::from_millis(1)
+    }
+
+    fn refill(&mut self, now: f64) {
+        let passed = (now - self.refilled).max(0.0);
+        self.tokens = (self.tokens + passed * self.per_second).min(self.capacity);
+        self.refilled = now;
+    }
+
+    /// Takes an answer, or its absence, into account.
+    fn answered(&mut self, now: Instant, throttled: bool) {
+        let now = self.seconds(now);
+        self.measure(now);
+        let rate = if throttled {
+            let rate = if self.engaged {
+                self.measured.min(self.per_second)
+            } else {
+                self.measured
+            };
+            self.last_max = rate;
+            self.throttled_at = now;
+            self.engaged = true;
+            rate * BETA
+        } else {
+            let window = (self.last_max * (1.0 - BETA) / SCALE).cbrt();
+            let passed = now - self.throttled_at;
+            SCALE * (passed - window).powi(3) + self.last_max
+        };
+        if !self.engaged {
+            return;
+        }
+        self.refill(now);
+        self.per_second = rate.min(2.0 * self.measured).max(SLOWEST);
+        self.capacity = self.per_second.max(1.0);
+        self.tokens = self.tokens.min(self.capacity);
+    }
+
+    /// Requests a second, smoothed over half seconds.
+    fn measure(&mut self, now: f64) {
+        let bucket = (now * 2.0).floor() / 2.0;
+        self.counted = self.counted.saturating_add(1);
+        if bucket > self.bucket {
+            let current = f64::from(self.counted) / (bucket - self.bucket);
+            self.measured = current * SMOOTH + self.measured * (1.0 - SMOOTH);
+            self.counted = 0;
+            self.bucket = bucket;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TROUBLE: Trouble = Trouble {
+        throttled: false,
+        retry_after: None,
+        timed_out: false,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn max_attempts_counts_the_first_try() {
+        let policy = RetryPolicy::new(RetryMode::Standard, 3);
+        let mut tries = policy.tries();
+        assert!(tries.again(TROUBLE).await);
+        assert!(tries.again(TROUBLE).await);
+        assert_eq!(tries.made(), 3);
+        assert!(!tries.again(TROUBLE).await);
+        assert!(
+            !RetryPolicy::new(RetryMode::Standard, 1)
+                .tries()
+                .again(TROUBLE)
+                .await
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_backoff_doubles_up_to_twenty_seconds() {
+        let policy = RetryPolicy::new(RetryMode::Standard, 100);
+        for (made, most) in [
+            (1, 100),
+            (2, 200),
+            (5, 1600),
+            (9, 20_000),
+            (33, 20_000),
+            (u32::MAX, 20_000),
+        ] {
+            for _ in 0..50 {
+                assert!(policy.backoff(made) <= Duration::from_millis(most));
+            }
+        }
+        // Jitter is full: a hundred tries at a second's backoff are neither all short nor all long.
+        let waits: Vec<_> = (0..100).map(|_| policy.backoff(5)).collect();
+        assert!(waits.iter().any(|wait| *wait < Duration::from_millis(800)));
+        assert!(waits.iter().any(|wait| *wait > Duration::from_millis(800)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn retry_after_is_waited_for_but_no_longer_than_a_minute() {
+        let policy = RetryPolicy::new(RetryMode::Standard, 10);
+        for (asked, waited) in [(7, 7), (60, 60), (86_400, 60)] {
+            let mut tries = policy.tries();
+            let before = Instant::now();
+            assert!(
+                tries
+                    .again(Trouble {
+                        retry_after: Some(Duration::from_secs(asked)),
+                        ..TROUBLE
+                    })
+                    .await
+            );
+            assert_eq!(before.elapsed().as_secs(), waited);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_run_s_budget_ends_the_retries_of_all_and_success_refills_it() {
+        let policy = RetryPolicy::new(RetryMode::Standard, u32::MAX);
+        let mut tries = policy.tries();
+        for _ in 0..BUDGET / RETRY_COST {
+            assert!(tries.again(TROUBLE).await);
+        }
+        assert!(!tries.again(TROUBLE).await);
+        assert!(!policy.tries().again(TROUBLE).await);
+
+        // The retry that worked gives its own cost back.
+        tries.progressed();
+        assert_eq!(tries.made(), 1);
+        assert!(tries.again(TROUBLE).await);
+        assert!(!tries.again(TROUBLE).await);
+
+        // A first try that worked gives one token.
+        for _ in 0..RETRY_COST {
+            policy.tries().progressed();
+        }
+        assert!(policy.tries().again(TROUBLE).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_timeout_costs_double() {
+        let policy = RetryPolicy::new(RetryMode::Standard, u32::MAX);
+        let mut tries = policy.tries();
+        let slow = Trouble {
+            timed_out: true,
+            ..TROUBLE
+        };
+        for _ in 0..BUDGET / TIMEOUT_COST {
+            assert!(tries.again(slow).await);
+        }
+        assert!(!tries.again(slow).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn adaptive_holds_requests_back_only_after_throttling_and_then_recovers() {
+        let policy = RetryPolicy::new(RetryMode::Adaptive, 100);
+        let mut tries = policy.tries();
+        let before = Instant::now();
+        for _ in 0..1000 {
+            tries.permit().await;
+            tries.progressed();
+        }
+        assert_eq!(before.elapsed(), Duration::ZERO);
+
+        // Twenty requests a second, then the store throttles.
+        for _ in 0..40 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            tries.permit().await;
+            tries.progressed();
+        }
+        tries
+            .again(Trouble {
+                throttled: true,
+                ..TROUBLE
+            })
+            .await;
+        let limited = lock(&policy.rate).per_second;
+        assert!((SLOWEST..20.0).contains(&limited), "{limited}");
+        let before = Instant::now();
+        for _ in 0..10 {
+            tries.permit().await;
+        }
+        assert!(before.elapsed() > Duration::from_millis(300));
+
+        // Quiet times let the rate climb past where it was.
+        for _ in 0..400 {
+            tries.permit().await;
+            tries.progressed();
+        }
+        assert!(lock(&policy.rate).per_second > limited);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn standard_never_holds_requests_back() {
+        let policy = RetryPolicy::with_base(RetryMode::Standard, 100, Duration::ZERO);
+        let mut tries = policy.tries();
+        let before = Instant::now();
+        for _ in 0..20 {
+            tries
+                .again(Trouble {
+                    throttled: true,
+                    ..TROUBLE
+                })
+                .await;
+            tries.permit().await;
+        }
+        assert_eq!(before.elapsed(), Duration::ZERO);
     }
 }

@@ -1,0 +1,333 @@
+//! Who we are: the spec's own credentials, else AWS's default chain, loaded when the first request
+//! is signed, kept until shortly before they expire, and never loaded twice at once.
+
+use std::error::Error;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, anyhow};
+use aws_config::Region;
+use aws_config::default_provider::credentials::DefaultCredentialsChain;
+use aws_config::provider_config::ProviderConfig;
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::ProvideCredentials;
+use aws_smithy_http_client::proxy::ProxyConfig;
+use aws_smithy_http_client::{Builder, Connector, tls};
+use tokio::sync::{Mutex, OnceCell};
+use tokio::time::Instant;
+
+use super::tls::Trust;
+use crate::config::StaticCredentials;
+
+/// Credentials this close to their end are replaced.
+const EARLY: Duration = Duration::from_secs(120);
+/// Many requests start at once: what the chain just failed at, it is not asked again so soon.
+const FAILURE_STANDS: Duration = Duration::from_secs(10);
+/// On a machine that is not EC2 nothing answers where the metadata service would be.
+const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Where credentials come from, and the ones in use.
+pub(super) struct Keyring {
+    source: Source,
+    cache: Mutex<Cache>,
+}
+
+enum Source {
+    Given(Credentials),
+    Chain {
+        region: String,
+        trust: Trust,
+        chain: OnceCell<Box<dyn ProvideCredentials>>,
+    },
+}
+
+#[derive(Default)]
+struct Cache {
+    current: Option<Credentials>,
+    failed: Option<(Instant, String)>,
+}
+
+impl Keyring {
+    pub(super) fn new(given: Option<&StaticCredentials>, region: &str, trust: Trust) -> Self {
+        let source = match given {
+            Some(given) => Source::Given(Credentials::new(
+                given.access_key_id.as_str(),
+                given.secret_access_key.as_str(),
+                given
+                    .session_token
+                    .clone()
+                    .filter(|token| !token.is_empty()),
+                None,
+                "spec",
+            )),
+            None => Source::Chain {
+                region: region.to_owned(),
+                trust,
+                chain: OnceCell::new(),
+            },
+        };
+        Keyring {
+            source,
+            cache: Mutex::default(),
+        }
+    }
+
+    #[cfg(test)]
+    fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
+        Keyring {
+            source: Source::Chain {
+                region: "us-east-1".into(),
+                trust: Trust::default(),
+                chain: OnceCell::new_with(Some(Box::new(chain))),
+            },
+            cache: Mutex::default(),
+        }
+    }
+
+    /// The credentials to sign with now.
+    pub(super) async fn get(&self) -> Result<Credentials> {
+        match &self.source {
+            Source::Given(given) => Ok(given.clone()),
+            Source::Chain { .. } => {
+                let mut cache = self.cache.lock().await;
+                let now = SystemTime::now();
+                match &cache.current {
+                    Some(current) if fresh_at(current, now + EARLY) => Ok(current.clone()),
+                    Some(current) if fresh_at(current, now) => {
+                        // Early is a courtesy: while these work, a failure to renew is no failure.
+                        let current = current.clone();
+                        Ok(self.load(&mut cache).await.unwrap_or(current))
+                    }
+                    _ => self.load(&mut cache).await,
+                }
+            }
+        }
+    }
+
+    /// The store says that `stale` have expired. True if there are others now.
+    pub(super) async fn renew(&self, stale: &Credentials) -> Result<bool> {
+        if let Source::Given(_) = self.source {
+            return Ok(false);
+        }
+        let mut cache = self.cache.lock().await;
+        if cache.current.as_ref().is_some_and(|now| now != stale) {
+            return Ok(true);
+        }
+        let renewed = self.load(&mut cache).await?;
+        Ok(renewed != *stale)
+    }
+
+    /// Takes what was learnt of the credentials out of a text that came from elsewhere.
+    pub(super) fn redact(credentials: &Credentials, text: &str) -> String {
+        let secrets = [
+            Some(credentials.secret_access_key()),
+            credentials.session_token(),
+            Some(credentials.access_key_id()),
+        ];
+        secrets
+            .into_iter()
+            .flatten()
+            .filter(|secret| !secret.is_empty())
+            .fold(text.to_owned(), |text, secret| text.replace(secret, "***"))
+    }
+
+    async fn load(&self, cache: &mut Cache) -> Result<Credentials> {
+        let Source::Chain {
+            region,
+            trust,
+            chain,
+        } = &self.source
+        else {
+            return Err(anyhow!("no credentials"));
+        };
+        if let Some((at, why)) = &cache.failed
+            && at.elapsed() < FAILURE_STANDS
+        {
+            return Err(anyhow!("{why}"));
+        }
+        let loaded = async {
+            let chain = chain.get_or_try_init(|| build(region, trust)).await?;
+            chain
+                .provide_credentials()
+                .await
+                .map_err(|e| anyhow!("{}", explain(&e, std::env::var("AWS_PROFILE").ok())))
+        };
+        match loaded.await {
+            Ok(credentials) => {
+                cache.failed = None;
+                cache.current = Some(credentials.clone());
+                Ok(credentials)
+            }
+            Err(e) => {
+                cache.failed = Some((Instant::now(), format!("{e:#}")));
+                Err(e)
+            }
+        }
+    }
+}
+
+fn fresh_at(credentials: &Credentials, time: SystemTime) -> bool {
+    credentials.expiry().is_none_or(|expiry| expiry > time)
+}
+
+async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials>> {
+    let context = trust.context().context("cannot look for credentials")?;
+    // Sign-in endpoints may lie behind a proxy; the metadata services, which are spoken to over
+    // http on this machine's own link, never do.
+    let http = Builder::new().build_with_connector_fn(move |settings, _| {
+        let mut connector = Connector::builder()
+            .tls_provider(tls::Provider::Rustls(
+                tls::rustls_provider::CryptoMode::AwsLc,
+            ))
+            .tls_context(context.clone())
+            .proxy_config(ProxyConfig::from_env().no_proxy("169.254.169.254,169.254.170.2,169.254.170.23,fd00:ec2::254,fd00:ec2::23,localhost,127.0.0.1,::1"));
+        connector.set_connector_settings(settings.cloned());
+        connector.build()
+    });
+    let config = ProviderConfig::default()
+        .with_http_client(http)
+        .with_region(Some(Region::new(region.to_owned())));
+    let metadata = aws_config::imds::Client::builder()
+        .configure(&config)
+        .connect_timeout(METADATA_TIMEOUT)
+        .read_timeout(METADATA_TIMEOUT)
+        .max_attempts(2)
+        .build();
+    let chain = DefaultCredentialsChain::builder()
+        .configure(config)
+        .region(Region::new(region.to_owned()))
+        .imds_client(metadata)
+        .build()
+        .await;
+    Ok(Box::new(chain))
+}
+
+/// What was tried, and what the chain itself says.
+fn explain(error: &dyn Error, profile: Option<String>) -> String {
+    let mut reasons: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let reason = error.to_string();
+        if !reasons.iter().any(|earlier| earlier.contains(&reason)) {
+            reasons.push(reason);
+        }
+        next = error.source();
+    }
+    let profile = profile.filter(|name| !name.is_empty());
+    let profile = profile.as_deref().unwrap_or("default");
+    format!(
+        "no AWS credentials: tried the environment, profile {profile:?} of the shared config and \
+         credentials files, web identity, the container endpoint and EC2's metadata service ({}); \
+         set access_key_id and secret_access_key, or AWS_PROFILE",
+        reasons.join(": ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use aws_credential_types::provider::error::CredentialsError;
+    use aws_credential_types::provider::future;
+
+    use super::*;
+
+    /// Gives the n-th credentials a life of `life`, or fails.
+    #[derive(Debug, Clone)]
+    struct Chain {
+        asked: Arc<AtomicU32>,
+        life: Duration,
+        works: bool,
+    }
+
+    impl ProvideCredentials for Chain {
+        fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+        where
+            Self: 'a,
+        {
+            future::ProvideCredentials::new(async move {
+                let asked = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+                tokio::task::yield_now().await;
+                if !self.works {
+                    return Err(CredentialsError::not_loaded("nothing there"));
+                }
+                let expiry = Some(SystemTime::now() + self.life);
+                Ok(Credentials::new(
+                    format!("key{asked}"),
+                    "secret",
+                    None,
+                    expiry,
+                    "test",
+                ))
+            })
+        }
+    }
+
+    fn keyring(life: Duration, works: bool) -> (Keyring, Arc<AtomicU32>) {
+        let asked = Arc::new(AtomicU32::new(0));
+        let chain = Chain {
+            asked: asked.clone(),
+            life,
+            works,
+        };
+        (Keyring::with_chain(chain), asked)
+    }
+
+    #[tokio::test]
+    async fn many_requests_at_once_load_credentials_once() {
+        let (keyring, asked) = keyring(Duration::from_secs(3600), true);
+        futures::future::join_all((0..50).map(|_| keyring.get())).await;
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn credentials_about_to_expire_are_replaced() {
+        let (keyring, _) = keyring(Duration::from_secs(60), true);
+        assert_eq!(keyring.get().await.unwrap().access_key_id(), "key1");
+        assert_eq!(keyring.get().await.unwrap().access_key_id(), "key2");
+    }
+
+    #[tokio::test]
+    async fn expired_credentials_are_renewed_once_for_all_who_used_them() {
+        let (keyring, asked) = keyring(Duration::from_secs(3600), true);
+        let stale = keyring.get().await.unwrap();
+        assert!(keyring.renew(&stale).await.unwrap());
+        assert!(keyring.renew(&stale).await.unwrap());
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+        assert_eq!(keyring.get().await.unwrap().access_key_id(), "key2");
+    }
+
+    #[tokio::test]
+    async fn credentials_from_the_spec_cannot_be_renewed() {
+        let given = StaticCredentials {
+            access_key_id: "key".into(),
+            secret_access_key: "secret".into(),
+            session_token: Some(String::new()),
+        };
+        let keyring = Keyring::new(Some(&given), "us-east-1", Trust::default());
+        let credentials = keyring.get().await.unwrap();
+        assert_eq!(credentials.session_token(), None);
+        assert!(!keyring.renew(&credentials).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_failure_says_what_was_tried_and_stands_for_a_while() {
+        let (keyring, asked) = keyring(Duration::ZERO, false);
+        let first = format!("{:#}", keyring.get().await.unwrap_err());
+        let second = format!("{:#}", keyring.get().await.unwrap_err());
+        assert_eq!(first, second);
+        assert_eq!(asked.load(Ordering::SeqCst), 1);
+        for part in ["environment", "profile", "web identity", "nothing there"] {
+            assert!(first.contains(part), "{first}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_taken_out_of_foreign_texts() {
+        let credentials = Credentials::new("AKID", "SECRET", Some("TOKEN".into()), None, "test");
+        assert_eq!(
+            Keyring::redact(&credentials, "AKID said SECRET and TOKEN"),
+            "*** said *** and ***"
+        );
+    }
+}
