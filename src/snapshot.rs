@@ -22,7 +22,11 @@ pub struct Snapshot {
 impl Snapshot {
     /// Reads the manifest that `root` describes, in any of its forms. Computes diffIDs that nothing
     /// tells, by decompressing; `hashing` is told of each such blob.
-    pub fn read(layout: &Layout, root: &Descriptor, progress: &crate::progress::Progress) -> Result<Self> {
+    pub fn read(
+        layout: &Layout,
+        root: &Descriptor,
+        progress: &crate::progress::Progress,
+    ) -> Result<Self> {
         let _ = (layout, root, progress);
         todo!()
     }
