@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -66,14 +67,10 @@ impl Random {
 const CHAIN: usize = 10;
 const CREATED_AT: &str = "2026-01-02T03:04:05.678901234Z";
 
-/// Writes a layout of `layers` layers of `size` bytes each to `dir`.
-pub fn write(dir: &Path, layers: usize, size: u64) -> Result<Layout> {
+/// Writes a layout of `layers` layers of `size` bytes each to `dir`, all files modified at `mtime`.
+pub fn write(dir: &Path, layers: usize, size: u64, mtime: u64) -> Result<()> {
     let blobs = dir.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    let mtime = now - 60;
-    // In memory of a few MiB: the peak memory that the system tells of a child is never below
-    // what its parent had when it forked.
     let mut buffer = vec![0; 1 << 20];
     let mut digests = Vec::with_capacity(layers);
     for number in 0..layers {
@@ -157,15 +154,29 @@ pub fn write(dir: &Path, layers: usize, size: u64) -> Result<Layout> {
     )?;
     let version = br#"{"imageLayoutVersion":"1.0.0"}"#;
     fs::write(dir.join("oci-layout"), version)?;
-    Ok(Layout {
-        dir: dir.to_owned(),
-        layers,
-        bytes: layers as u64 * size,
-        mtime,
-    })
+    Ok(())
 }
 
 impl Layout {
+    /// Writes a layout, in a process of its own: the peak memory that the system tells of a child
+    /// is never below what its parent had when it forked, so the runner has to stay small.
+    pub fn make(dir: PathBuf, layers: usize, size: u64, scratch: &Path) -> Result<Self> {
+        let mtime = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() - 60;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("layout").arg(&dir).args([
+            layers.to_string(),
+            size.to_string(),
+            mtime.to_string(),
+        ]);
+        crate::child::run(command, &scratch.join("log"))?;
+        Ok(Layout {
+            dir,
+            layers,
+            bytes: layers as u64 * size,
+            mtime,
+        })
+    }
+
     pub fn blobs(&self) -> PathBuf {
         self.dir.join("blobs/sha256")
     }
