@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use layercache::cache_config::{CacheConfig, LayerAnnotations, Time};
-use layercache::snapshot;
+use layercache::{snapshot, spec};
 
 mod synthetic;
 
@@ -69,5 +69,23 @@ fn cache_configs(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(pure, cache_configs);
+fn specs(criterion: &mut Criterion) {
+    // As people write it, and with what they can put into it.
+    let short = "type=s3,region=us-east-1,bucket=cache,name=main";
+    let long = "type=s3,region=us-east-1,bucket=cache,\"name=main;feature/a,b\",prefix=team/,\
+        blobs_prefix=b/,manifests_prefix=m/,endpoint_url=https://s3.example.org:9000/,\
+        use_path_style=true,access_key_id=id,secret_access_key=secret,session_token=token,\
+        upload_parallelism=16,touch_refresh=1h30m,mode=max,ignore-error=true,\
+        retry_mode=adaptive,retry_max_attempts=5";
+    let mut group = criterion.benchmark_group("spec");
+    for (name, text) in [("short", short), ("long", long)] {
+        assert!(spec::cache_to(text, &|_| None).is_ok(), "{name}");
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| spec::cache_to(black_box(text), &|_| None).is_ok());
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(pure, specs, cache_configs);
 criterion_main!(pure);

@@ -1,11 +1,13 @@
 //! What an export or an import is to do, once every value has been checked. Past this module
 //! nothing sees the command line or the environment.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use url::Url;
 
 use crate::digest::Digest;
+use crate::layout::Selection;
 
 /// Which results of a cache are kept: BuildKit's `mode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,4 +92,48 @@ pub struct ExportConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImportConfig {
     pub s3: S3Config,
+}
+
+/// What a run is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Task {
+    Export(ExportTask),
+    Import(ImportTask),
+}
+
+/// From one layout to at least one cache on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportTask {
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    pub layout: PathBuf,
+    pub selection: Selection,
+    /// Say what would be sent; write nothing.
+    pub dry_run: bool,
+}
+
+/// From at least one cache on S3 into one layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportTask {
+    /// At least one, none twice.
+    pub sources: Vec<ImportConfig>,
+    pub layout: PathBuf,
+    /// The tag to write; `None`: `latest`.
+    pub tag: Option<String>,
+    /// A cache that does not exist is an error.
+    pub require: bool,
+    pub missing: Missing,
+    /// Hash the blobs that are there already, too.
+    pub verify: bool,
+    /// Say what would be fetched; write nothing.
+    pub dry_run: bool,
+}
+
+/// What becomes of results whose layers are no longer on S3 (moby/buildkit#3223).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// They are left out, and the rest is imported.
+    Drop,
+    /// The import fails.
+    Error,
 }

@@ -1,17 +1,52 @@
 //! A local OCI image layout: read whole or in part, written so that nothing in it is ever half
 //! there. Knows nothing of S3.
+//!
+//! Layouts come from other programs and other people: names are looked up without following
+//! symlinks (`dir`), entries that cannot be understood are passed over (`index`), the lock is
+//! BuildKit's (`lock`), and whatever is written is staged and synced first (`staging`).
+
+mod dir;
+mod index;
+mod lock;
+mod staging;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
 
+use self::dir::{Dir, READ};
+use self::index::Index;
+use self::lock::{INDEX_LOCK, IndexLock};
+use self::staging::{Held, STAGING};
+pub use self::staging::{Stage, Staged};
 use crate::digest::Digest;
-use crate::oci::Descriptor;
+use crate::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
 
 /// Documents (manifests, configs, indexes) larger than this are refused: they are held in memory.
 pub const DOCUMENT_LIMIT: u64 = 64 << 20;
+
+const INDEX: &str = "index.json";
+const OCI_LAYOUT: &str = "oci-layout";
+const BLOBS: &str = "blobs";
+const SHA256: &str = "sha256";
+
+/// What `oci-layout` holds, byte for byte as BuildKit writes it.
+const OCI_LAYOUT_JSON: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+/// Bytes; real ones have 30.
+const OCI_LAYOUT_LIMIT: u64 = 64 << 10;
+
+/// What an unfinished layout consists of: of ours, and of BuildKit's content store.
+const UNFINISHED: [&str; 6] = [BLOBS, "ingest", STAGING, INDEX, INDEX_LOCK, OCI_LAYOUT];
+
+/// The buffer that blobs are hashed through, bytes.
+const HASH_BUFFER: usize = 1 << 20;
 
 /// A layout's directory. Opening it neither locks nor changes anything.
 #[derive(Debug, Clone)]
@@ -29,109 +64,408 @@ pub enum Selection {
     Digest(Digest),
 }
 
-/// A blob being downloaded into a layout. Its file is locked against other processes; dropped, it
-/// stays for the next run to take up.
-#[derive(Debug)]
-pub struct Staged {
-    pub digest: Digest,
-    /// Positioned at `have`; open for reading and writing.
-    pub file: File,
-    /// Bytes already there from an earlier run, not verified.
-    pub have: u64,
-    path: PathBuf,
-}
-
-/// What `Layout::stage` found.
-#[derive(Debug)]
-pub enum Stage {
-    /// Another process has put the blob in place meanwhile.
-    Present,
-    Staged(Staged),
-}
-
 impl Layout {
     /// An existing layout, to read: has `oci-layout` of version 1.x and `index.json`.
     pub fn open(root: &Path, lock_wait: Duration) -> Result<Self> {
-        let _ = (root, lock_wait);
-        todo!()
+        let layout = Layout {
+            root: root.to_owned(),
+            lock_wait,
+        };
+        let dir = layout.open_root()?;
+        if !check_version(&dir)? {
+            bail!(
+                "{} is not an OCI layout: it has no file {OCI_LAYOUT}",
+                root.display()
+            );
+        }
+        if dir.open_file(INDEX, READ)?.is_none() {
+            bail!(
+                "{} is an OCI layout without {INDEX}: nothing was ever put into it",
+                root.display()
+            );
+        }
+        layout.blobs(&dir)?;
+        Ok(layout)
     }
 
     /// A layout to import into: the directory is absent, empty, or a layout (left-over staging
     /// counts as nothing). Writes nothing yet.
     pub fn open_for_import(root: &Path, lock_wait: Duration) -> Result<Self> {
-        let _ = (root, lock_wait);
-        todo!()
+        let layout = Layout {
+            root: root.to_owned(),
+            lock_wait,
+        };
+        if let Err(error) = root.metadata()
+            && error.kind() == ErrorKind::NotFound
+        {
+            if root.is_symlink() {
+                bail!("{} is a symlink to nothing", root.display());
+            }
+            return Ok(layout);
+        }
+        let dir = layout.open_root()?;
+        let foreign = |name: &String| !UNFINISHED.contains(&name.as_str());
+        if !check_version(&dir)? && dir.list()?.iter().any(foreign) {
+            bail!(
+                "{} is not empty and not an OCI layout (no file {OCI_LAYOUT}): name another directory",
+                root.display()
+            );
+        }
+        layout.blobs(&dir)?;
+        dir.subdir(STAGING)?;
+        // An index that cannot be added to must show before anything is downloaded. BuildKit writes
+        // it in place, so what looks damaged is looked at again under the lock.
+        if read_index(&dir).is_err() {
+            let _lock = IndexLock::shared(&dir, lock_wait)?;
+            read_index(&dir)?;
+        }
+        Ok(layout)
     }
 
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The entry of `index.json` that `selection` means; the error lists what is there.
+    /// The entry of `index.json` that `selection` means; the error lists what is there. A digest may
+    /// also be that of a manifest which no entry names. The manifest's blob is there, its bytes not
+    /// yet verified.
     pub fn select(&self, selection: &Selection) -> Result<Descriptor> {
-        let _ = selection;
-        todo!()
+        let root = self.open_root()?;
+        let index = {
+            let _lock = IndexLock::shared(&root, self.lock_wait)?;
+            read_index(&root)?
+        };
+        let path = root.path_of(INDEX);
+        let Some(index) = index else {
+            bail!("{} is absent or empty", path.display());
+        };
+        let selected = index
+            .select(selection)
+            .with_context(|| format!("cannot choose from {}", path.display()))?;
+        match (selected, selection) {
+            (Some((entry, label)), _) => {
+                let blob = match self.blobs(&root)? {
+                    Some(blobs) => blobs.stat(&entry.digest.hex())?,
+                    None => None,
+                };
+                if blob.is_none() {
+                    bail!(
+                        "{} names {} for {label}, but the blob is not in the layout",
+                        path.display(),
+                        entry.digest
+                    );
+                }
+                Ok(entry)
+            }
+            (None, Selection::Digest(digest)) => {
+                self.unnamed_manifest(&root, digest)?.with_context(|| {
+                    format!(
+                        "{digest} is neither in {} nor a blob of the layout; of the index: {}",
+                        path.display(),
+                        index.listing()
+                    )
+                })
+            }
+            (None, _) => bail!("{} has no such entry", path.display()),
+        }
+    }
+
+    /// A descriptor made from the manifest itself.
+    fn unnamed_manifest(&self, root: &Dir, digest: &Digest) -> Result<Option<Descriptor>> {
+        #[derive(Deserialize)]
+        struct Typed {
+            #[serde(rename = "mediaType")]
+            media_type: String,
+        }
+        let Some(blobs) = self.blobs(root)? else {
+            return Ok(None);
+        };
+        let Some(size) = blobs.file_size(&digest.hex())? else {
+            return Ok(None);
+        };
+        let mut descriptor = Descriptor {
+            media_type: String::new(),
+            digest: *digest,
+            size,
+            annotations: Default::default(),
+            extra: Default::default(),
+        };
+        let bytes = self.read_document(&descriptor)?;
+        descriptor.media_type = serde_json::from_slice::<Typed>(&bytes)
+            .ok()
+            .map(|typed| typed.media_type)
+            .filter(|found| {
+                [IMAGE_MANIFEST, IMAGE_INDEX, DOCKER_MANIFEST, DOCKER_LIST]
+                    .contains(&found.as_str())
+            })
+            .with_context(|| {
+                format!("blob {digest} is not a manifest: it has no mediaType that says so")
+            })?;
+        Ok(Some(descriptor))
     }
 
     /// A small blob, its size and digest verified.
     pub fn read_document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
-        let _ = descriptor;
-        todo!()
+        let Descriptor { digest, size, .. } = descriptor;
+        if *size > DOCUMENT_LIMIT {
+            bail!(
+                "document {digest} has {size} bytes, more than the {DOCUMENT_LIMIT} that are read"
+            );
+        }
+        let file = self.open_blob(digest, *size)?;
+        let bytes = read_whole(file, *size)
+            .with_context(|| format!("cannot read blob {digest} of {}", self.root.display()))?;
+        let found = Digest::of(&bytes);
+        if found != *digest {
+            bail!(
+                "blob {digest} of {} is damaged: its bytes hash to {found}",
+                self.root.display()
+            );
+        }
+        Ok(bytes)
     }
 
     /// A blob to stream from: a regular file of exactly `size` bytes, contents not yet verified.
     pub fn open_blob(&self, digest: &Digest, size: u64) -> Result<File> {
-        let _ = (digest, size);
-        todo!()
+        let root = self.open_root()?;
+        let file = match self.blobs(&root)? {
+            Some(blobs) => blobs.open_file(&digest.hex(), READ)?,
+            None => None,
+        };
+        let Some(file) = file else {
+            bail!(
+                "blob {digest} is not in {}: the layout is incomplete (was it pruned, or copied in part?)",
+                self.root.display()
+            );
+        };
+        let length = file
+            .metadata()
+            .with_context(|| format!("cannot look at blob {digest} of {}", self.root.display()))?
+            .len();
+        if length != size {
+            bail!(
+                "blob {digest} of {} is damaged: it has {length} bytes where its descriptor says {size}",
+                self.root.display()
+            );
+        }
+        Ok(file)
     }
 
     /// Whether the blob is there under its name with this size (blobs get their names only once
     /// verified). A file of another size is damage, and counts as absent.
     pub fn has_blob(&self, digest: &Digest, size: u64) -> bool {
-        let _ = (digest, size);
-        todo!()
+        self.blob_size(digest)
+            .is_ok_and(|found| found == Some(size))
     }
 
-    /// Whether the blob is there and its bytes hash to its digest.
+    fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
+        match self.blobs(&self.open_root()?)? {
+            Some(blobs) => blobs.file_size(&digest.hex()),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether the blob is there and its bytes hash to its digest. An error only if it cannot be
+    /// read.
     pub fn verify_blob(&self, digest: &Digest, size: u64) -> Result<bool> {
-        let _ = (digest, size);
-        todo!()
+        if self.blob_size(digest)? != Some(size) {
+            return Ok(false);
+        }
+        let mut file = self.open_blob(digest, size)?;
+        #[cfg(target_os = "linux")]
+        // Only a hint; a filesystem that does not take it reads all the same.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; HASH_BUFFER];
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => return Ok(Digest::from_hasher(hasher) == *digest),
+                Ok(read) => hasher.update(buffer.get(..read).unwrap_or_default()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => {
+                    return Err(error).with_context(|| {
+                        format!("cannot read blob {digest} of {}", self.root.display())
+                    });
+                }
+            }
+        }
     }
 
-    /// Creates the directories that blobs are staged and kept in.
+    /// Creates the directories that blobs are staged and kept in. An error if they cannot be written
+    /// to.
     pub fn prepare(&self) -> Result<()> {
-        todo!()
-    }
-
-    /// Opens (or takes up) the staging file of a blob, once no other process holds it. Blocks.
-    pub fn stage(&self, digest: &Digest, size: u64) -> Result<Stage> {
-        let _ = (digest, size);
-        todo!()
-    }
-
-    /// Gives verified blobs their names, after syncing their bytes: one call for many, so that the
-    /// cost of syncing is shared. Blocks.
-    pub fn publish(&self, staged: Vec<Staged>) -> Result<()> {
-        let _ = staged;
-        todo!()
+        let missing: Vec<&Path> = self
+            .root
+            .ancestors()
+            .take_while(|path| !path.as_os_str().is_empty() && !path.exists())
+            .collect();
+        std::fs::create_dir_all(&self.root)
+            .with_context(|| format!("cannot create directory {}", self.root.display()))?;
+        for path in missing {
+            let parent = match path.parent() {
+                Some(parent) if !parent.as_os_str().is_empty() => parent,
+                _ => Path::new("."),
+            };
+            // A parent that we may not even read is none that we made, and none that we can sync.
+            if let Ok(parent) = Dir::open(parent) {
+                parent.sync()?;
+            }
+        }
+        let root = self.open_root()?;
+        root.require_writable()?;
+        let (blobs, made) = self.make_blobs(&root)?;
+        blobs.require_writable()?;
+        let (staging, _) = root.make_subdir(STAGING)?;
+        staging.require_writable()?;
+        if made { root.sync() } else { Ok(()) }
     }
 
     /// Writes a small blob, verified and synced as the others. No-op if it is there.
     pub fn write_document(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
-        let _ = (digest, bytes);
-        todo!()
+        let found = Digest::of(bytes);
+        if found != *digest {
+            bail!("the document for {digest} hashes to {found}: not written");
+        }
+        let size = u64::try_from(bytes.len()).context("a document's size")?;
+        // Small enough to compare, so that a damaged one is replaced.
+        if self.verify_blob(digest, size)? {
+            return Ok(());
+        }
+        let root = self.open_root()?;
+        let mut held = Held::take(self, &root, &digest.hex())?;
+        if self.verify_blob(digest, size)? {
+            return held.discard();
+        }
+        let (blobs, _) = self.make_blobs(&root)?;
+        held.fill(bytes, None)?;
+        held.rename(&blobs, &digest.hex())
     }
 
     /// Points `tag` to `entry` in `index.json`, under BuildKit's lock, atomically; other entries
     /// stay byte for byte. Writes `oci-layout` if it is not there.
     pub fn tag(&self, tag: &str, entry: &Descriptor) -> Result<()> {
-        let _ = (tag, entry);
-        todo!()
+        let root = self.open_root()?;
+        self.tag_in(&root, tag, entry)
+            .with_context(|| format!("cannot set tag {tag:?} in {}", self.root.display()))
     }
 
-    /// Removes the staging directory if nothing is in it, and staging files of blobs that are in
-    /// place. Never fails an import.
-    pub fn tidy(&self) {
-        todo!()
+    fn tag_in(&self, root: &Dir, tag: &str, entry: &Descriptor) -> Result<()> {
+        // More than one turn only if BuildKit took our lock file away.
+        for _ in 0..100 {
+            let lock = IndexLock::exclusive(root, self.lock_wait)?;
+            // First, because an index without it is no layout to most readers.
+            if !check_version(root)? {
+                let mut held = Held::take(self, root, OCI_LAYOUT)?;
+                held.fill(OCI_LAYOUT_JSON, None)?;
+                held.rename(root, OCI_LAYOUT)?;
+            }
+            let mut index = read_index(root)?.unwrap_or_else(Index::empty);
+            if !index.set_tag(tag, entry)? {
+                return Ok(());
+            }
+            let json = index.to_json()?;
+            let mode = root
+                .stat(INDEX)?
+                .map(|stat| rustix::fs::Mode::from_raw_mode(stat.st_mode));
+            let mut held = Held::take(self, root, INDEX)?;
+            held.fill(&json, mode)?;
+            if lock.holds()? {
+                return held.rename(root, INDEX);
+            }
+            held.discard()?;
+        }
+        bail!(
+            "{} keeps being removed by another process",
+            root.path_of(INDEX_LOCK).display()
+        )
     }
+
+    fn open_root(&self) -> Result<Dir> {
+        Dir::open(&self.root).map_err(|error| {
+            let root = self.root.display();
+            match error.kind() {
+                ErrorKind::NotFound => anyhow::anyhow!("no OCI layout at {root}: no such directory"),
+                ErrorKind::NotADirectory => anyhow::anyhow!(
+                    "{root} is not a directory, as an OCI layout is (an archive must be unpacked first)"
+                ),
+                _ => anyhow::Error::new(error).context(format!("cannot open layout {root}")),
+            }
+        })
+    }
+
+    /// The directory of the blobs, if it is there.
+    fn blobs(&self, root: &Dir) -> Result<Option<Dir>> {
+        match root.subdir(BLOBS)? {
+            Some(blobs) => blobs.subdir(SHA256),
+            None => Ok(None),
+        }
+    }
+
+    /// The directory of the blobs, and whether it had to be made.
+    fn make_blobs(&self, root: &Dir) -> Result<(Dir, bool)> {
+        let (blobs, new) = root.make_subdir(BLOBS)?;
+        let (sha256, new_too) = blobs.make_subdir(SHA256)?;
+        if new_too {
+            blobs.sync()?;
+        }
+        Ok((sha256, new || new_too))
+    }
+}
+
+/// Whether `oci-layout` is there; an error if it is of a version that we do not know.
+fn check_version(root: &Dir) -> Result<bool> {
+    #[derive(Deserialize)]
+    struct Version {
+        #[serde(rename = "imageLayoutVersion")]
+        version: String,
+    }
+    let Some(file) = root.open_file(OCI_LAYOUT, READ)? else {
+        return Ok(false);
+    };
+    let path = root.path_of(OCI_LAYOUT);
+    let bytes = read_at_most(file, OCI_LAYOUT_LIMIT)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let Version { version } = serde_json::from_slice(&bytes)
+        .with_context(|| format!("{} says no imageLayoutVersion", path.display()))?;
+    if !version.starts_with("1.") {
+        let version: String = version.chars().take(50).collect();
+        bail!(
+            "{} has imageLayoutVersion {version:?}; only 1.x is known",
+            path.display()
+        );
+    }
+    Ok(true)
+}
+
+/// `index.json`, if it is there. An empty one counts as absent: BuildKit creates it so.
+fn read_index(root: &Dir) -> Result<Option<Index>> {
+    let Some(file) = root.open_file(INDEX, READ)? else {
+        return Ok(None);
+    };
+    let path = root.path_of(INDEX);
+    let bytes = read_at_most(file, DOCUMENT_LIMIT)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let index = Index::parse(&bytes).with_context(|| format!("cannot parse {}", path.display()))?;
+    Ok(Some(index))
+}
+
+fn read_at_most(file: File, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len())? > limit {
+        bail!("it has more than {limit} bytes");
+    }
+    Ok(bytes)
+}
+
+/// A file that had `size` bytes when it was opened, and must still have them.
+fn read_whole(file: File, size: u64) -> Result<Vec<u8>> {
+    let bytes = read_at_most(file, size)?;
+    if u64::try_from(bytes.len())? != size {
+        bail!("it has become shorter while it was read");
+    }
+    Ok(bytes)
 }

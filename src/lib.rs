@@ -1,13 +1,221 @@
 //! layercache moves BuildKit's build cache between a local OCI layout and S3, without a build.
+//!
+//! Data flows one way. [`args`] holds what was typed, [`spec`] turns each CSV spec into a validated
+//! [`config`], and past that nothing sees the command line or the environment. An [`export`] reads
+//! a [`layout`], makes a [`snapshot`] of the manifest chosen in it, asks the [`store`] which blobs
+//! are there ([`presence`]), sends the others ([`upload`]) and writes the manifest. An [`import`]
+//! reads the manifest, fetches blobs ([`download`]) and tags what it wrote. A [`report`] says what
+//! was done. [`cache_config`] is BuildKit's graph, [`s3`] the one real store, and [`progress`]
+//! watches all of it.
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+
+pub mod args;
+pub mod buffers;
 pub mod cache_config;
 pub mod config;
 pub mod diff_id;
 pub mod digest;
+pub mod download;
+pub mod export;
+pub mod import;
 pub mod layout;
 pub mod oci;
+pub mod presence;
 pub mod progress;
 pub mod report;
 pub mod retry;
 pub mod s3;
 pub mod snapshot;
+pub mod spec;
 pub mod store;
+pub mod upload;
+
+use config::{S3Config, Task};
+use progress::Progress;
+use store::Store;
+
+/// How long another process may hold a layout's lock before it is an error.
+pub const LOCK_WAIT: Duration = Duration::from_secs(60);
+
+/// How a store is reached: [`s3::connect`], or a test's wrapper around it.
+pub type Connect<'a> = &'a (
+        dyn for<'b> Fn(&'b S3Config, &'b Progress) -> BoxFuture<'b, Result<Arc<dyn Store>>>
+            + Send
+            + Sync
+    );
+
+/// [`s3::connect`] as a [`Connect`].
+pub fn connect<'a>(
+    config: &'a S3Config,
+    progress: &'a Progress,
+) -> BoxFuture<'a, Result<Arc<dyn Store>>> {
+    Box::pin(s3::connect(config, progress.clone()))
+}
+
+/// The run was stopped by a signal.
+#[derive(Debug)]
+pub struct Interrupted {
+    /// SIGINT or SIGTERM.
+    signal: i32,
+}
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted: run the command again to finish")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Tells the work that a signal came.
+#[derive(Clone)]
+pub struct Interrupt {
+    signal: watch::Receiver<i32>,
+}
+
+impl Interrupt {
+    /// One that never comes.
+    pub fn never() -> Self {
+        Interrupt {
+            signal: watch::channel(0).1,
+        }
+    }
+
+    /// Listens for SIGINT and SIGTERM. The second one does not wait for anything.
+    fn listen() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        static SEEN: AtomicI32 = AtomicI32::new(0);
+        let (sender, receiver) = watch::channel(0);
+        let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+        let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+        tokio::spawn(async move {
+            loop {
+                let came = tokio::select! {
+                    _ = interrupt.recv() => libc::SIGINT,
+                    _ = terminate.recv() => libc::SIGTERM,
+                };
+                if SEEN.swap(came, Ordering::SeqCst) != 0 {
+                    std::process::exit(128 + came);
+                }
+                let _ = sender.send(came);
+            }
+        });
+        Ok(Interrupt { signal: receiver })
+    }
+
+    /// Whether a signal has come.
+    pub fn happened(&self) -> bool {
+        *self.signal.borrow() != 0
+    }
+
+    /// Does `work`, or drops it where it stands when a signal comes.
+    ///
+    /// # Errors
+    /// The work's own, or [`Interrupted`].
+    pub async fn or<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut signal = self.signal.clone();
+        tokio::select! {
+            biased;
+            signal = async {
+                match signal.wait_for(|signal| *signal != 0).await {
+                    Ok(signal) => *signal,
+                    // Nobody is left to send one.
+                    Err(_) => std::future::pending().await,
+                }
+            } => Err(Interrupted { signal }.into()),
+            done = work => done,
+        }
+    }
+}
+
+/// Runs the command that `args` (the program's name first) spell, and prints what came of it:
+/// results to stdout, all else to stderr. Can be called more than once in a process.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = match args::parse(args) {
+        Ok(args) => args,
+        Err(shown) => {
+            let _ = shown.print();
+            return ExitCode::from(shown.exit_code() as u8);
+        }
+    };
+    match run_command(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(
+                std::io::stderr(),
+                "layercache: {}",
+                progress::printable(&format!("{error:#}"))
+            );
+            exit_code(&error)
+        }
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if let Some(Interrupted { signal }) = error.downcast_ref() {
+        ExitCode::from(128 + *signal as u8)
+    } else if error.is::<args::UsageError>() {
+        ExitCode::from(2)
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn run_command(args: args::Args) -> Result<()> {
+    let env = |name: &str| std::env::var(name).ok();
+    let progress = Progress::new(args.global.progress(&env)?, args.global.verbose);
+    let metadata_file = args.global.metadata_file.clone();
+    let (task, warnings) = args::resolve(args, &env)?;
+    for warning in warnings {
+        progress.warn(&warning);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(
+            std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)),
+        )
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let done = runtime.block_on(async {
+        let interrupt = Interrupt::listen()?;
+        perform(&task, &connect, &interrupt, &progress).await
+    });
+    // Work that a signal or a failure left behind ends with the process; nothing of it is needed.
+    runtime.shutdown_background();
+    progress.clear();
+    let reports = done?;
+    for report in &reports {
+        let _ = writeln!(std::io::stdout(), "{}", report.summary());
+    }
+    match metadata_file {
+        Some(file) => report::write_metadata(&file, &reports),
+        None => Ok(()),
+    }
+}
+
+/// Performs a resolved task: what the program does, less the command line and the terminal.
+///
+/// # Errors
+/// Whatever made the task fail.
+pub async fn perform(
+    task: &Task,
+    connect: Connect<'_>,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Vec<report::Report>> {
+    match task {
+        Task::Export(task) => export::export(task, connect, interrupt, progress).await,
+        Task::Import(task) => import::import(task, connect, interrupt, progress).await,
+    }
+}

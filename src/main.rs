@@ -1,1 +1,7 @@
-fn main() {}
+//! Hands the command line to the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    layercache::run(std::env::args_os())
+}

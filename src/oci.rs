@@ -1,8 +1,12 @@
-//! The OCI and Docker JSON documents that a layout holds, as far as a cache needs them.
+//! The OCI and Docker JSON documents that a layout holds, as far as a cache needs them, and JSON as
+//! Go writes it: BuildKit's documents are compared byte for byte.
 
 use std::collections::BTreeMap;
+use std::io;
 
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, Result, bail};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::digest::Digest;
 
@@ -25,20 +29,54 @@ pub const CREATED_AT: &str = "buildkit/createdat";
 
 /// A content descriptor. Fields are written in the order Go's OCI types have; those not named here
 /// (`platform`, `urls`, …) are kept as they came.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Descriptor {
     #[serde(rename = "mediaType")]
     pub media_type: String,
     pub digest: Digest,
     /// Bytes.
+    #[serde(deserialize_with = "size")]
     pub size: u64,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub annotations: BTreeMap<String, String>,
     #[serde(flatten)]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
 
+// By hand because Go has `urls` before the annotations, and everything else that is in `extra`
+// after them.
+impl Serialize for Descriptor {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        const URLS: &str = "urls";
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("mediaType", &self.media_type)?;
+        map.serialize_entry("digest", &self.digest)?;
+        map.serialize_entry("size", &self.size)?;
+        if let Some(urls) = self.extra.get(URLS) {
+            map.serialize_entry(URLS, urls)?;
+        }
+        if !self.annotations.is_empty() {
+            map.serialize_entry("annotations", &self.annotations)?;
+        }
+        for (key, value) in self.extra.iter().filter(|(key, _)| *key != URLS) {
+            map.serialize_entry(key, value)?;
+        }
+        map.end()
+    }
+}
+
 impl Descriptor {
+    /// One without annotations or anything else optional.
+    pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
+        Descriptor {
+            media_type: media_type.to_owned(),
+            digest,
+            size,
+            annotations: BTreeMap::new(),
+            extra: serde_json::Map::new(),
+        }
+    }
+
     /// The tag of an index entry: its `ref.name`, else containerd's name.
     pub fn tag(&self) -> Option<&str> {
         self.annotations
@@ -56,11 +94,12 @@ pub struct Manifest {
     #[serde(
         rename = "mediaType",
         default,
+        deserialize_with = "null_is_default",
         skip_serializing_if = "String::is_empty"
     )]
     pub media_type: String,
     pub config: Descriptor,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub layers: Vec<Descriptor>,
 }
 
@@ -72,9 +111,241 @@ pub struct Index {
     #[serde(
         rename = "mediaType",
         default,
+        deserialize_with = "null_is_default",
         skip_serializing_if = "String::is_empty"
     )]
     pub media_type: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub manifests: Vec<Descriptor>,
+}
+
+impl Manifest {
+    /// Reads the manifest that `descriptor` describes. Fails on what is not one of schema version 2
+    /// or calls itself something else than its descriptor does.
+    pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
+        let manifest: Manifest = serde_json::from_slice(bytes)
+            .with_context(|| format!("reading manifest {}", descriptor.digest))?;
+        check_kind(descriptor, manifest.schema_version, &manifest.media_type)?;
+        Ok(manifest)
+    }
+}
+
+impl Index {
+    /// Reads the index that `descriptor` describes, as strictly as [`Manifest::parse`].
+    pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
+        let index: Index = serde_json::from_slice(bytes)
+            .with_context(|| format!("reading index {}", descriptor.digest))?;
+        check_kind(descriptor, index.schema_version, &index.media_type)?;
+        Ok(index)
+    }
+}
+
+fn check_kind(descriptor: &Descriptor, schema_version: u32, media_type: &str) -> Result<()> {
+    if schema_version != 2 {
+        bail!(
+            "reading {}: schema version {schema_version} is not supported (expected 2)",
+            descriptor.digest
+        );
+    }
+    // A document that passes for two kinds at once would be stored as one and read as the other.
+    if !media_type.is_empty() && media_type != descriptor.media_type {
+        bail!(
+            "reading {}: it calls itself {media_type:?}, its descriptor {:?}",
+            descriptor.digest,
+            descriptor.media_type
+        );
+    }
+    Ok(())
+}
+
+/// The OCI name of a layer's media type that may be Docker's.
+pub fn normalise_layer(media_type: &str) -> &str {
+    match media_type {
+        "application/vnd.docker.image.rootfs.diff.tar" => "application/vnd.oci.image.layer.v1.tar",
+        "application/vnd.docker.image.rootfs.diff.tar.gzip" => {
+            "application/vnd.oci.image.layer.v1.tar+gzip"
+        }
+        "application/vnd.docker.image.rootfs.diff.tar.zstd" => {
+            "application/vnd.oci.image.layer.v1.tar+zstd"
+        }
+        "application/vnd.docker.image.rootfs.foreign.diff.tar" => {
+            "application/vnd.oci.image.layer.nondistributable.v1.tar"
+        }
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip" => {
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+        }
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd" => {
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd"
+        }
+        other => other,
+    }
+}
+
+/// Whether this is a layer of a file system: a tar, plain or in a compression that diffIDs are
+/// computed through.
+pub fn is_layer(media_type: &str) -> bool {
+    let media_type = normalise_layer(media_type);
+    let kind = media_type
+        .strip_suffix("+gzip")
+        .or_else(|| media_type.strip_suffix("+zstd"))
+        .unwrap_or(media_type);
+    kind == "application/vnd.oci.image.layer.v1.tar" || is_nondistributable(kind)
+}
+
+/// Whether this is a layer that may be left out of a layout, to be fetched from its own address.
+pub fn is_nondistributable(media_type: &str) -> bool {
+    normalise_layer(media_type)
+        .starts_with("application/vnd.oci.image.layer.nondistributable.v1.tar")
+}
+
+/// `value` as Go's encoding/json writes it: compact, and with `<`, `>`, `&`, U+2028 and U+2029
+/// escaped. Fails only if serialising `value` does.
+pub fn to_json(value: &impl Serialize) -> Result<Vec<u8>, serde_json::Error> {
+    let mut bytes = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, GoFormatter);
+    value.serialize(&mut serializer)?;
+    Ok(bytes)
+}
+
+struct GoFormatter;
+
+impl serde_json::ser::Formatter for GoFormatter {
+    fn write_string_fragment<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        let mut rest = fragment;
+        // Next to no string has any: digests and times make up most of a cache. U+2028 and U+2029
+        // begin with this byte.
+        if !rest.bytes().any(|b| matches!(b, b'<' | b'>' | b'&' | 0xe2)) {
+            return writer.write_all(rest.as_bytes());
+        }
+        while let Some(at) = rest.find(['<', '>', '&', '\u{2028}', '\u{2029}']) {
+            let (plain, special) = rest.split_at(at);
+            writer.write_all(plain.as_bytes())?;
+            let mut chars = special.chars();
+            if let Some(special) = chars.next() {
+                write!(writer, "\\u{:04x}", u32::from(special))?;
+            }
+            rest = chars.as_str();
+        }
+        writer.write_all(rest.as_bytes())
+    }
+}
+
+/// For fields that Go writes as `null` where they are empty.
+pub(crate) fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// A size in bytes: Go has int64 there, so that more cannot be a size.
+fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let size = i64::deserialize(deserializer)?;
+    u64::try_from(size).map_err(|_| serde::de::Error::custom(format!("size {size} is negative")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn every_index_of_the_fixtures_is_written_as_it_was_read() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        let mut indexes = 0;
+        for folder in std::fs::read_dir(fixtures).unwrap() {
+            let path = folder.unwrap().path().join("index.json");
+            let Ok(bytes) = std::fs::read(&path) else {
+                continue;
+            };
+            let index: Index = serde_json::from_slice(&bytes).unwrap();
+            assert_eq!(to_json(&index).unwrap(), bytes, "{}", path.display());
+            indexes += 1;
+        }
+        assert_eq!(indexes, 9);
+    }
+
+    #[test]
+    fn a_descriptor_keeps_what_it_does_not_know() {
+        let text = format!(
+            r#"{{"mediaType":"m","digest":"{}","size":3,"urls":["https://a/b"],"annotations":{{"a":"1"}},"data":"e30=","platform":{{"os":"linux","architecture":"amd64"}},"artifactType":"t"}}"#,
+            Digest::of(b"x")
+        );
+        let descriptor: Descriptor = serde_json::from_str(&text).unwrap();
+        assert_eq!(serde_json::to_string(&descriptor).unwrap(), text);
+    }
+
+    #[test]
+    fn null_annotations_are_none_and_are_not_written() {
+        let digest = Digest::of(b"x");
+        let text =
+            format!(r#"{{"mediaType":"m","digest":"{digest}","size":3,"annotations":null}}"#);
+        let descriptor: Descriptor = serde_json::from_str(&text).unwrap();
+        assert_eq!(descriptor, Descriptor::new("m", digest, 3));
+        assert_eq!(
+            serde_json::to_string(&descriptor).unwrap(),
+            format!(r#"{{"mediaType":"m","digest":"{digest}","size":3}}"#)
+        );
+    }
+
+    #[test]
+    fn sizes_that_are_no_sizes_are_refused() {
+        for size in ["-1", "9223372036854775808", "1.5", "\"1\"", "null"] {
+            let digest = Digest::of(b"x");
+            let text = format!(r#"{{"mediaType":"m","digest":"{digest}","size":{size}}}"#);
+            assert!(
+                serde_json::from_str::<Descriptor>(&text).is_err(),
+                "{size} was accepted"
+            );
+        }
+    }
+
+    #[test]
+    fn a_document_that_contradicts_its_descriptor_is_refused() {
+        let bytes =
+            format!(r#"{{"schemaVersion":2,"mediaType":"{IMAGE_MANIFEST}","manifests":[]}}"#);
+        let descriptor = Descriptor::new(IMAGE_INDEX, Digest::of(b""), 0);
+        let error = Index::parse(&descriptor, bytes.as_bytes()).unwrap_err();
+        assert!(error.to_string().contains("calls itself"), "{error}");
+        let descriptor = Descriptor::new(IMAGE_MANIFEST, Digest::of(b""), 0);
+        let error = Index::parse(&descriptor, br#"{"schemaVersion":1}"#).unwrap_err();
+        assert!(error.to_string().contains("schema version 1"), "{error}");
+    }
+
+    #[test]
+    fn strings_are_escaped_as_go_does() {
+        let text = "<a> & \u{2028}\u{2029}é\u{7f}\n\u{1}\u{8}\"\\";
+        assert_eq!(
+            String::from_utf8(to_json(&text).unwrap()).unwrap(),
+            r#""\u003ca\u003e \u0026 \u2028\u2029é"#.to_owned() + "\u{7f}" + r#"\n\u0001\b\"\\""#
+        );
+    }
+
+    #[test]
+    fn only_tars_are_layers() {
+        for media_type in [
+            "application/vnd.oci.image.layer.v1.tar",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            "application/vnd.docker.image.rootfs.foreign.diff.tar",
+        ] {
+            assert!(is_layer(media_type), "{media_type}");
+        }
+        for media_type in [
+            "application/vnd.in-toto+json",
+            "application/vnd.cncf.helm.chart.content.v1.tar+gzip",
+            "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
+            "application/wasm",
+            "",
+        ] {
+            assert!(!is_layer(media_type), "{media_type}");
+        }
+    }
 }

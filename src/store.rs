@@ -2,6 +2,7 @@
 //! a store to make its k-th call fail.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -138,7 +139,12 @@ pub trait Store: Send + Sync {
     ) -> StoreResult<Option<Object>>;
 
     /// PUT, whole.
-    async fn put(&self, key: &str, content_type: &str, body: &dyn UploadBody) -> StoreResult<()>;
+    async fn put(
+        &self,
+        key: &str,
+        content_type: &str,
+        body: Arc<dyn UploadBody>,
+    ) -> StoreResult<()>;
 
     /// Copies the object onto itself with metadata `updated-at` replaced (so that its LastModified
     /// moves), keeping its storage class. One request; objects over 5 GiB need `copy_part`.
@@ -164,7 +170,7 @@ pub trait Store: Send + Sync {
         key: &str,
         upload: &str,
         number: u32,
-        body: &dyn UploadBody,
+        body: Arc<dyn UploadBody>,
     ) -> StoreResult<String>;
 
     /// Copies `range` of the object at `key` into part `number` of an upload to the same key, if

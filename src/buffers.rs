@@ -1,0 +1,125 @@
+//! One bound on the bytes in flight, whatever the number and size of the blobs, and buffers that
+//! are used again instead of being allocated for every chunk.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes that a run may hold in buffers at once. Chosen with `PIECE` so that a transfer of one
+/// large blob keeps eight to ten connections busy, and peak memory stays below 64 MiB.
+pub const BUDGET: u64 = 40 << 20;
+
+/// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
+const UNIT: u64 = 4 << 10;
+
+/// Freed buffers kept for the next taker, at most.
+const KEPT: usize = 16;
+
+/// Cheap to clone; all clones share the bound.
+#[derive(Clone)]
+pub struct Buffers {
+    budget: Arc<Semaphore>,
+    capacity: u32,
+    free: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+/// Room for some bytes, given back when dropped.
+pub struct Room {
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A filled buffer that goes back to the pool when its last reader is through with it.
+struct Lent {
+    bytes: Vec<u8>,
+    pool: Buffers,
+    _room: Room,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Ok(mut free) = self.pool.free.lock()
+            && free.len() < KEPT
+        {
+            free.push(std::mem::take(&mut self.bytes));
+        }
+    }
+}
+
+impl Buffers {
+    /// A pool that lends at most `budget` bytes at once.
+    pub fn new(budget: u64) -> Self {
+        let capacity = u32::try_from(budget.div_ceil(UNIT))
+            .unwrap_or(u32::MAX >> 3)
+            .max(1);
+        Buffers {
+            budget: Arc::new(Semaphore::new(capacity as usize)),
+            capacity,
+            free: Arc::default(),
+        }
+    }
+
+    /// Waits for room for `bytes`, in the order of asking. More than the whole bound counts as the
+    /// whole bound, so that one huge part is slow and not stuck.
+    pub async fn room(&self, bytes: u64) -> Room {
+        let units = u32::try_from(bytes.div_ceil(UNIT))
+            .unwrap_or(u32::MAX)
+            .clamp(1, self.capacity);
+        let permit = Arc::clone(&self.budget).acquire_many_owned(units).await;
+        Room {
+            _permit: permit.expect("the budget's semaphore is never closed"),
+        }
+    }
+
+    /// An empty buffer that can hold `capacity` bytes.
+    pub fn take(&self, capacity: usize) -> Vec<u8> {
+        let reused = self.free.lock().ok().and_then(|mut free| {
+            let fits = free
+                .iter()
+                .position(|buffer| buffer.capacity() >= capacity)?;
+            Some(free.swap_remove(fits))
+        });
+        let mut buffer = reused.unwrap_or_else(|| Vec::with_capacity(capacity));
+        buffer.clear();
+        buffer
+    }
+
+    /// Shares `buffer`; it and its `room` come back when the last clone is dropped.
+    pub fn lend(&self, buffer: Vec<u8>, room: Room) -> Bytes {
+        Bytes::from_owner(Lent {
+            bytes: buffer,
+            pool: self.clone(),
+            _room: room,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn room_comes_back_when_the_last_reader_of_a_buffer_is_gone() {
+        let buffers = Buffers::new(8 << 10);
+        let room = buffers.room(8 << 10).await;
+        let bytes = buffers.lend(vec![7; 3], room);
+        let second = bytes.clone();
+        drop(bytes);
+        assert_eq!(buffers.budget.available_permits(), 0);
+        drop(second);
+        assert_eq!(buffers.budget.available_permits(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_part_larger_than_the_bound_gets_the_whole_of_it() {
+        let buffers = Buffers::new(8 << 10);
+        let _room = buffers.room(u64::MAX).await;
+        assert_eq!(buffers.budget.available_permits(), 0);
+    }
+}

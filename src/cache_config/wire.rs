@@ -1,0 +1,501 @@
+//! The JSON of a cache: what BuildKit writes, field by field, and what of it is refused.
+
+use std::borrow::Cow;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::{
+    CacheConfig, ChainResult, Content, Image, Input, Layer, LayerAnnotations, LayerResult, Record,
+    Time, graph,
+};
+use crate::digest::Digest;
+use crate::oci::{Descriptor, normalise_layer, null_is_default, to_json};
+
+/// The version of the field `layercache` that this program writes, and the only one it reads.
+const IMAGE_VERSION: u64 = 1;
+
+/// Which of the two places a cache's JSON comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    S3,
+    Local,
+}
+
+// Go's omitempty leaves 0, "" and empty arrays out, and its reader takes what is absent or null for
+// them: so every field has a default here.
+
+#[derive(Serialize, Deserialize)]
+struct Config<'a> {
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Vec::is_empty",
+        borrow
+    )]
+    layers: Vec<WireLayer<'a>>,
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Vec::is_empty",
+        borrow
+    )]
+    records: Vec<WireRecord<'a>>,
+    #[serde(default, skip_serializing, borrow)]
+    layercache: Option<&'a RawValue>,
+    #[serde(
+        rename = "layercache",
+        skip_deserializing,
+        skip_serializing_if = "Option::is_none"
+    )]
+    image: Option<WireImage<'a>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireLayer<'a> {
+    #[serde(default, deserialize_with = "null_is_default", borrow)]
+    blob: Text<'a>,
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "is_zero"
+    )]
+    parent: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    annotations: Option<WireAnnotations<'a>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireAnnotations<'a> {
+    #[serde(
+        rename = "mediaType",
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Text::is_empty",
+        borrow
+    )]
+    media_type: Text<'a>,
+    #[serde(
+        rename = "diffID",
+        default,
+        deserialize_with = "null_is_default",
+        borrow
+    )]
+    diff_id: Text<'a>,
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "is_zero"
+    )]
+    size: i64,
+    #[serde(rename = "createdAt", default, deserialize_with = "time")]
+    created_at: Time,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireRecord<'a> {
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    layers: Vec<WireResult>,
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    chains: Vec<WireChain>,
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Text::is_empty",
+        borrow
+    )]
+    digest: Text<'a>,
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Vec::is_empty",
+        borrow
+    )]
+    inputs: Vec<Alternatives<'a>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireResult {
+    #[serde(default, deserialize_with = "null_is_default")]
+    layer: i64,
+    #[serde(rename = "createdAt", default, deserialize_with = "time")]
+    created_at: Time,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireChain {
+    #[serde(default, deserialize_with = "null_is_default")]
+    layers: Vec<i64>,
+    #[serde(rename = "createdAt", default, deserialize_with = "time")]
+    created_at: Time,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Alternatives<'a>(#[serde(deserialize_with = "null_is_default", borrow)] Vec<WireInput<'a>>);
+
+#[derive(Serialize, Deserialize)]
+struct WireInput<'a> {
+    #[serde(
+        default,
+        deserialize_with = "null_is_default",
+        skip_serializing_if = "Text::is_empty",
+        borrow
+    )]
+    selector: Text<'a>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    link: i64,
+}
+
+#[derive(Serialize)]
+struct WireImage<'a> {
+    version: u64,
+    root: &'a Descriptor,
+    contents: Vec<WireContent>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireContent {
+    digest: Digest,
+    size: i64,
+}
+
+/// A string that is borrowed from the document where it holds no escapes.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl Text<'_> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+fn is_zero(number: &i64) -> bool {
+    *number == 0
+}
+
+fn time<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Time, D::Error> {
+    match Option::<Text>::deserialize(deserializer)? {
+        None => Ok(Time::UNKNOWN),
+        Some(text) => text.0.parse().map_err(serde::de::Error::custom),
+    }
+}
+
+pub(super) fn parse(bytes: &[u8], form: Form) -> Result<CacheConfig> {
+    let wire: Config = serde_json::from_slice(bytes)?;
+    let config = CacheConfig {
+        layers: layers(&wire.layers, form)?,
+        records: records(&wire.records)?,
+        image: match wire.layercache {
+            Some(image) if form == Form::S3 => {
+                read_image(image).context("the field \"layercache\"")?
+            }
+            _ => None,
+        },
+    };
+    check_records(&config)?;
+    Ok(config)
+}
+
+/// Reads a bare array of records, over `layers` that are given.
+pub(super) fn parse_records(bytes: &[u8], layers: Vec<Layer>) -> Result<CacheConfig> {
+    let wire: Option<Vec<WireRecord>> = serde_json::from_slice(bytes)?;
+    let config = CacheConfig {
+        layers,
+        records: records(&wire.unwrap_or_default())?,
+        image: None,
+    };
+    check_records(&config)?;
+    Ok(config)
+}
+
+fn layers(wire: &[WireLayer], form: Form) -> Result<Vec<Layer>> {
+    let mut layers = Vec::with_capacity(wire.len());
+    for (at, layer) in wire.iter().enumerate() {
+        let blob = layer
+            .blob
+            .0
+            .parse()
+            .with_context(|| format!("layer {at}: its blob"))?;
+        let parent = match layer.parent {
+            -1 => None,
+            parent => Some(
+                index(parent, wire.len())
+                    .with_context(|| format!("layer {at}: its parent is layer {parent}"))?,
+            ),
+        };
+        let annotations = match form {
+            Form::Local => None,
+            Form::S3 => Some(
+                annotations(layer.annotations.as_ref())
+                    .with_context(|| format!("layer {at} ({blob})"))?,
+            ),
+        };
+        layers.push(Layer {
+            blob,
+            parent,
+            annotations,
+        });
+    }
+    if let Some(at) = graph::circular_parent(&layers) {
+        bail!("layer {at}: its parents run in a circle");
+    }
+    Ok(layers)
+}
+
+fn annotations(wire: Option<&WireAnnotations>) -> Result<LayerAnnotations> {
+    let Some(wire) = wire else {
+        bail!("it has no annotations (BuildKit's own import would refuse it)");
+    };
+    if wire.diff_id.is_empty() {
+        bail!("it has no diffID (BuildKit's own import would refuse it)");
+    }
+    Ok(LayerAnnotations {
+        media_type: normalise_layer(&wire.media_type.0).to_owned(),
+        diff_id: wire.diff_id.0.parse().context("its diffID")?,
+        size: u64::try_from(wire.size)
+            .map_err(|_| anyhow!("its size is negative ({})", wire.size))?,
+        created_at: wire.created_at,
+    })
+}
+
+fn records(wire: &[WireRecord]) -> Result<Vec<Record>> {
+    let mut records = Vec::with_capacity(wire.len());
+    for (at, record) in wire.iter().enumerate() {
+        records.push(read_record(record, wire.len()).with_context(|| format!("record {at}"))?);
+    }
+    Ok(records)
+}
+
+fn read_record(wire: &WireRecord, records: usize) -> Result<Record> {
+    // Layers are checked against the real count later, where it is known.
+    let layer = |number: i64| {
+        usize::try_from(number)
+            .map_err(|_| anyhow!("a result is of layer {number}, which is not there"))
+    };
+    let mut results = Vec::with_capacity(wire.layers.len());
+    for result in &wire.layers {
+        results.push(LayerResult {
+            layer: layer(result.layer)?,
+            created_at: result.created_at,
+        });
+    }
+    let mut chains = Vec::with_capacity(wire.chains.len());
+    for chain in &wire.chains {
+        chains.push(ChainResult {
+            layers: chain
+                .layers
+                .iter()
+                .map(|&l| layer(l))
+                .collect::<Result<_>>()?,
+            created_at: chain.created_at,
+        });
+    }
+    let mut inputs = Vec::with_capacity(wire.inputs.len());
+    for (slot, alternatives) in wire.inputs.iter().enumerate() {
+        let mut slot_inputs = Vec::with_capacity(alternatives.0.len());
+        for input in &alternatives.0 {
+            slot_inputs.push(Input {
+                selector: input.selector.0.clone().into_owned(),
+                link: index(input.link, records)
+                    .with_context(|| format!("input {slot} links to record {}", input.link))?,
+            });
+        }
+        inputs.push(slot_inputs);
+    }
+    Ok(Record {
+        results,
+        chains,
+        digest: wire.digest.0.clone().into_owned(),
+        inputs,
+    })
+}
+
+fn check_records(config: &CacheConfig) -> Result<()> {
+    let count = config.layers.len();
+    for (at, record) in config.records.iter().enumerate() {
+        let results = record.results.iter().map(|result| result.layer);
+        let chains = record.chains.iter().flat_map(|c| c.layers.iter().copied());
+        if let Some(layer) = results.chain(chains).find(|&layer| layer >= count) {
+            bail!("record {at}: a result is of layer {layer}, but there are {count} layers");
+        }
+    }
+    if let Err(at) = graph::inputs_first(&config.records) {
+        bail!("record {at}: its links run in a circle");
+    }
+    Ok(())
+}
+
+fn index(number: i64, count: usize) -> Result<usize> {
+    usize::try_from(number)
+        .ok()
+        .filter(|&index| index < count)
+        .ok_or_else(|| anyhow!("{number} is out of range (there are {count})"))
+}
+
+fn read_image(wire: &RawValue) -> Result<Option<Image>> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u64,
+    }
+    #[derive(Deserialize)]
+    struct Versioned {
+        root: Descriptor,
+        contents: Vec<WireContent>,
+    }
+
+    if wire.get() == "null" {
+        return Ok(None);
+    }
+    // The version first: what else a newer one holds is unknown.
+    match serde_json::from_str::<Version>(wire.get())?.version {
+        IMAGE_VERSION => {}
+        version if version > IMAGE_VERSION => bail!(
+            "it was made by a newer layercache (version {version}, this one reads {IMAGE_VERSION})"
+        ),
+        version => bail!("version {version} does not exist"),
+    }
+    let image: Versioned = serde_json::from_str(wire.get())?;
+    let mut contents = Vec::with_capacity(image.contents.len());
+    for content in image.contents {
+        let size = u64::try_from(content.size).map_err(|_| {
+            anyhow!(
+                "the size of {} is negative ({})",
+                content.digest,
+                content.size
+            )
+        })?;
+        contents.push(Content {
+            digest: content.digest,
+            size,
+        });
+    }
+    contents.sort_by_key(|content| content.digest);
+    if let Some([twice, _]) = contents.array_windows().find(|[a, b]| a.digest == b.digest) {
+        bail!("{} is in its contents twice", twice.digest);
+    }
+    let root = Content {
+        digest: image.root.digest,
+        size: image.root.size,
+    };
+    if !contents.contains(&root) {
+        bail!(
+            "its root {} is not in its contents with its size",
+            root.digest
+        );
+    }
+    Ok(Some(Image {
+        root: image.root,
+        contents,
+    }))
+}
+
+pub(super) fn write(config: &CacheConfig, form: Form) -> Result<Vec<u8>> {
+    let mut layers = Vec::with_capacity(config.layers.len());
+    for (at, layer) in config.layers.iter().enumerate() {
+        layers.push(WireLayer {
+            blob: Text(layer.blob.to_string().into()),
+            parent: match layer.parent {
+                None => -1,
+                Some(parent) => wire_index(parent)?,
+            },
+            annotations: match (form, &layer.annotations) {
+                (Form::Local, _) => None,
+                (Form::S3, None) => bail!("layer {at} ({}) has no annotations", layer.blob),
+                (Form::S3, Some(annotations)) => Some(WireAnnotations {
+                    media_type: Text(annotations.media_type.as_str().into()),
+                    diff_id: Text(annotations.diff_id.to_string().into()),
+                    size: wire_size(annotations.size)
+                        .with_context(|| format!("layer {at} ({})", layer.blob))?,
+                    created_at: annotations.created_at,
+                }),
+            },
+        });
+    }
+    let records = config
+        .records
+        .iter()
+        .map(wire_record)
+        .collect::<Result<_>>()?;
+    let image = match (form, &config.image) {
+        (Form::S3, Some(image)) => Some(wire_image(image)?),
+        _ => None,
+    };
+    Ok(to_json(&Config {
+        layers,
+        records,
+        layercache: None,
+        image,
+    })?)
+}
+
+fn wire_record(record: &Record) -> Result<WireRecord<'_>> {
+    let mut layers = Vec::with_capacity(record.results.len());
+    for result in &record.results {
+        layers.push(WireResult {
+            layer: wire_index(result.layer)?,
+            created_at: result.created_at,
+        });
+    }
+    let mut chains = Vec::with_capacity(record.chains.len());
+    for chain in &record.chains {
+        chains.push(WireChain {
+            layers: chain
+                .layers
+                .iter()
+                .map(|&l| wire_index(l))
+                .collect::<Result<_>>()?,
+            created_at: chain.created_at,
+        });
+    }
+    let mut inputs = Vec::with_capacity(record.inputs.len());
+    for alternatives in &record.inputs {
+        let mut wire = Vec::with_capacity(alternatives.len());
+        for input in alternatives {
+            wire.push(WireInput {
+                selector: Text(input.selector.as_str().into()),
+                link: wire_index(input.link)?,
+            });
+        }
+        inputs.push(Alternatives(wire));
+    }
+    Ok(WireRecord {
+        layers,
+        chains,
+        digest: Text(record.digest.as_str().into()),
+        inputs,
+    })
+}
+
+fn wire_image(image: &Image) -> Result<WireImage<'_>> {
+    let mut contents = Vec::with_capacity(image.contents.len());
+    for content in &image.contents {
+        contents.push(WireContent {
+            digest: content.digest,
+            size: wire_size(content.size).with_context(|| content.digest.to_string())?,
+        });
+    }
+    Ok(WireImage {
+        version: IMAGE_VERSION,
+        root: &image.root,
+        contents,
+    })
+}
+
+fn wire_index(index: usize) -> Result<i64> {
+    i64::try_from(index).with_context(|| format!("index {index} is too large"))
+}
+
+fn wire_size(size: u64) -> Result<i64> {
+    i64::try_from(size).with_context(|| format!("size {size} is too large"))
+}

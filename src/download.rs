@@ -1,0 +1,333 @@
+//! One blob's way from the store into the layout: fetched in pieces that arrive side by side, hashed
+//! and written in order, resumed where it broke off, named only once it is verified.
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use futures::stream::StreamExt;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+use crate::buffers::{Buffers, Room};
+use crate::digest::Digest;
+use crate::layout::{Layout, Stage, Staged};
+use crate::progress::{Activity, Blob, Progress};
+use crate::retry::Trouble;
+use crate::store::{Kind, Store};
+use crate::upload::{blocking, ranges};
+
+/// Bytes of a piece. One stream from S3 runs at 85 to 95 MiB/s whatever the line can carry, so a
+/// large blob is fetched in several at once; a piece is held in memory until its turn has come.
+const PIECE: u64 = 4 << 20;
+
+/// Pieces of one blob in flight.
+const WINDOW: usize = 10;
+
+/// Times a blob whose bytes are wrong is fetched again.
+const REFETCHES: u32 = 2;
+
+/// How a blob was found on the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fetched {
+    /// Fetched, and `bytes` came over the network for it.
+    Whole { bytes: u64 },
+    /// Not on the store.
+    Missing,
+}
+
+/// Fetches blobs into one layout.
+pub struct Downloader {
+    store: Arc<dyn Store>,
+    layout: Layout,
+    buffers: Buffers,
+    progress: Progress,
+    verified: mpsc::Sender<Staged>,
+    replace: bool,
+}
+
+impl Downloader {
+    /// Verified blobs are handed to `verified`, for [`publish`] to name them. With `replace`, a blob
+    /// that is there already is replaced unless its bytes are good.
+    pub fn new(
+        store: Arc<dyn Store>,
+        layout: Layout,
+        buffers: Buffers,
+        progress: Progress,
+        verified: mpsc::Sender<Staged>,
+        replace: bool,
+    ) -> Self {
+        Downloader {
+            store,
+            layout,
+            buffers,
+            progress,
+            verified,
+            replace,
+        }
+    }
+
+    /// Fetches a blob that the layout lacks.
+    pub async fn fetch(&self, key: &str, digest: Digest, size: u64) -> Result<Fetched> {
+        let (layout, replace) = (self.layout.clone(), self.replace);
+        let stage = move || match replace {
+            true => layout.stage_replacement(&digest, size),
+            false => layout.stage(&digest, size),
+        };
+        let staged = match blocking(stage).await? {
+            Stage::Present => return Ok(Fetched::Whole { bytes: 0 }),
+            Stage::Staged(staged) => staged,
+        };
+        let blob = self.progress.blob(Activity::Download, &digest, size);
+        let mut receiver = Receiver::take_up(staged, size, &blob).await?;
+        let mut taken_up = receiver.at > 0;
+        let mut refetched = 0;
+        let mut bytes = 0;
+        loop {
+            if !self
+                .fetch_rest(key, &mut receiver, &blob, &mut bytes)
+                .await?
+            {
+                return Ok(Fetched::Missing);
+            }
+            let found = Digest::from_hasher(receiver.hasher.clone());
+            if found == digest {
+                break;
+            }
+            // What an earlier run left may be at fault, or the network.
+            if !taken_up && refetched == REFETCHES {
+                // Nothing good is in it: the next run is to begin at its start.
+                receiver.begin_again(&blob).await?;
+                bail!(
+                    "blob {key} on s3 is damaged: its bytes hash to {found}; delete the object and export it again"
+                );
+            }
+            refetched += u32::from(!taken_up);
+            taken_up = false;
+            self.progress
+                .note(&format!("{digest}: its bytes are wrong, fetching it again"));
+            receiver.begin_again(&blob).await?;
+        }
+        blob.done();
+        self.verified
+            .send(receiver.staged)
+            .await
+            .ok()
+            .context("the task that names blobs has ended")?;
+        Ok(Fetched::Whole { bytes })
+    }
+
+    /// Fetches everything from where `receiver` is; `false` if the object is not there.
+    async fn fetch_rest(
+        &self,
+        key: &str,
+        receiver: &mut Receiver,
+        blob: &Arc<Blob>,
+        bytes: &mut u64,
+    ) -> Result<bool> {
+        let (from, size) = (receiver.at, receiver.size);
+        if from == size && size > 0 {
+            return Ok(true);
+        }
+        // An empty blob has no range, and is still asked for: it may not be there.
+        let pieces: Vec<_> = match size {
+            0 => vec![0..0],
+            _ => ranges(size - from, PIECE)
+                .map(|r| from + r.start..from + r.end)
+                .collect(),
+        };
+        let mut arriving = futures::stream::iter(pieces)
+            .map(|range| self.fetch_piece(key, range, size, blob))
+            .buffered(WINDOW);
+        while let Some(piece) = arriving.next().await {
+            let Some(piece) = piece? else {
+                return Ok(false);
+            };
+            *bytes += piece.length;
+            receiver.accept(piece).await?;
+        }
+        Ok(true)
+    }
+
+    /// Fetches one piece into memory, going on after every break where that is worth it.
+    async fn fetch_piece(
+        &self,
+        key: &str,
+        range: Range<u64>,
+        size: u64,
+        blob: &Arc<Blob>,
+    ) -> Result<Option<Piece>> {
+        let length = range.end - range.start;
+        let room = self.buffers.room(length).await;
+        let mut tries = self.store.retries().tries();
+        let mut chunks: Vec<Bytes> = Vec::new();
+        let mut have = 0;
+        let mut etag: Option<String> = None;
+        loop {
+            let rest = range.start + have..range.end;
+            let ranged = (rest != (0..size)).then(|| rest.clone());
+            let object = match self.store.get(key, ranged, etag.as_deref()).await {
+                Ok(Some(object)) => object,
+                Ok(None) => return Ok(None),
+                // Replaced while it was read: the same digest, so the same bytes, under a new ETag.
+                Err(error) if error.kind == Kind::Changed && etag.is_some() => {
+                    etag = None;
+                    if !tries.again(Trouble::default()).await {
+                        return Err(error.into());
+                    }
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if object.info.size != size || object.length != rest.end - rest.start {
+                bail!(
+                    "blob {key} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
+                    object.info.size
+                );
+            }
+            etag = object.info.etag;
+            let mut body = object.body;
+            let before = have;
+            let broke = loop {
+                match body.next().await {
+                    Some(Ok(chunk)) => {
+                        let room = length - have;
+                        let chunk = if chunk.len() as u64 > room {
+                            chunk.slice(..room as usize)
+                        } else {
+                            chunk
+                        };
+                        have += chunk.len() as u64;
+                        blob.advance(chunk.len() as u64);
+                        chunks.push(chunk);
+                    }
+                    Some(Err(error)) => break Some(error),
+                    None => break None,
+                }
+            };
+            if have == length {
+                return Ok(Some(Piece {
+                    chunks,
+                    length,
+                    _room: room,
+                }));
+            }
+            let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
+            self.progress.debug(&format!(
+                "{key}: the body broke off at byte {}: {error}",
+                range.start + have
+            ));
+            // Coming along in strides is not failing; a few bytes at a time is.
+            if have - before >= PIECE / 4 {
+                tries.progressed();
+            }
+            if !tries.again(Trouble::default()).await {
+                return Err(error).with_context(|| {
+                    format!("getting {key} from s3: the body broke off after {have} of {length} bytes, {} tries", tries.made())
+                });
+            }
+        }
+    }
+}
+
+/// Bytes that have arrived, and the room they take up.
+struct Piece {
+    chunks: Vec<Bytes>,
+    length: u64,
+    _room: Room,
+}
+
+/// The file that a blob grows in, and the digest of what it holds.
+struct Receiver {
+    staged: Staged,
+    size: u64,
+    at: u64,
+    hasher: Sha256,
+}
+
+impl Receiver {
+    /// Hashes what an earlier run left.
+    async fn take_up(mut staged: Staged, size: u64, blob: &Arc<Blob>) -> Result<Self> {
+        let have = staged.have;
+        if have == 0 {
+            return Ok(Receiver {
+                staged,
+                size,
+                at: 0,
+                hasher: Sha256::new(),
+            });
+        }
+        let (staged, hasher) = blocking(move || {
+            let mut hasher = Sha256::new();
+            let mut buffer = vec![0; 256 << 10];
+            staged
+                .file
+                .seek(SeekFrom::Start(0))
+                .context("reading a partial blob")?;
+            let mut rest = (&staged.file).take(have);
+            loop {
+                match rest.read(&mut buffer).context("reading a partial blob")? {
+                    0 => break,
+                    read => hasher.update(&buffer[..read]),
+                }
+            }
+            staged
+                .file
+                .seek(SeekFrom::Start(have))
+                .context("reading a partial blob")?;
+            Ok((staged, hasher))
+        })
+        .await?;
+        blob.advance(have);
+        Ok(Receiver {
+            staged,
+            size,
+            at: have,
+            hasher,
+        })
+    }
+
+    async fn accept(&mut self, piece: Piece) -> Result<()> {
+        let digest = self.staged.digest;
+        let file = self
+            .staged
+            .file
+            .try_clone()
+            .context("writing a blob into the layout")?;
+        let mut hasher = std::mem::take(&mut self.hasher);
+        let length = piece.length;
+        self.hasher = blocking(move || {
+            let mut file = file;
+            for chunk in &piece.chunks {
+                hasher.update(chunk);
+                file.write_all(chunk)
+                    .with_context(|| format!("writing blob {digest} into the layout"))?;
+            }
+            Ok(hasher)
+        })
+        .await?;
+        self.at += length;
+        Ok(())
+    }
+
+    async fn begin_again(&mut self, blob: &Arc<Blob>) -> Result<()> {
+        blob.take_back(self.at);
+        self.staged.restart()?;
+        self.at = 0;
+        self.hasher = Sha256::new();
+        Ok(())
+    }
+}
+
+/// Names verified blobs as they come, however many have gathered at once: that shares the cost of
+/// syncing. Ends when every sender is gone.
+pub async fn publish(layout: Layout, mut verified: mpsc::Receiver<Staged>) -> Result<()> {
+    let mut batch = Vec::new();
+    while verified.recv_many(&mut batch, 256).await > 0 {
+        let (layout, staged) = (layout.clone(), std::mem::take(&mut batch));
+        blocking(move || layout.publish(staged)).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,345 @@
+//! The export: what the layout's manifest refers to, uploaded where S3 lacks it, refreshed where it
+//! is old; the S3 manifest last.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use futures::stream::{StreamExt, TryStreamExt};
+
+use crate::buffers::{BUDGET, Buffers};
+use crate::cache_config::CacheConfig;
+use crate::config::{ExportConfig, ExportTask, Mode};
+use crate::digest::Digest;
+use crate::layout::Layout;
+use crate::presence;
+use crate::progress::Progress;
+use crate::report::Report;
+use crate::snapshot::{Snapshot, blobs_of};
+use crate::store::{ObjectInfo, Store};
+use crate::upload::{Document, Limits, Uploader, blocking};
+use crate::{Connect, Interrupt, LOCK_WAIT};
+
+/// Refreshes in flight at once: nothing but a request each, on the store's side all.
+const REFRESHES: usize = 32;
+
+/// How long to go on aborting uploads after an export failed or was interrupted.
+const ABORT_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Runs the task; one report a target. A target that fails under `ignore-error` is a warning.
+///
+/// # Errors
+/// The first target's failure that is not ignored; what was exported until then stays.
+pub async fn export(
+    task: &ExportTask,
+    connect: Connect<'_>,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Vec<Report>> {
+    let read = read_layout(task, progress);
+    let (layout, manifest, snapshot) = match interrupt.or(read).await {
+        Ok(read) => read,
+        Err(error)
+            if !interrupt.happened() && task.targets.iter().all(|target| target.ignore_error) =>
+        {
+            progress.warn(&format!(
+                "the export failed, which ignore-error=true allows: {error:#}"
+            ));
+            return Ok(task
+                .targets
+                .iter()
+                .map(|target| failed(target, &error))
+                .collect());
+        }
+        Err(error) => return Err(error),
+    };
+    let mut reports = Vec::new();
+    for target in &task.targets {
+        let exported = export_to(
+            target, task, &layout, &snapshot, connect, interrupt, progress,
+        )
+        .await;
+        reports.push(match exported {
+            Ok(report) => Report {
+                manifest: Some(manifest.to_string()),
+                ..report
+            },
+            Err(error) if target.ignore_error && !interrupt.happened() => {
+                progress.warn(&format!(
+                    "the export to {} failed, which ignore-error=true allows: {error:#}",
+                    address(target)
+                ));
+                failed(target, &error)
+            }
+            Err(error) => return Err(error.context(format!("exporting to {}", address(target)))),
+        });
+    }
+    Ok(reports)
+}
+
+fn address(target: &ExportConfig) -> String {
+    format!(
+        "s3://{}/{}",
+        target.s3.bucket,
+        target.s3.manifest_key(&target.s3.names[0])
+    )
+}
+
+fn keys(target: &ExportConfig) -> Vec<String> {
+    target
+        .s3
+        .names
+        .iter()
+        .map(|name| target.s3.manifest_key(name))
+        .collect()
+}
+
+fn failed(target: &ExportConfig, error: &anyhow::Error) -> Report {
+    Report {
+        command: "export",
+        bucket: target.s3.bucket.clone(),
+        names: target.s3.names.clone(),
+        keys: keys(target),
+        error: Some(format!("{error:#}")),
+        ..Report::default()
+    }
+}
+
+async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<(Layout, Digest, Snapshot)> {
+    let (root, selection, progress) = (
+        task.layout.clone(),
+        task.selection.clone(),
+        progress.clone(),
+    );
+    blocking(move || {
+        let layout = Layout::open(&root, LOCK_WAIT)?;
+        let entry = layout.select(&selection)?;
+        let snapshot = Snapshot::read(&layout, &entry, &progress)
+            .with_context(|| format!("reading manifest {} of {}", entry.digest, root.display()))?;
+        Ok((layout, entry.digest, snapshot))
+    })
+    .await
+}
+
+/// What is to be done for one target.
+struct Plan {
+    absent: Vec<(Digest, u64)>,
+    old: Vec<(Digest, ObjectInfo)>,
+    present: usize,
+}
+
+impl Plan {
+    fn new(
+        blobs: &BTreeMap<Digest, u64>,
+        mut found: BTreeMap<Digest, ObjectInfo>,
+        touch_refresh: Duration,
+        now: SystemTime,
+    ) -> Self {
+        let mut plan = Plan {
+            absent: Vec::new(),
+            old: Vec::new(),
+            present: 0,
+        };
+        for (&digest, &size) in blobs {
+            match found.remove(&digest) {
+                // An object of another size is not this blob, whatever its key says.
+                Some(info) if info.size == size => {
+                    let age = info
+                        .last_modified
+                        .map(|then| now.duration_since(then).unwrap_or_default());
+                    // An age that is not known counts as old. With touch_refresh=0s every blob is
+                    // refreshed, also one from this very second.
+                    if touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh) {
+                        plan.old.push((digest, info));
+                    } else {
+                        plan.present += 1;
+                    }
+                }
+                _ => plan.absent.push((digest, size)),
+            }
+        }
+        // The largest first, so that none is left to run alone at the end.
+        plan.absent
+            .sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
+        plan
+    }
+}
+
+async fn export_to(
+    target: &ExportConfig,
+    task: &ExportTask,
+    layout: &Layout,
+    snapshot: &Snapshot,
+    connect: Connect<'_>,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Report> {
+    let began = Instant::now();
+    let cache = match target.mode {
+        Mode::Max => snapshot.cache.clone(),
+        Mode::Min => snapshot.cache.min(),
+    };
+    let blobs = blobs_of(&cache)?;
+    let store = connect(&target.s3, progress).await?;
+    let uploader = Arc::new(Uploader::new(
+        Arc::clone(&store),
+        layout.clone(),
+        Buffers::new(BUDGET),
+        progress.clone(),
+        Limits::default(),
+    ));
+    let sent = send(
+        target,
+        task.dry_run,
+        &cache,
+        &blobs,
+        &*store,
+        &uploader,
+        progress,
+    );
+    let sent = interrupt.or(sent).await;
+    if sent.is_err() {
+        uploader.abort_unfinished(ABORT_PATIENCE).await;
+    }
+    let mut report = sent?;
+    report.command = "export";
+    report.bucket = target.s3.bucket.clone();
+    report.names = target.s3.names.clone();
+    report.keys = keys(target);
+    report.layout = task.layout.display().to_string();
+    report.dry_run = task.dry_run;
+    report.requests = store.requests();
+    report.seconds = began.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+async fn send(
+    target: &ExportConfig,
+    dry_run: bool,
+    cache: &CacheConfig,
+    blobs: &BTreeMap<Digest, u64>,
+    store: &dyn Store,
+    uploader: &Uploader,
+    progress: &Progress,
+) -> Result<Report> {
+    let manifest = Bytes::from(cache.to_s3()?);
+    progress.stage("looking for blobs on s3", 0, 0);
+    let found = presence::survey(store, &target.s3, blobs.keys().copied(), progress).await?;
+    let plan = Plan::new(blobs, found, target.touch_refresh, SystemTime::now());
+    let mut report = Report {
+        transferred: plan.absent.len() as u64,
+        present: plan.present as u64,
+        refreshed: plan.old.len() as u64,
+        bytes: plan.absent.iter().map(|(_, size)| size).sum(),
+        ..Report::default()
+    };
+    if dry_run {
+        for (digest, size) in &plan.absent {
+            uploader.check_readable(digest, *size).await?;
+            progress.note(&format!(
+                "would upload {digest} ({})",
+                crate::progress::bytes(*size)
+            ));
+        }
+        for (digest, _) in &plan.old {
+            progress.note(&format!("would refresh {digest}"));
+        }
+        for name in &target.s3.names {
+            progress.note(&format!("would write {}", target.s3.manifest_key(name)));
+        }
+        return Ok(report);
+    }
+
+    progress.stage(
+        "refreshing",
+        plan.old.len() as u64,
+        plan.old.iter().map(|(_, info)| info.size).sum(),
+    );
+    let mut absent = plan.absent;
+    let refreshed: Vec<_> = futures::stream::iter(&plan.old)
+        .map(|(digest, info)| async move {
+            let there = uploader
+                .refresh(&target.s3.blob_key(digest), digest, info)
+                .await?;
+            Ok::<_, anyhow::Error>((!there).then_some((*digest, info.size)))
+        })
+        .buffer_unordered(REFRESHES)
+        .try_collect()
+        .await?;
+    for (digest, size) in refreshed.into_iter().flatten() {
+        report.refreshed -= 1;
+        report.transferred += 1;
+        report.bytes += size;
+        absent.push((digest, size));
+    }
+
+    progress.stage(
+        "uploading",
+        absent.len() as u64,
+        absent.iter().map(|(_, size)| size).sum(),
+    );
+    futures::stream::iter(absent)
+        .map(|(digest, size)| async move {
+            uploader
+                .upload(&target.s3.blob_key(&digest), digest, size)
+                .await
+                .with_context(|| format!("uploading {digest}"))
+        })
+        .buffer_unordered(target.upload_parallelism)
+        .try_collect::<()>()
+        .await?;
+
+    // Every blob is there: the pointers to them come last.
+    for name in &target.s3.names {
+        let key = target.s3.manifest_key(name);
+        report.bytes += manifest.len() as u64;
+        store
+            .put(
+                &key,
+                "application/octet-stream",
+                Arc::new(Document(manifest.clone())),
+            )
+            .await
+            .with_context(|| format!("writing the manifest {key}"))?;
+        progress.note(&format!("wrote {key}"));
+    }
+    Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(size: u64, age: u64, now: SystemTime) -> ObjectInfo {
+        ObjectInfo {
+            size,
+            last_modified: Some(now - Duration::from_secs(age)),
+            etag: None,
+            storage_class: None,
+        }
+    }
+
+    #[test]
+    fn a_blob_is_refreshed_when_older_than_touch_refresh_and_uploaded_when_its_size_is_wrong() {
+        let now = SystemTime::now();
+        let [young, old, short, absent] = [b"a", b"b", b"c", b"d"].map(|text| Digest::of(text));
+        let blobs = BTreeMap::from([(young, 1), (old, 1), (short, 2), (absent, 3)]);
+        let found = BTreeMap::from([
+            (young, info(1, 60, now)),
+            (old, info(1, 61, now)),
+            (short, info(1, 0, now)),
+        ]);
+        let plan = Plan::new(&blobs, found, Duration::from_secs(60), now);
+        assert_eq!(plan.absent, vec![(absent, 3), (short, 2)]);
+        assert_eq!(
+            plan.old
+                .iter()
+                .map(|(digest, _)| *digest)
+                .collect::<Vec<_>>(),
+            vec![old]
+        );
+        assert_eq!(plan.present, 1);
+    }
+}

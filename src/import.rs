@@ -1,0 +1,396 @@
+//! The import: what an S3 manifest names, fetched where the layout lacks it, verified, and only then
+//! pointed to by a tag.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use futures::stream::{StreamExt, TryStreamExt};
+use tokio::sync::mpsc;
+
+use crate::buffers::{BUDGET, Buffers};
+use crate::cache_config::CacheConfig;
+use crate::config::{ImportConfig, ImportTask, Missing};
+use crate::digest::Digest;
+use crate::download::{Downloader, Fetched, publish};
+use crate::layout::Layout;
+use crate::oci::Descriptor;
+use crate::progress::{Activity, Progress};
+use crate::report::Report;
+use crate::retry::Trouble;
+use crate::snapshot::{self, blobs_of, documents};
+use crate::store::Store;
+use crate::upload::blocking;
+use crate::{Connect, Interrupt, LOCK_WAIT};
+
+/// Blobs fetched at once; the buffers' bound decides how many of them are large.
+const BLOBS: usize = 64;
+
+/// Blobs hashed at once under `--verify`.
+const HASHES: usize = 4;
+
+/// A larger manifest is not one that BuildKit wrote.
+const MANIFEST_LIMIT: u64 = 256 << 20;
+
+/// BuildKit's local import refuses a larger cache config.
+const BUILDKIT_CONFIG_LIMIT: usize = 1 << 20;
+
+/// Runs the task; one report a source.
+///
+/// # Errors
+/// The first failure; sources imported before it keep their tags.
+pub async fn import(
+    task: &ImportTask,
+    connect: Connect<'_>,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Vec<Report>> {
+    let root = task.layout.clone();
+    let layout = blocking(move || Layout::open_for_import(&root, LOCK_WAIT)).await?;
+    let mut reports: Vec<Report> = Vec::new();
+    for source in &task.sources {
+        let taken: Vec<&str> = reports
+            .iter()
+            .filter_map(|report| report.tag.as_deref())
+            .collect();
+        let tag = tag_for(task, source, &taken);
+        let imported = import_from(source, task, &layout, tag, connect, progress);
+        let report = interrupt
+            .or(imported)
+            .await
+            .with_context(|| format!("importing from {}", address(source)))?;
+        reports.push(report);
+    }
+    Ok(reports)
+}
+
+fn address(source: &ImportConfig) -> String {
+    format!(
+        "s3://{}/{}",
+        source.s3.bucket,
+        source.s3.manifest_key(&source.s3.names[0])
+    )
+}
+
+/// The first cache found gets the tag that was asked for, the others that of their own name; no tag
+/// is written twice in one run.
+fn tag_for(task: &ImportTask, source: &ImportConfig, taken: &[&str]) -> String {
+    let wanted = match (taken, &task.tag) {
+        ([], Some(tag)) => tag.as_str(),
+        ([], None) => "latest",
+        _ => source.s3.names[0].as_str(),
+    };
+    let mut tag = wanted.to_owned();
+    let mut count = 2;
+    while taken.contains(&tag.as_str()) {
+        tag = format!("{wanted}-{count}");
+        count += 1;
+    }
+    tag
+}
+
+async fn import_from(
+    source: &ImportConfig,
+    task: &ImportTask,
+    layout: &Layout,
+    tag: String,
+    connect: Connect<'_>,
+    progress: &Progress,
+) -> Result<Report> {
+    let began = Instant::now();
+    let store = connect(&source.s3, progress).await?;
+    let mut report = Report {
+        command: "import",
+        bucket: source.s3.bucket.clone(),
+        names: vec![source.s3.names[0].clone()],
+        keys: vec![source.s3.manifest_key(&source.s3.names[0])],
+        layout: task.layout.display().to_string(),
+        dry_run: task.dry_run,
+        ..Report::default()
+    };
+    let key = source.s3.manifest_key(&source.s3.names[0]);
+    progress.stage("reading the manifest", 0, 0);
+    match read_manifest(&*store, &key).await? {
+        Some(bytes) => {
+            report.bytes = bytes.len() as u64;
+            let cache = CacheConfig::parse_s3(&bytes)
+                .with_context(|| format!("reading the manifest {key} on s3"))?;
+            drop(bytes);
+            let import = Import {
+                source,
+                task,
+                layout,
+                store: Arc::clone(&store),
+                progress,
+            };
+            import.run(cache, tag, &mut report).await?;
+        }
+        None if task.require => bail!("there is no manifest {key} in bucket {}", source.s3.bucket),
+        None => {
+            report.not_found = true;
+            progress.warn(&format!(
+                "there is no manifest {key} in bucket {} yet: nothing imported (--require makes this an error)",
+                source.s3.bucket
+            ));
+        }
+    }
+    report.requests = store.requests();
+    report.seconds = began.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// The manifest, whole; `None` if there is none.
+async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<Vec<u8>>> {
+    let mut tries = store.retries().tries();
+    loop {
+        // The name is mutable: a manifest that broke off is read again from its start.
+        let Some(mut object) = store.get(key, None, None).await? else {
+            return Ok(None);
+        };
+        if object.length > MANIFEST_LIMIT {
+            bail!(
+                "the manifest {key} on s3 has {} bytes: no cache manifest is that large",
+                object.length
+            );
+        }
+        let mut bytes = Vec::with_capacity(object.length as usize);
+        let broke = loop {
+            match object.body.next().await {
+                Some(Ok(chunk)) => bytes.extend_from_slice(&chunk),
+                Some(Err(error)) => break Some(error),
+                None => break None,
+            }
+        };
+        match broke {
+            None if bytes.len() as u64 == object.length => return Ok(Some(bytes)),
+            broke => {
+                let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
+                if !tries.again(Trouble::default()).await {
+                    return Err(error).with_context(|| {
+                        format!(
+                            "getting {key} from s3: the body broke off in each of {} tries",
+                            tries.made()
+                        )
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// One source being imported.
+struct Import<'a> {
+    source: &'a ImportConfig,
+    task: &'a ImportTask,
+    layout: &'a Layout,
+    store: Arc<dyn Store>,
+    progress: &'a Progress,
+}
+
+impl Import<'_> {
+    async fn run(&self, mut cache: CacheConfig, tag: String, report: &mut Report) -> Result<()> {
+        let blobs = blobs_of(&cache)?;
+        let absent = self.absent(&blobs).await?;
+        report.present = (blobs.len() - absent.len()) as u64;
+        report.transferred = absent.len() as u64;
+        if self.task.dry_run {
+            for (digest, size) in &absent {
+                self.progress.note(&format!(
+                    "would fetch {digest} ({})",
+                    crate::progress::bytes(*size)
+                ));
+                report.bytes += size;
+            }
+            report.tag = Some(tag);
+            return Ok(());
+        }
+
+        let layout = self.layout.clone();
+        blocking(move || layout.prepare()).await?;
+        let missing = self.fetch(absent, report).await?;
+        if !missing.is_empty() {
+            report.transferred -= missing.len() as u64;
+            cache = self.without(cache, &missing, report)?;
+        }
+
+        let (layout, tag_name) = (self.layout.clone(), tag.clone());
+        let (entry, config_bytes) = blocking(move || write(&layout, &cache, &tag_name)).await?;
+        if config_bytes > BUILDKIT_CONFIG_LIMIT {
+            self.progress.warn(&format!(
+                "the cache config has {}: BuildKit's local import refuses more than 1 MiB; export with mode=min, or fewer stages",
+                crate::progress::bytes(config_bytes as u64)
+            ));
+        }
+        report.manifest = Some(entry.to_string());
+        report.tag = Some(tag);
+        let layout = self.layout.clone();
+        blocking(move || {
+            layout.tidy();
+            Ok(())
+        })
+        .await
+    }
+
+    /// What the layout lacks, the largest first.
+    async fn absent(&self, blobs: &BTreeMap<Digest, u64>) -> Result<Vec<(Digest, u64)>> {
+        let (layout, wanted, verify) = (self.layout.clone(), blobs.clone(), self.task.verify);
+        let mut absent: Vec<(Digest, u64)> = if verify {
+            let known: u64 = wanted.values().sum();
+            self.progress.stage("verifying", wanted.len() as u64, known);
+            let checks = wanted.into_iter().map(|(digest, size)| {
+                let (layout, progress) = (layout.clone(), self.progress.clone());
+                blocking(move || {
+                    let blob = progress.blob(Activity::Hash, &digest, size);
+                    let good = layout.verify_blob(&digest, size)?;
+                    blob.advance(size);
+                    blob.done();
+                    Ok((!good).then_some((digest, size)))
+                })
+            });
+            let found: Vec<_> = futures::stream::iter(checks)
+                .buffer_unordered(HASHES)
+                .try_collect()
+                .await?;
+            found.into_iter().flatten().collect()
+        } else {
+            blocking(move || {
+                Ok(wanted
+                    .into_iter()
+                    .filter(|(digest, size)| !layout.has_blob(digest, *size))
+                    .collect())
+            })
+            .await?
+        };
+        absent.sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
+        Ok(absent)
+    }
+
+    /// Fetches what is absent; returns what S3 does not have either.
+    async fn fetch(
+        &self,
+        absent: Vec<(Digest, u64)>,
+        report: &mut Report,
+    ) -> Result<BTreeSet<Digest>> {
+        self.progress.stage(
+            "fetching",
+            absent.len() as u64,
+            absent.iter().map(|(_, size)| size).sum(),
+        );
+        let (sender, receiver) = mpsc::channel(BLOBS);
+        let downloader = Downloader::new(
+            Arc::clone(&self.store),
+            self.layout.clone(),
+            Buffers::new(BUDGET),
+            self.progress.clone(),
+            sender,
+            self.task.verify,
+        );
+        let naming = publish(self.layout.clone(), receiver);
+        let fetching = async {
+            // Moved in, so that the last sender goes with it and the naming ends.
+            let downloader = downloader;
+            let fetched = futures::stream::iter(absent)
+                .map(|(digest, size)| {
+                    let downloader = &downloader;
+                    async move {
+                        let fetched = downloader
+                            .fetch(&self.source.s3.blob_key(&digest), digest, size)
+                            .await;
+                        Ok::<_, anyhow::Error>((
+                            digest,
+                            fetched.with_context(|| format!("fetching {digest}"))?,
+                        ))
+                    }
+                })
+                .buffer_unordered(BLOBS)
+                .try_fold(
+                    (BTreeSet::new(), 0),
+                    |(mut missing, mut bytes), (digest, fetched)| async move {
+                        match fetched {
+                            Fetched::Missing => {
+                                missing.insert(digest);
+                            }
+                            Fetched::Whole { bytes: more } => bytes += more,
+                        }
+                        Ok((missing, bytes))
+                    },
+                )
+                .await;
+            drop(downloader);
+            fetched
+        };
+        // Both run to their ends: what was verified before a failure is kept for the next run.
+        let (fetched, named) = tokio::join!(fetching, naming);
+        named?;
+        let (missing, bytes) = fetched?;
+        report.bytes += bytes;
+        Ok(missing)
+    }
+
+    /// The cache without what S3 no longer has.
+    fn without(
+        &self,
+        cache: CacheConfig,
+        missing: &BTreeSet<Digest>,
+        report: &mut Report,
+    ) -> Result<CacheConfig> {
+        if self.task.missing == Missing::Error {
+            let named: Vec<String> = missing.iter().take(5).map(Digest::to_string).collect();
+            bail!(
+                "{} blob(s) that the manifest names are not on s3 (expired?): {}{}; export the cache again, or let --missing=drop leave out what needs them",
+                missing.len(),
+                named.join(", "),
+                if missing.len() > named.len() {
+                    ", …"
+                } else {
+                    ""
+                }
+            );
+        }
+        for digest in missing {
+            self.progress
+                .note(&format!("{digest} is not on s3 any more"));
+        }
+        let had_image = cache.image.is_some();
+        let (mut kept, dropped) = cache.without_blobs(missing);
+        let image_broken = kept.image.as_ref().is_some_and(|image| {
+            image
+                .contents
+                .iter()
+                .any(|blob| missing.contains(&blob.digest))
+        });
+        if image_broken {
+            kept.image = None;
+        }
+        report.dropped_layers = dropped.layers as u64;
+        report.dropped_results = dropped.results as u64;
+        self.progress.warn(&format!(
+            "{} blob(s) that the manifest names are not on s3 (expired?): {} result(s) and {} layer(s) were left out{}",
+            missing.len(),
+            dropped.results,
+            dropped.layers,
+            if had_image && kept.image.is_none() { ", and the image cannot be given back" } else { "" }
+        ));
+        Ok(kept)
+    }
+}
+
+/// Writes the documents of `cache` and points `tag` to them, when all that they name is there.
+/// Returns the manifest's digest and the bytes of the cache config.
+fn write(layout: &Layout, cache: &CacheConfig, tag: &str) -> Result<(Digest, usize)> {
+    if let Some(image) = &cache.image {
+        // The manifest on S3 said what belongs to the image; the image itself has the last word.
+        snapshot::check_complete(layout, &image.root)
+            .context("checking the image that came from s3")?;
+        layout.tag(tag, &image.root)?;
+        return Ok((image.root.digest, 0));
+    }
+    let documents = documents(cache)?;
+    let config = Digest::of(&documents.config);
+    layout.write_document(&config, &documents.config)?;
+    let entry: Descriptor = documents.descriptor;
+    layout.write_document(&entry.digest, &documents.manifest)?;
+    layout.tag(tag, &entry)?;
+    Ok((entry.digest, documents.config.len()))
+}

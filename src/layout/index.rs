@@ -1,0 +1,280 @@
+//! `index.json`: which manifests a layout holds, and under which tags. What we do not change in it
+//! is kept as the bytes it came in.
+
+use std::fmt;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::Selection;
+use crate::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME};
+
+/// An error lists at most so many entries.
+const LISTED: usize = 20;
+
+#[derive(Debug)]
+pub(super) struct Index {
+    /// All fields but `manifests`, in their order; `None` stands where `manifests` was.
+    fields: Vec<Option<(String, Box<RawValue>)>>,
+    manifests: Vec<Box<RawValue>>,
+}
+
+/// A JSON object as its fields in their order, the values unparsed.
+struct Fields(Vec<(String, Box<RawValue>)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FieldsVisitor;
+        impl<'de> Visitor<'de> for FieldsVisitor {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(FieldsVisitor)
+    }
+}
+
+/// An entry as far as it can be understood.
+struct Entry {
+    ref_name: Option<String>,
+    containerd_name: Option<String>,
+    /// Or why it cannot be used: a sha512 digest, say.
+    descriptor: Result<Descriptor, String>,
+}
+
+impl Entry {
+    fn new(raw: &RawValue) -> Self {
+        let value: Value = match serde_json::from_str(raw.get()) {
+            Ok(value) => value,
+            Err(error) => {
+                return Entry {
+                    ref_name: None,
+                    containerd_name: None,
+                    descriptor: Err(error.to_string()),
+                };
+            }
+        };
+        let annotation =
+            |name: &str| Some(value.get("annotations")?.get(name)?.as_str()?.to_owned());
+        Entry {
+            ref_name: annotation(REF_NAME),
+            containerd_name: annotation(CONTAINERD_NAME),
+            descriptor: serde_json::from_value(value).map_err(|error| error.to_string()),
+        }
+    }
+
+    fn label(&self) -> String {
+        match self.ref_name.as_ref().or(self.containerd_name.as_ref()) {
+            Some(name) => format!("tag {}", quoted(name)),
+            None => "an entry without tag".into(),
+        }
+    }
+
+    fn is_named(&self, tag: &str) -> bool {
+        self.ref_name.as_deref() == Some(tag) || self.containerd_name.as_deref() == Some(tag)
+    }
+
+    /// containerd writes a whole reference, `docker.io/library/x:latest`.
+    fn is_reference_tagged(&self, tag: &str) -> bool {
+        self.containerd_name
+            .as_deref()
+            .and_then(|name| name.rsplit_once(':'))
+            .is_some_and(|(_, last)| last == tag)
+    }
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.label())?;
+        match &self.descriptor {
+            Ok(descriptor) => write!(f, " ({})", descriptor.digest),
+            Err(reason) => write!(f, " (unusable: {})", shortened(reason)),
+        }
+    }
+}
+
+/// A text from the file, shown so that it can neither flood nor control a terminal.
+fn quoted(text: &str) -> String {
+    format!("{:?}", shortened(text))
+}
+
+fn shortened(text: &str) -> String {
+    let plain = text.chars().filter(|c| !c.is_control());
+    let mut start: String = plain.take(201).collect();
+    if start.chars().count() > 200 {
+        start.pop();
+        start.push('…');
+    }
+    start
+}
+
+impl Index {
+    /// An index that names nothing yet, as BuildKit starts one.
+    pub(super) fn empty() -> Self {
+        let start = format!(r#"{{"schemaVersion":2,"mediaType":"{IMAGE_INDEX}","manifests":[]}}"#);
+        Self::parse(start.as_bytes()).expect("this is an index")
+    }
+
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
+        let Fields(all) = serde_json::from_slice(bytes).context("not a JSON object")?;
+        let mut fields = Vec::with_capacity(all.len());
+        let mut manifests = None;
+        for (name, value) in all {
+            if name != "manifests" {
+                fields.push(Some((name, value)));
+                continue;
+            }
+            let entries: Option<Vec<Box<RawValue>>> =
+                serde_json::from_str(value.get()).context("its manifests are not an array")?;
+            if manifests.replace(entries.unwrap_or_default()).is_some() {
+                bail!("it has its manifests twice");
+            }
+            fields.push(None);
+        }
+        if manifests.is_none() {
+            fields.push(None);
+        }
+        Ok(Index {
+            fields,
+            manifests: manifests.unwrap_or_default(),
+        })
+    }
+
+    /// Compact JSON, no newline at its end, as BuildKit writes it.
+    pub(super) fn to_json(&self) -> Result<Vec<u8>> {
+        let mut json = Vec::new();
+        for field in &self.fields {
+            json.push(if json.is_empty() { b'{' } else { b',' });
+            match field {
+                Some((name, value)) => {
+                    serde_json::to_writer(&mut json, name)?;
+                    json.push(b':');
+                    json.extend_from_slice(value.get().as_bytes());
+                }
+                None => {
+                    json.extend_from_slice(b"\"manifests\":");
+                    serde_json::to_writer(&mut json, &self.manifests)?;
+                }
+            }
+        }
+        json.push(b'}');
+        Ok(json)
+    }
+
+    /// Points `tag` to `entry`; false if it does so already, in the very same words.
+    pub(super) fn set_tag(&mut self, tag: &str, entry: &Descriptor) -> Result<bool> {
+        let mut entry = entry.clone();
+        entry.annotations.insert(REF_NAME.into(), tag.into());
+        let entry = serde_json::value::to_raw_value(&entry)
+            .with_context(|| format!("cannot write the index entry of tag {}", quoted(tag)))?;
+        let tagged: Vec<bool> = self
+            .manifests
+            .iter()
+            .map(|raw| Entry::new(raw).ref_name.as_deref() == Some(tag))
+            .collect();
+        let mut present = self
+            .manifests
+            .iter()
+            .zip(&tagged)
+            .filter(|(_, tagged)| **tagged);
+        if let (Some((only, _)), None) = (present.next(), present.next())
+            && only.get() == entry.get()
+        {
+            return Ok(false);
+        }
+        let mut tagged = tagged.into_iter();
+        self.manifests.retain(|_| !tagged.next().unwrap_or(false));
+        self.manifests.push(entry);
+        Ok(true)
+    }
+
+    /// The entry that is meant, and what to call it; `None` for a digest that no entry has.
+    pub(super) fn select(&self, selection: &Selection) -> Result<Option<(Descriptor, String)>> {
+        let entries: Vec<Entry> = self.manifests.iter().map(|raw| Entry::new(raw)).collect();
+        match selection {
+            Selection::Tag(tag) => match find_tag(&entries, tag)? {
+                Some(found) => Ok(Some(found)),
+                None => bail!("no tag {}: {}", quoted(tag), listed(&entries)),
+            },
+            Selection::Digest(digest) => Ok(usable(&entries)
+                .rfind(|(descriptor, _)| descriptor.digest == *digest)
+                .map(|(descriptor, entry)| (descriptor.clone(), entry.label()))),
+            Selection::Default => {
+                if let Some(found) = find_tag(&entries, "latest")? {
+                    return Ok(Some(found));
+                }
+                let Some((last, entry)) = usable(&entries).next_back() else {
+                    bail!("no manifest to choose: {}", listed(&entries));
+                };
+                if usable(&entries).any(|(other, _)| other.digest != last.digest) {
+                    bail!(
+                        "no tag \"latest\", and more than one manifest to choose from (--tag or --digest \
+                         says which): {}",
+                        listed(&entries)
+                    );
+                }
+                Ok(Some((last.clone(), entry.label())))
+            }
+        }
+    }
+
+    /// What is there, for an error.
+    pub(super) fn listing(&self) -> String {
+        listed(
+            &self
+                .manifests
+                .iter()
+                .map(|raw| Entry::new(raw))
+                .collect::<Vec<_>>(),
+        )
+    }
+}
+
+fn usable(entries: &[Entry]) -> impl DoubleEndedIterator<Item = (&Descriptor, &Entry)> {
+    entries
+        .iter()
+        .filter_map(|entry| Some((entry.descriptor.as_ref().ok()?, entry)))
+}
+
+/// The last entry of this tag, as the last is the one written last. If that one cannot be used, an
+/// older one of the same name is not what is meant.
+fn find_tag(entries: &[Entry], tag: &str) -> Result<Option<(Descriptor, String)>> {
+    let found = entries
+        .iter()
+        .rfind(|entry| entry.is_named(tag))
+        .or_else(|| entries.iter().rfind(|entry| entry.is_reference_tagged(tag)));
+    match found {
+        None => Ok(None),
+        Some(entry) => match &entry.descriptor {
+            Ok(descriptor) => Ok(Some((descriptor.clone(), format!("tag {}", quoted(tag))))),
+            Err(reason) => Err(anyhow!(
+                "the entry of tag {} cannot be used: {}",
+                quoted(tag),
+                shortened(reason)
+            )),
+        },
+    }
+}
+
+fn listed(entries: &[Entry]) -> String {
+    if entries.is_empty() {
+        return "it names no manifest at all".into();
+    }
+    let mut list: Vec<String> = entries.iter().take(LISTED).map(Entry::to_string).collect();
+    if let Some(more) = entries.len().checked_sub(LISTED).filter(|more| *more > 0) {
+        list.push(format!("and {more} more"));
+    }
+    format!("it has {}", list.join(", "))
+}

@@ -1,0 +1,1661 @@
+//! Turns one `--cache-to` or `--cache-from` value, in buildx's CSV syntax, into checked
+//! configuration. Pure: the environment is asked through a function, and nothing else is touched.
+//!
+//! BuildKit ignores what it does not understand; a cache then quietly goes to another place than
+//! was meant. Here that is an error, told before any request is sent. What buildx accepts but
+//! means nothing for this program is a warning, so that a spec pasted from a working buildx
+//! command line works.
+//!
+//! No message holds the value of a credential, or of a field that could not be understood: that
+//! field may be a piece of one.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use url::{Host, Url};
+
+use crate::config::{ExportConfig, ImportConfig, Mode, RetryMode, S3Config, StaticCredentials};
+use crate::digest::Digest;
+
+/// How the environment is asked for a variable.
+pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// A checked spec, and what its author should know about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parsed<T> {
+    pub config: T,
+    pub warnings: Vec<String>,
+}
+
+/// Parses the value of `--cache-to`.
+///
+/// # Errors
+/// Whatever is wrong with the spec or with a variable it falls back to; the text names the
+/// attribute or the field's position, and what is accepted.
+pub fn cache_to(spec: &str, env: Env) -> Result<Parsed<ExportConfig>> {
+    let mut warnings = Vec::new();
+    let mut attributes = Attributes::parse(spec, Direction::To, &mut warnings)?;
+    let config = ExportConfig {
+        s3: s3_config(&mut attributes, Direction::To, env, &mut warnings)?,
+        upload_parallelism: match attributes.take("upload_parallelism") {
+            // No cache has a million layers, and more than some semaphores can count is no use.
+            Some(value) => usize::try_from(count("upload_parallelism", &value)?)
+                .map_or(1 << 20, |layers| layers.min(1 << 20)),
+            None => 4,
+        },
+        touch_refresh: match attributes.take("touch_refresh") {
+            Some(value) => duration("touch_refresh", &value)?,
+            None => Duration::from_secs(24 * 60 * 60),
+        },
+        mode: match attributes.take("mode").as_deref() {
+            None | Some("min") => Mode::Min,
+            Some("max") => Mode::Max,
+            Some(other) => bail!("mode: {} is not a mode (accepted: min, max)", quoted(other)),
+        },
+        ignore_error: boolean(&mut attributes, "ignore-error")?,
+    };
+    Ok(Parsed { config, warnings })
+}
+
+/// Parses the value of `--cache-from`.
+///
+/// # Errors
+/// As [`cache_to`].
+pub fn cache_from(spec: &str, env: Env) -> Result<Parsed<ImportConfig>> {
+    let mut warnings = Vec::new();
+    let mut attributes = Attributes::parse(spec, Direction::From, &mut warnings)?;
+    let config = ImportConfig {
+        s3: s3_config(&mut attributes, Direction::From, env, &mut warnings)?,
+    };
+    Ok(Parsed { config, warnings })
+}
+
+/// The specs in an environment variable: one a line, blank lines left out.
+pub fn specs_from_env(value: &str) -> Vec<String> {
+    value
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    To,
+    From,
+}
+
+/// What `type=s3` means in both directions.
+const BOTH: &[&str] = &[
+    "type",
+    "region",
+    "bucket",
+    "name",
+    "prefix",
+    "endpoint_url",
+    "blobs_prefix",
+    "manifests_prefix",
+    "use_path_style",
+    "access_key_id",
+    "secret_access_key",
+    "session_token",
+    "retry_mode",
+    "retry_max_attempts",
+    "disable_accept_encoding",
+];
+
+/// What only `--cache-to` reads.
+const TO_ONLY: &[&str] = &[
+    "upload_parallelism",
+    "touch_refresh",
+    "mode",
+    "ignore-error",
+];
+
+const NOT_RECOMPRESSED: &str = "blobs are moved as they are, never compressed again";
+const ONE_FORM: &str = "a cache on s3 has one form only";
+const LAYOUT_ARGUMENT: &str = "it belongs to type=local; the layout is an argument of its own";
+const CHOSEN_BY_FLAG: &str = "it belongs to type=local; use --tag or --digest";
+const REGISTRY: &str = "it belongs to type=registry";
+const GITHUB: &str = "it belongs to type=gha";
+const AZURE: &str = "it belongs to type=azblob";
+
+/// What buildx and the other backends take, and why it does nothing here.
+const FOREIGN: &[(&str, &str)] = &[
+    ("compression", NOT_RECOMPRESSED),
+    ("compression-level", NOT_RECOMPRESSED),
+    ("force-compression", NOT_RECOMPRESSED),
+    ("oci-mediatypes", ONE_FORM),
+    ("oci-artifact", ONE_FORM),
+    ("image-manifest", ONE_FORM),
+    ("dest", LAYOUT_ARGUMENT),
+    ("src", LAYOUT_ARGUMENT),
+    ("digest", CHOSEN_BY_FLAG),
+    ("tag", CHOSEN_BY_FLAG),
+    ("ref", REGISTRY),
+    ("registry.insecure", REGISTRY),
+    ("scope", GITHUB),
+    ("token", GITHUB),
+    ("url", GITHUB),
+    ("url_v2", GITHUB),
+    ("version", GITHUB),
+    ("repository", GITHUB),
+    ("ghtoken", GITHUB),
+    ("timeout", GITHUB),
+    ("account", AZURE),
+    ("account_name", AZURE),
+    ("account_key", AZURE),
+    ("account_url", AZURE),
+    ("container", AZURE),
+];
+
+const SECRETS: &[&str] = &["access_key_id", "secret_access_key", "session_token"];
+
+/// The attributes that apply, each once.
+struct Attributes(Vec<(&'static str, String)>);
+
+impl Attributes {
+    /// Splits the spec, and sees to it that only what applies is left.
+    fn parse(spec: &str, direction: Direction, warnings: &mut Vec<String>) -> Result<Self> {
+        let fields = fields(spec)?;
+        if let [only] = fields.as_slice()
+            && !only.contains('=')
+        {
+            ensure!(
+                !only.trim().is_empty(),
+                "the spec is empty (expected type=s3,region=...,bucket=...)"
+            );
+            bail!(
+                "a spec without `=` is an image reference, and type=registry is not supported \
+                 (expected type=s3,region=...,bucket=...)"
+            );
+        }
+
+        let mut pairs: Vec<(String, String)> = Vec::with_capacity(fields.len());
+        for (index, field) in fields.into_iter().enumerate() {
+            let position = index + 1;
+            let Some((key, value)) = field.split_once('=') else {
+                if field.trim().is_empty() {
+                    bail!("field {position} is empty (is there a comma too many?)");
+                }
+                bail!(
+                    "field {position} has no `=` (expected key=value; a field whose value holds a \
+                     comma is quoted as a whole: \"key=a,b\")"
+                );
+            };
+            let key = key.trim().to_lowercase();
+            ensure!(
+                !key.is_empty(),
+                "field {position} has no key before its `=`"
+            );
+            pairs.push((key, value.to_owned()));
+        }
+
+        // The type decides what the other keys mean, so it is judged first.
+        let mut types = pairs.iter().filter(|(key, _)| key == "type");
+        if let Some((_, value)) = types.next()
+            && value != "s3"
+        {
+            bail!(
+                "type: {} is not supported (accepted: s3)",
+                quoted(value.as_str())
+            );
+        }
+
+        let mut found = Attributes(Vec::new());
+        let mut ignored: Vec<&'static str> = Vec::new();
+        let mut after_secret = false;
+        for (index, (key, value)) in pairs.into_iter().enumerate() {
+            let own = BOTH.iter().chain(TO_ONLY).copied().find(|own| *own == key);
+            let foreign = FOREIGN.iter().find(|(foreign, _)| *foreign == key);
+            let (name, reason) = match (own, foreign) {
+                (Some(name), _) if direction == Direction::From && TO_ONLY.contains(&name) => {
+                    (name, Some("it means something on --cache-to only"))
+                }
+                (Some(name), _) => (name, None),
+                (None, Some((name, reason))) => (*name, Some(*reason)),
+                (None, None) => return Err(unknown(&key, index + 1, after_secret)),
+            };
+            if found.0.iter().any(|(seen, _)| *seen == name) || ignored.contains(&name) {
+                bail!("{name}: given twice (field {})", index + 1);
+            }
+            after_secret = SECRETS.contains(&name);
+            match reason {
+                Some(reason) => {
+                    ignored.push(name);
+                    warnings.push(format!("{name}: ignored: {reason}"));
+                }
+                None => found.0.push((name, value)),
+            }
+        }
+        ensure!(
+            found.take("type").is_some(),
+            "type: missing (expected type=s3)"
+        );
+        Ok(found)
+    }
+
+    fn take(&mut self, key: &str) -> Option<String> {
+        let at = self.0.iter().position(|(name, _)| *name == key)?;
+        Some(self.0.swap_remove(at).1)
+    }
+
+    /// As `take`, with an empty value as none: pipelines pass on variables that are not set.
+    fn take_filled(&mut self, key: &str) -> Option<String> {
+        self.take(key).filter(|value| !value.is_empty())
+    }
+}
+
+fn unknown(key: &str, position: usize, after_secret: bool) -> anyhow::Error {
+    let near = BOTH
+        .iter()
+        .chain(TO_ONLY)
+        .map(|known| (strsim::jaro_winkler(key, known), *known))
+        .filter(|(likeness, _)| *likeness >= 0.85)
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    let key = key.chars().take(60).collect::<String>();
+    let key = key.escape_debug();
+    match near {
+        Some((_, known)) => anyhow!("{key}: unknown attribute (did you mean `{known}`?)"),
+        // What follows a credential may be the rest of one that holds a comma.
+        None if after_secret => anyhow!(
+            "field {position}, which follows a credential, has an unknown attribute (a field whose \
+             value holds a comma is quoted as a whole: \"key=a,b\")"
+        ),
+        None => anyhow!(
+            "{key}: unknown attribute (accepted: {}; on --cache-to also {})",
+            BOTH.join(", "),
+            TO_ONLY.join(", ")
+        ),
+    }
+}
+
+/// The fields of a spec's one CSV record.
+fn fields(spec: &str) -> Result<Vec<String>> {
+    // `$(cat file)` leaves none, but a variable in YAML often ends in a line break.
+    let spec = spec.trim_matches(['\r', '\n']);
+    strict_quotes(spec)?;
+    let mut reader = csv::ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        .from_reader(spec.as_bytes());
+    let mut records = reader.records();
+    // The csv crate's errors say where, not what; still, what they say is not ours to vouch for.
+    let unreadable = |_| anyhow!("the spec cannot be read as CSV");
+    let Some(record) = records.next() else {
+        bail!("the spec is empty (expected type=s3,region=...,bucket=...)");
+    };
+    let record = record.map_err(unreadable)?;
+    ensure!(records.next().is_none(), "{}", SECOND_LINE);
+    Ok(record.iter().map(str::to_owned).collect())
+}
+
+const SECOND_LINE: &str = "the spec has a second line (expected one line; repeat the flag, or give the variable one spec \
+     a line, for several)";
+
+/// The csv crate takes a stray quote for data and a missing one for the end; Go's reader, and so
+/// buildx, refuses both. Go's rules, checked beforehand.
+fn strict_quotes(spec: &str) -> Result<()> {
+    enum At {
+        Start,
+        Plain,
+        Quoted,
+        /// After a quote inside quotes: the end, or the first half of a doubled one.
+        Quote,
+    }
+    let mut at = At::Start;
+    let mut position = 1_usize;
+    for c in spec.chars() {
+        at = match (at, c) {
+            (At::Quoted, '"') => At::Quote,
+            (At::Quoted, _) => At::Quoted,
+            (At::Start, '"') | (At::Quote, '"') => At::Quoted,
+            (_, ',') => {
+                position += 1;
+                At::Start
+            }
+            (_, '\r' | '\n') => bail!("{SECOND_LINE}"),
+            (At::Plain, '"') => bail!(
+                "field {position} has a quote in its middle (a quoted field is quoted as a whole, \
+                 \"key=a,b\", and a quote inside it doubled)"
+            ),
+            (At::Quote, _) => bail!(
+                "field {position} goes on after its closing quote (a quote inside a quoted field is \
+                 doubled)"
+            ),
+            (At::Start | At::Plain, _) => At::Plain,
+        };
+    }
+    ensure!(
+        !matches!(at, At::Quoted),
+        "field {position} has no closing quote"
+    );
+    Ok(())
+}
+
+fn s3_config(
+    attributes: &mut Attributes,
+    direction: Direction,
+    env: Env,
+    warnings: &mut Vec<String>,
+) -> Result<S3Config> {
+    let region = required(
+        attributes,
+        "region",
+        &["AWS_REGION", "AWS_DEFAULT_REGION"],
+        env,
+    )?;
+    check_region(&region.value).with_context(|| region.source)?;
+    let bucket = required(attributes, "bucket", &["AWS_BUCKET"], env)?;
+    check_bucket(&bucket.value).with_context(|| bucket.source)?;
+
+    let mut prefix =
+        |key, default: &str| attributes.take(key).unwrap_or_else(|| default.to_owned());
+    let (blobs_prefix, manifests_prefix) = (
+        prefix("blobs_prefix", "blobs/"),
+        prefix("manifests_prefix", "manifests/"),
+    );
+    let prefix = prefix("prefix", "");
+    let config = S3Config {
+        region: region.value,
+        bucket: bucket.value,
+        endpoint_url: endpoint(attributes, env)?,
+        use_path_style: boolean(attributes, "use_path_style")?,
+        prefix,
+        blobs_prefix,
+        manifests_prefix,
+        names: names(attributes.take("name"), direction, warnings)?,
+        credentials: credentials(attributes)?,
+        retry_mode: match attributes.take("retry_mode").as_deref() {
+            None | Some("standard") => RetryMode::Standard,
+            Some("adaptive") => RetryMode::Adaptive,
+            Some(other) => bail!(
+                "retry_mode: {} is not a retry mode (accepted: standard, adaptive)",
+                quoted(other)
+            ),
+        },
+        retry_max_attempts: match attributes.take("retry_max_attempts") {
+            Some(value) => u32::try_from(count("retry_max_attempts", &value)?).unwrap_or(u32::MAX),
+            None => 3,
+        },
+        disable_accept_encoding: boolean(attributes, "disable_accept_encoding")?,
+    };
+    check_keys(&config, warnings)?;
+    warn_of_bare_token(&config, warnings);
+    Ok(config)
+}
+
+/// A value, and what to call it in an error: the attribute, or the variable.
+struct Sourced {
+    value: String,
+    source: &'static str,
+}
+
+fn required(
+    attributes: &mut Attributes,
+    key: &'static str,
+    variables: &[&'static str],
+    env: Env,
+) -> Result<Sourced> {
+    if let Some(value) = attributes.take(key) {
+        ensure!(
+            !value.is_empty(),
+            "{key}: the value is empty (expected {key}=...; leave the attribute out to use {})",
+            variables.join(" or ")
+        );
+        return Ok(Sourced { value, source: key });
+    }
+    variables
+        .iter()
+        .find_map(|source| {
+            let value = env(source).filter(|value| !value.is_empty())?;
+            Some(Sourced { value, source })
+        })
+        .with_context(|| {
+            format!(
+                "{key}: missing (give {key}=... in the spec, or set {})",
+                variables.join(" or ")
+            )
+        })
+}
+
+/// The region becomes part of a host name.
+fn check_region(region: &str) -> Result<()> {
+    let label = region.len() <= 63
+        && region
+            .bytes()
+            .all(|c| c.is_ascii_alphanumeric() || c == b'-')
+        && !region.starts_with('-')
+        && !region.ends_with('-');
+    ensure!(
+        label,
+        "{} is not a region (accepted: letters, digits and `-`, as in us-east-1 or auto)",
+        quoted(region)
+    );
+    Ok(())
+}
+
+/// Looser than today's rules for new buckets: old ones have upper case, `_` and long names.
+fn check_bucket(bucket: &str) -> Result<()> {
+    ensure!(
+        !bucket.starts_with("arn:"),
+        "{} is an ARN, and access points are not supported (expected a bucket's name)",
+        quoted(bucket)
+    );
+    ensure!(
+        !bucket.contains('/'),
+        "{} holds a `/` (expected the bucket's name alone; what follows it goes into prefix=...)",
+        quoted(bucket)
+    );
+    let legal = bucket
+        .bytes()
+        .all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'));
+    ensure!(
+        legal && (3..=255).contains(&bucket.len()),
+        "{} is not a bucket's name (accepted: 3 to 63 letters, digits, `.` and `-`; up to 255 and \
+         `_` for old buckets)",
+        quoted(bucket)
+    );
+    Ok(())
+}
+
+/// The spec's endpoint, else the environment's, as the AWS SDKs have it.
+fn endpoint(attributes: &mut Attributes, env: Env) -> Result<Option<Url>> {
+    if let Some(value) = attributes.take_filled("endpoint_url") {
+        return parse_endpoint(&value).context("endpoint_url").map(Some);
+    }
+    let ignored = env("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
+        .is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    if ignored {
+        return Ok(None);
+    }
+    for variable in ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"] {
+        if let Some(value) = env(variable).filter(|value| !value.is_empty()) {
+            return parse_endpoint(&value).context(variable).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+fn parse_endpoint(value: &str) -> Result<Url> {
+    // A password before the host, or a signature after the path, is no text to repeat.
+    let shown = if value.contains(['@', '?', '#']) {
+        "the value".to_owned()
+    } else {
+        quoted(value)
+    };
+    const ACCEPTED: &str = "expected http://host or https://host, with a port or a path if need be";
+    let Some((scheme, rest)) = value.split_once("://") else {
+        bail!("{shown} has no scheme (write http:// or https:// before it)");
+    };
+    // The url crate mends such things in silence, as browsers do.
+    ensure!(
+        !value.contains(|c: char| c.is_whitespace() || c.is_control() || c == '\\')
+            && !rest.starts_with('/'),
+        "{shown} is not a URL ({ACCEPTED})"
+    );
+    ensure!(
+        scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https"),
+        "{shown} is neither http nor https ({ACCEPTED})"
+    );
+    // Its parse errors say what is wrong, never where: no part of the value is in them.
+    let url = Url::parse(value).map_err(|reason| anyhow!("{shown} is not a URL: {reason}"))?;
+    ensure!(url.has_host(), "{shown} names no host ({ACCEPTED})");
+    ensure!(
+        url.username().is_empty() && url.password().is_none() && !authority(rest).contains('@'),
+        "the URL holds a user name or password (give access_key_id and secret_access_key instead)"
+    );
+    ensure!(
+        url.query().is_none() && url.fragment().is_none(),
+        "the URL has a query or a fragment ({ACCEPTED})"
+    );
+    Ok(url)
+}
+
+/// What stands between `://` and the path.
+fn authority(rest: &str) -> &str {
+    rest.split(['/', '?', '#']).next().unwrap_or_default()
+}
+
+fn names(
+    value: Option<String>,
+    direction: Direction,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<String>> {
+    let value = value.unwrap_or_else(|| "buildkit".to_owned());
+    let mut names: Vec<String> = Vec::new();
+    let mut repeated = false;
+    for name in value.split(';') {
+        ensure!(
+            !name.is_empty(),
+            "name: {} holds an empty name (expected one name, or several as a;b)",
+            quoted(&value)
+        );
+        ensure!(
+            !name.starts_with('/'),
+            "name: {} begins with `/` (many servers take `//` in a key for `/`)",
+            quoted(name)
+        );
+        if names.iter().any(|known| known == name) {
+            repeated = true;
+        } else {
+            names.push(name.to_owned());
+        }
+    }
+    match direction {
+        Direction::To if repeated => {
+            warnings.push("name: a name is given twice; it is written once".to_owned());
+        }
+        Direction::From if names.len() > 1 => {
+            // As BuildKit does it.
+            names.truncate(1);
+            warnings.push(format!(
+                "name: only the first name, {}, is imported; for the others repeat --cache-from",
+                quoted(&names.concat())
+            ));
+        }
+        Direction::To | Direction::From => {}
+    }
+    Ok(names)
+}
+
+/// Refuses what would make keys that no store, or only some stores, keep as they are.
+fn check_keys(config: &S3Config, warnings: &mut Vec<String>) -> Result<()> {
+    let no_control = |attribute: &str, value: &str| {
+        ensure!(
+            !value.contains(char::is_control),
+            "{attribute}: {} holds a control character",
+            quoted(value)
+        );
+        Ok(())
+    };
+    no_control("prefix", &config.prefix)?;
+    no_control("blobs_prefix", &config.blobs_prefix)?;
+    no_control("manifests_prefix", &config.manifests_prefix)?;
+    for name in &config.names {
+        no_control("name", name)?;
+    }
+
+    // Every digest is as long as this one.
+    let blob = ("blobs_prefix", config.blob_key(&Digest::of(b"")));
+    let manifests = config
+        .names
+        .iter()
+        .map(|name| ("name", config.manifest_key(name)));
+    let mut folded = false;
+    for (attribute, key) in std::iter::once(blob).chain(manifests) {
+        ensure!(
+            key.len() <= 1024,
+            "{attribute}: with its prefixes it makes a key of {} bytes (accepted: up to 1024)",
+            key.len()
+        );
+        for segment in key.split('/') {
+            ensure!(
+                segment != "." && segment != "..",
+                "{attribute}: with its prefixes it makes the key {}, whose `{segment}` many \
+                 servers resolve as a path",
+                quoted(&key)
+            );
+        }
+        folded |= key.starts_with('/') || key.contains("//");
+    }
+    if folded {
+        warnings.push(
+            "prefix: keys will begin with `/` or hold `//`, which some S3-compatible servers change"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
+fn credentials(attributes: &mut Attributes) -> Result<Option<StaticCredentials>> {
+    let access_key_id = attributes.take_filled("access_key_id");
+    let secret_access_key = attributes.take_filled("secret_access_key");
+    let session_token = attributes.take_filled("session_token");
+    // These two are sent in headers; the secret only goes through HMAC. A line break that came
+    // along from a file is refused rather than left to fail as a wrong signature.
+    for (attribute, value) in [
+        ("access_key_id", &access_key_id),
+        ("session_token", &session_token),
+    ] {
+        ensure!(
+            value
+                .iter()
+                .all(|value| value.bytes().all(|c| c.is_ascii_graphic())),
+            "{attribute}: the value holds a space, a line break or another character that no \
+             credential has"
+        );
+    }
+    ensure!(
+        secret_access_key
+            .iter()
+            .all(|value| !value.contains(char::is_control)),
+        "secret_access_key: the value holds a line break or another control character"
+    );
+    match (access_key_id, secret_access_key) {
+        (Some(access_key_id), Some(secret_access_key)) => Ok(Some(StaticCredentials {
+            access_key_id,
+            secret_access_key,
+            session_token,
+        })),
+        (Some(_), None) => bail!("secret_access_key: missing (access_key_id is given without it)"),
+        (None, Some(_)) => bail!("access_key_id: missing (secret_access_key is given without it)"),
+        (None, None) => {
+            ensure!(
+                session_token.is_none(),
+                "session_token: given without access_key_id and secret_access_key"
+            );
+            Ok(None)
+        }
+    }
+}
+
+fn warn_of_bare_token(config: &S3Config, warnings: &mut Vec<String>) {
+    let token = config
+        .credentials
+        .as_ref()
+        .is_some_and(|credentials| credentials.session_token.is_some());
+    let Some(url) = &config.endpoint_url else {
+        return;
+    };
+    let loopback = match url.host() {
+        Some(Host::Domain(name)) => {
+            let name = name.strip_suffix('.').unwrap_or(name);
+            name == "localhost" || name.ends_with(".localhost")
+        }
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.to_canonical().is_loopback(),
+        None => false,
+    };
+    if token && url.scheme() == "http" && !loopback {
+        warnings.push(format!(
+            "session_token: sent unencrypted to {}, for all on the way to read; use https",
+            url.host_str().unwrap_or_default()
+        ));
+    }
+}
+
+/// Go's ParseBool; absent is false.
+fn boolean(attributes: &mut Attributes, key: &str) -> Result<bool> {
+    let Some(value) = attributes.take(key) else {
+        return Ok(false);
+    };
+    match value.as_str() {
+        "1" | "t" | "T" | "TRUE" | "true" | "True" => Ok(true),
+        "0" | "f" | "F" | "FALSE" | "false" | "False" => Ok(false),
+        other => bail!(
+            "{key}: {} is not a boolean (accepted: 1, t, T, TRUE, true, True, 0, f, F, FALSE, \
+             false, False)",
+            quoted(other)
+        ),
+    }
+}
+
+fn count(key: &str, value: &str) -> Result<u64> {
+    match value.parse() {
+        Ok(number) if number >= 1 => Ok(number),
+        _ => bail!(
+            "{key}: {} is not a positive whole number (accepted: 1 and above)",
+            quoted(value)
+        ),
+    }
+}
+
+/// Go's ParseDuration, less the negative ones.
+fn duration(key: &str, value: &str) -> Result<Duration> {
+    // Go takes a zero without a unit; go-duration does not.
+    if matches!(value, "0" | "+0" | "-0") {
+        return Ok(Duration::ZERO);
+    }
+    let Ok(duration) = value.parse::<go_duration::GoDuration>() else {
+        let days = value
+            .strip_suffix('d')
+            .and_then(|days| days.parse::<u32>().ok())
+            .map(|days| u64::from(days) * 24);
+        if let Some(hours) = days {
+            bail!(
+                "{key}: {} is not a duration (days are not a Go unit; write {hours}h)",
+                quoted(value)
+            );
+        }
+        bail!(
+            "{key}: {} is not a duration (accepted: numbers with a unit of h, m, s, ms, us or ns, \
+             as in 24h, 1h30m or 1.5h, up to 292 years)",
+            quoted(value)
+        );
+    };
+    let Ok(nanoseconds) = u64::try_from(duration.nanoseconds()) else {
+        bail!(
+            "{key}: {} is negative (accepted: 0s and above)",
+            quoted(value)
+        );
+    };
+    Ok(Duration::from_nanos(nanoseconds))
+}
+
+/// A value for an error: what a terminal could take for commands is escaped, and a long one cut.
+/// Separated by something other than commas, a spec becomes one value, credentials and all.
+fn quoted(value: &str) -> String {
+    const SHOWN: usize = 100;
+    if may_hold_credentials(value) {
+        return "the value (not shown: it may hold a credential)".to_owned();
+    }
+    let start: String = value.chars().take(SHOWN).collect();
+    let more = if start.len() < value.len() { "..." } else { "" };
+    format!("{start:?}{more}")
+}
+
+/// Whether a text holds what could be a credential's attribute.
+pub(crate) fn may_hold_credentials(text: &str) -> bool {
+    let text = text.to_lowercase();
+    ["access_key", "session_token", "key=", "token="]
+        .iter()
+        .any(|mark| text.contains(mark))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MINIMAL: &str = "type=s3,region=us-east-1,bucket=cache";
+
+    fn no_env(_: &str) -> Option<String> {
+        None
+    }
+
+    fn env_of(pairs: &'static [(&'static str, &'static str)]) -> impl Fn(&str) -> Option<String> {
+        move |name| {
+            let (_, value) = pairs.iter().find(|(key, _)| *key == name)?;
+            Some((*value).to_owned())
+        }
+    }
+
+    /// The minimal spec and `more`, as `--cache-to`.
+    fn to(more: &str) -> Parsed<ExportConfig> {
+        cache_to(&format!("{MINIMAL},{more}"), &no_env).expect(more)
+    }
+
+    fn to_error(more: &str) -> String {
+        error(cache_to(&format!("{MINIMAL},{more}"), &no_env))
+    }
+
+    fn error<T: std::fmt::Debug>(result: Result<Parsed<T>>) -> String {
+        format!("{:#}", result.expect_err("the spec was accepted"))
+    }
+
+    #[test]
+    fn a_minimal_spec_has_the_documented_defaults() {
+        let parsed = cache_to(MINIMAL, &no_env).unwrap();
+        assert_eq!(
+            parsed,
+            Parsed {
+                config: ExportConfig {
+                    s3: S3Config {
+                        region: "us-east-1".to_owned(),
+                        bucket: "cache".to_owned(),
+                        endpoint_url: None,
+                        use_path_style: false,
+                        prefix: String::new(),
+                        blobs_prefix: "blobs/".to_owned(),
+                        manifests_prefix: "manifests/".to_owned(),
+                        names: vec!["buildkit".to_owned()],
+                        credentials: None,
+                        retry_mode: RetryMode::Standard,
+                        retry_max_attempts: 3,
+                        disable_accept_encoding: false,
+                    },
+                    upload_parallelism: 4,
+                    touch_refresh: Duration::from_secs(86_400),
+                    mode: Mode::Min,
+                    ignore_error: false,
+                },
+                warnings: vec![],
+            }
+        );
+        let imported = cache_from(MINIMAL, &no_env).unwrap();
+        assert_eq!(imported.config.s3, parsed.config.s3);
+        assert_eq!(imported.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_attribute_takes_effect() {
+        let parsed = cache_to(
+            "type=s3,region=eu-west-1,bucket=b.c_D,name=main;pr-1,prefix=app/,\
+             endpoint_url=https://s3.example.com:9000/sub,blobs_prefix=b/,manifests_prefix=m/,\
+             use_path_style=true,access_key_id=AKIA,secret_access_key=s=e/c+r,session_token=t==,\
+             upload_parallelism=8,touch_refresh=1h30m,mode=max,ignore-error=1,\
+             retry_mode=adaptive,retry_max_attempts=7,disable_accept_encoding=T",
+            &no_env,
+        )
+        .unwrap();
+        assert_eq!(
+            parsed,
+            Parsed {
+                config: ExportConfig {
+                    s3: S3Config {
+                        region: "eu-west-1".to_owned(),
+                        bucket: "b.c_D".to_owned(),
+                        endpoint_url: Some("https://s3.example.com:9000/sub".parse().unwrap()),
+                        use_path_style: true,
+                        prefix: "app/".to_owned(),
+                        blobs_prefix: "b/".to_owned(),
+                        manifests_prefix: "m/".to_owned(),
+                        names: vec!["main".to_owned(), "pr-1".to_owned()],
+                        credentials: Some(StaticCredentials {
+                            access_key_id: "AKIA".to_owned(),
+                            secret_access_key: "s=e/c+r".to_owned(),
+                            session_token: Some("t==".to_owned()),
+                        }),
+                        retry_mode: RetryMode::Adaptive,
+                        retry_max_attempts: 7,
+                        disable_accept_encoding: true,
+                    },
+                    upload_parallelism: 8,
+                    touch_refresh: Duration::from_secs(5400),
+                    mode: Mode::Max,
+                    ignore_error: true,
+                },
+                warnings: vec![],
+            }
+        );
+    }
+
+    #[test]
+    fn keys_are_lower_cased_and_trimmed_and_values_are_not() {
+        let parsed = cache_to("TYPE=s3, Region=US-x,Bucket=cache,prefix= A", &no_env).unwrap();
+        assert_eq!(parsed.config.s3.region, "US-x");
+        assert_eq!(parsed.config.s3.prefix, " A");
+    }
+
+    #[test]
+    fn a_quoted_field_holds_commas_and_quotes() {
+        let parsed = to(r#""prefix=a,b ""c""/",mode=max"#);
+        assert_eq!(parsed.config.s3.prefix, r#"a,b "c"/"#);
+        assert_eq!(parsed.config.mode, Mode::Max);
+    }
+
+    #[test]
+    fn a_line_break_at_either_end_is_no_second_record() {
+        let parsed = cache_to(&format!("\n{MINIMAL}\r\n"), &no_env).unwrap();
+        assert_eq!(parsed.config.s3.bucket, "cache");
+    }
+
+    #[test]
+    fn what_is_not_one_csv_record_of_pairs_is_refused() {
+        for (spec, expected) in [
+            (
+                "",
+                "the spec is empty (expected type=s3,region=...,bucket=...)",
+            ),
+            (
+                "  ",
+                "the spec is empty (expected type=s3,region=...,bucket=...)",
+            ),
+            (
+                "\"\"",
+                "the spec is empty (expected type=s3,region=...,bucket=...)",
+            ),
+            (
+                "user/app:cache",
+                "a spec without `=` is an image reference, and type=registry is not supported \
+                 (expected type=s3,region=...,bucket=...)",
+            ),
+            ("type=s3\ntype=s3", SECOND_LINE),
+            ("type=s3\rregion=x", SECOND_LINE),
+            (
+                "type=s3,region",
+                "field 2 has no `=` (expected key=value; a field whose value holds a comma is \
+                 quoted as a whole: \"key=a,b\")",
+            ),
+            ("type=s3,", "field 2 is empty (is there a comma too many?)"),
+            ("type=s3,=x", "field 2 has no key before its `=`"),
+            (
+                "type=s3,name=\"a,b\"",
+                "field 2 has a quote in its middle (a quoted field is quoted as a whole, \
+                 \"key=a,b\", and a quote inside it doubled)",
+            ),
+            (
+                "\"type=s3\"x,region=a",
+                "field 1 goes on after its closing quote (a quote inside a quoted field is doubled)",
+            ),
+            ("type=s3,\"name=a", "field 2 has no closing quote"),
+        ] {
+            assert_eq!(error(cache_to(spec, &no_env)), expected, "{spec:?}");
+            assert_eq!(error(cache_from(spec, &no_env)), expected, "{spec:?}");
+        }
+    }
+
+    #[test]
+    fn only_type_s3_is_accepted() {
+        for (spec, expected) in [
+            (
+                "type=registry,ref=user/app",
+                "type: \"registry\" is not supported (accepted: s3)",
+            ),
+            ("type=S3", "type: \"S3\" is not supported (accepted: s3)"),
+            ("type=", "type: \"\" is not supported (accepted: s3)"),
+            ("region=a,bucket=abc", "type: missing (expected type=s3)"),
+            (
+                "typ=s3,region=a",
+                "typ: unknown attribute (did you mean `type`?)",
+            ),
+        ] {
+            assert_eq!(error(cache_to(spec, &no_env)), expected, "{spec:?}");
+        }
+    }
+
+    #[test]
+    fn a_duplicate_key_is_refused_by_name_alone() {
+        assert_eq!(
+            to_error("Region=eu-west-1"),
+            "region: given twice (field 4)"
+        );
+        assert_eq!(
+            to_error("secret_access_key=one,secret_access_key=two"),
+            "secret_access_key: given twice (field 5)"
+        );
+        assert_eq!(to_error("dest=a,dest=b"), "dest: given twice (field 5)");
+        assert_eq!(to_error("type=s3"), "type: given twice (field 4)");
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_what_was_probably_meant() {
+        for (key, meant) in [
+            ("regoin", "region"),
+            ("buckt", "bucket"),
+            ("endpoint", "endpoint_url"),
+            ("endpoint-url", "endpoint_url"),
+            ("upload-parallelism", "upload_parallelism"),
+            ("ignore_error", "ignore-error"),
+            ("secret_acess_key", "secret_access_key"),
+            ("use_pathstyle", "use_path_style"),
+            ("manifest_prefix", "manifests_prefix"),
+            ("touch-refresh", "touch_refresh"),
+            ("retry_max_attempt", "retry_max_attempts"),
+        ] {
+            assert_eq!(
+                to_error(&format!("{key}=x")),
+                format!("{key}: unknown attribute (did you mean `{meant}`?)")
+            );
+        }
+        assert_eq!(
+            to_error("colour=blue"),
+            "colour: unknown attribute (accepted: type, region, bucket, name, prefix, \
+             endpoint_url, blobs_prefix, manifests_prefix, use_path_style, access_key_id, \
+             secret_access_key, session_token, retry_mode, retry_max_attempts, \
+             disable_accept_encoding; on --cache-to also upload_parallelism, touch_refresh, mode, \
+             ignore-error)"
+        );
+    }
+
+    #[test]
+    fn region_and_bucket_fall_back_to_the_environment_below_the_spec() {
+        let env = env_of(&[
+            ("AWS_REGION", "eu-west-1"),
+            ("AWS_DEFAULT_REGION", "eu-west-2"),
+            ("AWS_BUCKET", "from-env"),
+        ]);
+        let s3 = cache_from("type=s3", &env).unwrap().config.s3;
+        assert_eq!(
+            (s3.region, s3.bucket),
+            ("eu-west-1".into(), "from-env".into())
+        );
+        let s3 = cache_from(MINIMAL, &env).unwrap().config.s3;
+        assert_eq!((s3.region, s3.bucket), ("us-east-1".into(), "cache".into()));
+        let env = env_of(&[("AWS_REGION", ""), ("AWS_DEFAULT_REGION", "eu-west-2")]);
+        let s3 = cache_from("type=s3,bucket=abc", &env).unwrap().config.s3;
+        assert_eq!(s3.region, "eu-west-2");
+    }
+
+    #[test]
+    fn a_missing_or_empty_region_or_bucket_is_refused() {
+        for (spec, expected) in [
+            (
+                "type=s3,bucket=abc",
+                "region: missing (give region=... in the spec, or set AWS_REGION or \
+                 AWS_DEFAULT_REGION)",
+            ),
+            (
+                "type=s3,region=a",
+                "bucket: missing (give bucket=... in the spec, or set AWS_BUCKET)",
+            ),
+            (
+                "type=s3,region=,bucket=abc",
+                "region: the value is empty (expected region=...; leave the attribute out to use \
+                 AWS_REGION or AWS_DEFAULT_REGION)",
+            ),
+            (
+                "type=s3,region=a,bucket=",
+                "bucket: the value is empty (expected bucket=...; leave the attribute out to use \
+                 AWS_BUCKET)",
+            ),
+        ] {
+            assert_eq!(error(cache_to(spec, &no_env)), expected, "{spec}");
+        }
+    }
+
+    #[test]
+    fn a_region_that_is_no_part_of_a_host_name_is_refused() {
+        for region in ["auto", "us-east-1", "garage", "cn-north-1", "US", "1"] {
+            let spec = format!("type=s3,bucket=abc,region={region}");
+            assert_eq!(cache_to(&spec, &no_env).unwrap().config.s3.region, region);
+        }
+        let long = "a".repeat(64);
+        for region in [
+            "a/b", "a b", "a.b", " a", "-a", "a-", "a@b", "ü", "a#", &long,
+        ] {
+            let spec = format!("type=s3,bucket=abc,region={region}");
+            assert_eq!(
+                error(cache_to(&spec, &no_env)),
+                format!(
+                    "region: {region:?} is not a region (accepted: letters, digits and `-`, as in \
+                     us-east-1 or auto)"
+                )
+            );
+        }
+        let env = env_of(&[("AWS_REGION", "evil.example/")]);
+        assert_eq!(
+            error(cache_to("type=s3,bucket=abc", &env)),
+            "AWS_REGION: \"evil.example/\" is not a region (accepted: letters, digits and `-`, as \
+             in us-east-1 or auto)"
+        );
+    }
+
+    #[test]
+    fn a_value_that_is_no_buckets_name_is_refused() {
+        let longest = "a".repeat(255);
+        for bucket in ["abc", "my.bucket-1", "Old_Bucket", &longest] {
+            let spec = format!("type=s3,region=a,bucket={bucket}");
+            assert_eq!(cache_to(&spec, &no_env).unwrap().config.s3.bucket, bucket);
+        }
+        let too_long = "a".repeat(256);
+        for (bucket, expected) in [
+            ("ab", "is not a bucket's name"),
+            ("a b", "is not a bucket's name"),
+            ("a?b", "is not a bucket's name"),
+            ("bücket", "is not a bucket's name"),
+            (&*too_long, "is not a bucket's name"),
+            ("bucket/prefix", "holds a `/`"),
+            ("s3://bucket", "holds a `/`"),
+            (
+                "arn:aws:s3:us-west-2:1:accesspoint/x",
+                "is an ARN, and access points are not supported",
+            ),
+        ] {
+            let message = error(cache_to(
+                &format!("type=s3,region=a,bucket={bucket}"),
+                &no_env,
+            ));
+            assert!(message.starts_with("bucket: \""), "{message}");
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_endpoint_comes_from_the_spec_then_from_the_environment() {
+        let both = env_of(&[
+            ("AWS_ENDPOINT_URL_S3", "http://s3.test:1"),
+            ("AWS_ENDPOINT_URL", "http://all.test:2"),
+        ]);
+        let general = env_of(&[
+            ("AWS_ENDPOINT_URL_S3", ""),
+            ("AWS_ENDPOINT_URL", "http://all.test:2"),
+        ]);
+        let off = env_of(&[
+            ("AWS_ENDPOINT_URL", "not even a URL"),
+            ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "True"),
+        ]);
+        let with = format!("{MINIMAL},endpoint_url=http://spec.test");
+        let empty = format!("{MINIMAL},endpoint_url=");
+        for (spec, env, expected) in [
+            (&*with, &both as Env, Some("http://spec.test/")),
+            (&*with, &off, Some("http://spec.test/")),
+            (MINIMAL, &both, Some("http://s3.test:1/")),
+            (&*empty, &both, Some("http://s3.test:1/")),
+            (MINIMAL, &general, Some("http://all.test:2/")),
+            (MINIMAL, &off, None),
+        ] {
+            let endpoint = cache_from(spec, env).unwrap().config.s3.endpoint_url;
+            assert_eq!(endpoint.as_ref().map(Url::as_str), expected, "{spec}");
+        }
+    }
+
+    #[test]
+    fn an_endpoint_that_is_no_plain_http_url_is_refused() {
+        for (value, expected) in [
+            (
+                "localhost:9000",
+                "\"localhost:9000\" has no scheme (write http:// or https:// before it)",
+            ),
+            (
+                "127.0.0.1:9000",
+                "\"127.0.0.1:9000\" has no scheme (write http:// or https:// before it)",
+            ),
+            (
+                "http:/host",
+                "\"http:/host\" has no scheme (write http:// or https:// before it)",
+            ),
+            (
+                "ftp://host",
+                "\"ftp://host\" is neither http nor https (expected http://host or https://host, \
+                 with a port or a path if need be)",
+            ),
+            (
+                "http:///host",
+                "\"http:///host\" is not a URL (expected http://host or https://host, with a port \
+                 or a path if need be)",
+            ),
+            (
+                "http://host ",
+                "\"http://host \" is not a URL (expected http://host or https://host, with a port \
+                 or a path if need be)",
+            ),
+            ("http://", "\"http://\" is not a URL: empty host"),
+            (
+                "http://host:99999",
+                "\"http://host:99999\" is not a URL: invalid port number",
+            ),
+            (
+                "http://me:pa55@host",
+                "the URL holds a user name or password (give access_key_id and secret_access_key \
+                 instead)",
+            ),
+            (
+                "http://@host",
+                "the URL holds a user name or password (give access_key_id and secret_access_key \
+                 instead)",
+            ),
+            (
+                "me:pa55@host",
+                "the value has no scheme (write http:// or https:// before it)",
+            ),
+            (
+                "https://host/?X-Amz-Signature=pa55",
+                "the URL has a query or a fragment (expected http://host or https://host, with a \
+                 port or a path if need be)",
+            ),
+            (
+                "https://host/#",
+                "the URL has a query or a fragment (expected http://host or https://host, with a \
+                 port or a path if need be)",
+            ),
+        ] {
+            assert_eq!(
+                to_error(&format!("endpoint_url={value}")),
+                format!("endpoint_url: {expected}")
+            );
+        }
+        let env = env_of(&[("AWS_ENDPOINT_URL", "host:1")]);
+        assert_eq!(
+            error(cache_from(MINIMAL, &env)),
+            "AWS_ENDPOINT_URL: \"host:1\" has no scheme (write http:// or https:// before it)"
+        );
+    }
+
+    #[test]
+    fn credentials_come_together_or_not_at_all() {
+        let credentials = |more: &str| to(more).config.s3.credentials;
+        assert_eq!(
+            credentials("access_key_id=a,secret_access_key=b"),
+            Some(StaticCredentials {
+                access_key_id: "a".to_owned(),
+                secret_access_key: "b".to_owned(),
+                session_token: None,
+            })
+        );
+        assert_eq!(
+            credentials("access_key_id=a,secret_access_key=b,session_token="),
+            credentials("access_key_id=a,secret_access_key=b")
+        );
+        assert_eq!(
+            credentials("access_key_id=,secret_access_key=,session_token="),
+            None
+        );
+        for more in ["access_key_id=a", "access_key_id=a,secret_access_key="] {
+            assert_eq!(
+                to_error(more),
+                "secret_access_key: missing (access_key_id is given without it)"
+            );
+        }
+        assert_eq!(
+            to_error("secret_access_key=b,session_token=c"),
+            "access_key_id: missing (secret_access_key is given without it)"
+        );
+        assert_eq!(
+            to_error("session_token=c"),
+            "session_token: given without access_key_id and secret_access_key"
+        );
+        // The default chain reads the environment; here its credentials are none of our business.
+        let env = env_of(&[("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")]);
+        assert_eq!(cache_to(MINIMAL, &env).unwrap().config.s3.credentials, None);
+    }
+
+    #[test]
+    fn a_credential_no_header_can_carry_is_refused_unseen() {
+        assert_eq!(
+            to_error("\"access_key_id=a\nb\",secret_access_key=c"),
+            "access_key_id: the value holds a space, a line break or another character that no \
+             credential has"
+        );
+        assert_eq!(
+            to_error("access_key_id=a,secret_access_key=b,session_token=c d"),
+            "session_token: the value holds a space, a line break or another character that no \
+             credential has"
+        );
+        assert_eq!(
+            to_error("access_key_id=a,\"secret_access_key=b\n\""),
+            "secret_access_key: the value holds a line break or another control character"
+        );
+    }
+
+    #[test]
+    fn a_session_token_over_plain_http_to_another_host_is_warned_of() {
+        let warnings = |url: &str, token: &str| {
+            to(&format!(
+                "endpoint_url={url},access_key_id=a,secret_access_key=b,session_token={token}"
+            ))
+            .warnings
+        };
+        assert_eq!(
+            warnings("http://minio.test:9000", "tok"),
+            [
+                "session_token: sent unencrypted to minio.test, for all on the way to read; use https"
+            ]
+        );
+        assert_eq!(warnings("http://10.0.0.1", "tok").len(), 1);
+        assert_eq!(warnings("http://localhost.evil.test", "tok").len(), 1);
+        for (url, token) in [
+            ("http://minio.test", ""),
+            ("https://minio.test", "tok"),
+            ("http://localhost:9000", "tok"),
+            ("http://s3.localhost:9000", "tok"),
+            ("http://127.0.0.2", "tok"),
+            ("http://[::1]:9000", "tok"),
+        ] {
+            assert_eq!(warnings(url, token), Vec::<String>::new(), "{url}");
+        }
+    }
+
+    #[test]
+    fn names_are_split_at_semicolons_and_written_once() {
+        let parsed = to("name=a;b;a");
+        assert_eq!(parsed.config.s3.names, ["a", "b"]);
+        assert_eq!(
+            parsed.warnings,
+            ["name: a name is given twice; it is written once"]
+        );
+        for (value, expected) in [
+            ("", "name: \"\" holds an empty name"),
+            ("a;", "name: \"a;\" holds an empty name"),
+            (";a", "name: \";a\" holds an empty name"),
+            ("a;;b", "name: \"a;;b\" holds an empty name"),
+        ] {
+            assert_eq!(
+                to_error(&format!("name={value}")),
+                format!("{expected} (expected one name, or several as a;b)")
+            );
+        }
+    }
+
+    #[test]
+    fn cache_from_reads_the_first_name_and_says_so() {
+        let parsed = cache_from(&format!("{MINIMAL},name=a;b"), &no_env).unwrap();
+        assert_eq!(parsed.config.s3.names, ["a"]);
+        assert_eq!(
+            parsed.warnings,
+            ["name: only the first name, \"a\", is imported; for the others repeat --cache-from"]
+        );
+        let parsed = cache_from(&format!("{MINIMAL},name=a;a"), &no_env).unwrap();
+        assert_eq!(parsed.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_key_that_servers_would_change_is_refused() {
+        for (more, expected) in [
+            (
+                "name=../x",
+                "name: with its prefixes it makes the key \"manifests/../x\", whose `..` many \
+                 servers resolve as a path",
+            ),
+            (
+                "name=a/./b",
+                "name: with its prefixes it makes the key \"manifests/a/./b\", whose `.` many \
+                 servers resolve as a path",
+            ),
+            (
+                "prefix=../",
+                "blobs_prefix: with its prefixes it makes the key \"../blobs/sha256:\
+                 e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\", whose `..` \
+                 many servers resolve as a path",
+            ),
+            (
+                "name=/x",
+                "name: \"/x\" begins with `/` (many servers take `//` in a key for `/`)",
+            ),
+            ("\"name=a\nb\"", "name: \"a\\nb\" holds a control character"),
+            (
+                "prefix=\u{1b}[2J",
+                "prefix: \"\\u{1b}[2J\" holds a control character",
+            ),
+        ] {
+            assert_eq!(to_error(more), expected);
+        }
+        // Dots that are not a segment of their own are as good as any letter.
+        assert_eq!(to("name=v1..v2").config.s3.names, ["v1..v2"]);
+    }
+
+    #[test]
+    fn a_key_has_at_most_1024_bytes() {
+        // "manifests/" and, for a blob, "blobs/sha256:" and 64 digits come on top.
+        assert_eq!(to(&format!("name={}", "n".repeat(1014))).warnings.len(), 0);
+        assert_eq!(
+            to_error(&format!("name={}", "n".repeat(1015))),
+            "name: with its prefixes it makes a key of 1025 bytes (accepted: up to 1024)"
+        );
+        assert_eq!(to(&format!("prefix={}", "p".repeat(947))).warnings.len(), 0);
+        assert_eq!(
+            to_error(&format!("prefix={}", "p".repeat(948))),
+            "blobs_prefix: with its prefixes it makes a key of 1025 bytes (accepted: up to 1024)"
+        );
+    }
+
+    #[test]
+    fn prefixes_may_be_empty_and_odd_slashes_are_warned_of() {
+        let parsed = to("prefix=,blobs_prefix=,manifests_prefix=");
+        assert_eq!(parsed.warnings, Vec::<String>::new());
+        assert_eq!(parsed.config.s3.manifest_key("x"), "x");
+        for more in ["prefix=/a/", "prefix=a//"] {
+            assert_eq!(
+                to(more).warnings,
+                [
+                    "prefix: keys will begin with `/` or hold `//`, which some S3-compatible \
+                     servers change"
+                ]
+            );
+        }
+    }
+
+    #[test]
+    fn booleans_are_gos() {
+        for (value, expected) in [
+            ("1", true),
+            ("t", true),
+            ("T", true),
+            ("TRUE", true),
+            ("true", true),
+            ("True", true),
+            ("0", false),
+            ("f", false),
+            ("F", false),
+            ("FALSE", false),
+            ("false", false),
+            ("False", false),
+        ] {
+            let config = to(&format!("use_path_style={value}")).config;
+            assert_eq!(config.s3.use_path_style, expected, "{value}");
+        }
+        for key in ["use_path_style", "disable_accept_encoding", "ignore-error"] {
+            for value in ["", "yes", "tRUE", "on", " true", "2"] {
+                assert_eq!(
+                    to_error(&format!("{key}={value}")),
+                    format!(
+                        "{key}: {value:?} is not a boolean (accepted: 1, t, T, TRUE, true, True, 0, \
+                         f, F, FALSE, false, False)"
+                    )
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn durations_are_gos() {
+        for (value, nanoseconds) in [
+            ("0", 0),
+            ("+0", 0),
+            ("-0", 0),
+            ("0s", 0),
+            ("-0s", 0),
+            ("24h", 86_400_000_000_000),
+            ("1h30m", 5_400_000_000_000),
+            ("1.5h", 5_400_000_000_000),
+            ("300ms", 300_000_000),
+            ("1us", 1000),
+            ("1\u{b5}s", 1000),
+            ("1\u{3bc}s", 1000),
+            ("7ns", 7),
+            (".5s", 500_000_000),
+            ("1.s", 1_000_000_000),
+            ("+5s", 5_000_000_000),
+            ("1h1h", 7_200_000_000_000),
+            ("0.123456789s", 123_456_789),
+            ("2562047h47m16.854775807s", i64::MAX as u64),
+        ] {
+            let config = to(&format!("touch_refresh={value}")).config;
+            assert_eq!(
+                config.touch_refresh,
+                Duration::from_nanos(nanoseconds),
+                "{value}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_duration_is_refused() {
+        for value in [
+            "",
+            "24",
+            "h",
+            ".s",
+            ".",
+            "-",
+            "1x",
+            "1 h",
+            " 1h",
+            "1h ",
+            "1H",
+            "1h-30m",
+            "forever",
+            "1..5s",
+            "1e3s",
+            "2562047h47m16.854775808s",
+            "99999999999999999999h",
+            "9223372036854775807h",
+        ] {
+            assert_eq!(
+                to_error(&format!("touch_refresh={value}")),
+                format!(
+                    "touch_refresh: {value:?} is not a duration (accepted: numbers with a unit of \
+                     h, m, s, ms, us or ns, as in 24h, 1h30m or 1.5h, up to 292 years)"
+                )
+            );
+        }
+        assert_eq!(
+            to_error("touch_refresh=-1s"),
+            "touch_refresh: \"-1s\" is negative (accepted: 0s and above)"
+        );
+        assert_eq!(
+            to_error("touch_refresh=7d"),
+            "touch_refresh: \"7d\" is not a duration (days are not a Go unit; write 168h)"
+        );
+    }
+
+    #[test]
+    fn counts_are_whole_and_at_least_one() {
+        assert_eq!(to("upload_parallelism=+1").config.upload_parallelism, 1);
+        // More than the numbers' types hold is as good as no limit.
+        let config = to("upload_parallelism=18446744073709551615,retry_max_attempts=4294967296");
+        assert_eq!(config.config.upload_parallelism, 1 << 20);
+        assert_eq!(config.config.s3.retry_max_attempts, u32::MAX);
+        for key in ["upload_parallelism", "retry_max_attempts"] {
+            for value in ["", "0", "-1", "four", "1.5", " 1", "1_000", "0x4"] {
+                assert_eq!(
+                    to_error(&format!("{key}={value}")),
+                    format!(
+                        "{key}: {value:?} is not a positive whole number (accepted: 1 and above)"
+                    )
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn modes_are_spelt_as_buildkit_spells_them() {
+        assert_eq!(
+            to_error("mode="),
+            "mode: \"\" is not a mode (accepted: min, max)"
+        );
+        assert_eq!(
+            to_error("mode=Max"),
+            "mode: \"Max\" is not a mode (accepted: min, max)"
+        );
+        assert_eq!(
+            to_error("retry_mode=legacy"),
+            "retry_mode: \"legacy\" is not a retry mode (accepted: standard, adaptive)"
+        );
+    }
+
+    #[test]
+    fn a_cache_to_attribute_on_cache_from_is_ignored_with_a_warning() {
+        let spec =
+            format!("{MINIMAL},mode=most,upload_parallelism=0,touch_refresh=x,ignore-error=maybe");
+        let parsed = cache_from(&spec, &no_env).unwrap();
+        assert_eq!(
+            parsed.warnings,
+            [
+                "mode: ignored: it means something on --cache-to only",
+                "upload_parallelism: ignored: it means something on --cache-to only",
+                "touch_refresh: ignored: it means something on --cache-to only",
+                "ignore-error: ignored: it means something on --cache-to only",
+            ]
+        );
+    }
+
+    #[test]
+    fn other_backends_attributes_are_ignored_with_a_warning() {
+        let parsed = to("compression=zstd,ghtoken=hidden");
+        assert_eq!(
+            parsed.warnings,
+            [
+                "compression: ignored: blobs are moved as they are, never compressed again",
+                "ghtoken: ignored: it belongs to type=gha",
+            ]
+        );
+        for (key, _) in FOREIGN {
+            assert_eq!(to(&format!("{key}=whatever")).warnings.len(), 1, "{key}");
+            let from = cache_from(&format!("{MINIMAL},{key}="), &no_env).unwrap();
+            assert_eq!(from.warnings.len(), 1, "{key}");
+        }
+    }
+
+    #[test]
+    fn a_variable_holds_one_spec_a_line() {
+        assert_eq!(
+            specs_from_env("\n type=s3,a=1\r\n\n  \ntype=s3,b=2\n"),
+            [" type=s3,a=1", "type=s3,b=2"]
+        );
+        assert_eq!(specs_from_env(" \n"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_spec_with_the_wrong_separators_is_not_repeated() {
+        for spec in [
+            "type=s3;region=a;secret_access_key=hidden",
+            "type=s3 region=a secret_access_key=hidden",
+            "type=s3,region=a;bucket=b;session_token=hidden",
+        ] {
+            let message = error(cache_to(spec, &no_env));
+            assert!(message.contains("not shown"), "{message}");
+            assert!(!message.contains("hidden"), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_rest_of_a_credential_with_a_comma_in_it_is_not_repeated() {
+        for more in [
+            "access_key_id=a,secret_access_key=b,hidden=c",
+            "access_key_id=a,secret_access_key=b,hidden",
+            "access_key_id=a,secret_access_key=b\"hidden",
+        ] {
+            let message = to_error(more);
+            assert!(message.starts_with("field "), "{message}");
+            assert!(!message.contains("hidden"), "{message}");
+        }
+    }
+
+    /// A field as a careful author writes it.
+    fn csv_record(fields: &[String]) -> String {
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        writer.write_record(fields).unwrap();
+        String::from_utf8(writer.into_inner().unwrap()).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(spec in any::<String>()) {
+            let _ = cache_to(&spec, &no_env);
+            let _ = cache_from(&spec, &no_env);
+        }
+
+        #[test]
+        fn no_value_of_an_attribute_panics(
+            key in prop::sample::select([BOTH, TO_ONLY].concat()),
+            value in any::<String>(),
+        ) {
+            let mut spec = vec!["type=s3".to_owned(), format!("{key}={value}")];
+            for (other, filler) in [("region", "a"), ("bucket", "abc")] {
+                if other != key {
+                    spec.push(format!("{other}={filler}"));
+                }
+            }
+            let _ = cache_to(&csv_record(&spec), &no_env);
+            let _ = cache_from(&csv_record(&spec), &no_env);
+        }
+
+        #[test]
+        fn no_duration_panics(value in "[-+]?([0-9.]{0,25}(ns|us|µs|ms|s|m|h|d|x)?){0,3}") {
+            let _ = duration("touch_refresh", &value);
+        }
+
+        #[test]
+        fn fields_survive_csv(fields_in in prop::collection::vec(any::<String>(), 1..6)) {
+            prop_assert_eq!(fields(&csv_record(&fields_in)).unwrap(), fields_in);
+        }
+
+        #[test]
+        fn a_credential_is_in_no_message(
+            key in prop::sample::select(vec![
+                "access_key_id", "secret_access_key", "session_token", "secret_acces_key", "nope",
+            ]),
+            secret in "[ -~\n\té\"]{0,4}HIDDEN[ -~\n\té\",]{0,4}",
+            before in prop::sample::select(vec![
+                "", "mode=x", "bare", "secret_access_key=b", "token=c", "session_token=t",
+                "endpoint_url=http://h.test", "region=b", "prefix=..",
+            ]),
+            well_quoted in any::<bool>(),
+        ) {
+            let fields = [MINIMAL.to_owned(), before.to_owned(), format!("{key}={secret}")];
+            let spec = if well_quoted {
+                let mut fields = fields.to_vec();
+                fields.remove(0);
+                fields.retain(|field| !field.is_empty());
+                format!("{MINIMAL},{}", csv_record(&fields))
+            } else {
+                fields.join(",")
+            };
+            for message in [
+                cache_to(&spec, &no_env).map_or_else(
+                    |error| format!("{error:#} {error:?}"),
+                    |parsed| format!("{:?} {:?}", parsed.warnings, parsed.config),
+                ),
+                cache_from(&spec, &no_env).map_or_else(
+                    |error| format!("{error:#} {error:?}"),
+                    |parsed| format!("{:?} {:?}", parsed.warnings, parsed.config),
+                ),
+            ] {
+                prop_assert!(!message.contains("HIDDEN"), "{}", message);
+            }
+        }
+    }
+}

@@ -1,0 +1,713 @@
+//! One blob's way from the layout to the store: whole or in parts, read once, hashed while it is
+//! read, and made visible only if what was read is what its digest says.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use bytes::Bytes;
+use futures::stream::{FuturesUnordered, StreamExt};
+use md5::{Digest as _, Md5};
+use sha2::Sha256;
+use tokio::sync::{Notify, mpsc};
+
+use crate::buffers::Buffers;
+use crate::digest::Digest;
+use crate::layout::Layout;
+use crate::progress::{Activity, Blob, Progress};
+use crate::store::{ByteStream, Kind, ObjectInfo, Part, Store, StoreError, UploadBody};
+
+/// Bytes read from a file at a time when a blob goes out in one request.
+const CHUNK: u64 = 256 << 10;
+
+/// How often an upload starts over when another run took its multipart upload away.
+const RESTARTS: u32 = 5;
+
+/// Sizes at which a transfer changes its ways. Those of S3 unless a test asks for others.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Blobs of at least this many bytes go up in parts.
+    pub multipart: u64,
+    /// Bytes of a part: at least this.
+    pub part: u64,
+    /// Objects over this many bytes cannot be copied by one CopyObject.
+    pub copy: u64,
+    /// Bytes of a part that is copied.
+    pub copy_part: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            multipart: 32 << 20,
+            part: 5 << 20,
+            copy: 5 << 30,
+            copy_part: 512 << 20,
+        }
+    }
+}
+
+impl Limits {
+    /// Bytes of a part of a blob of `size`: equal parts (R2 insists), no more than 10,000; up to
+    /// 8 MiB rather than over 1,000 (Scaleway's limit).
+    fn part_size(&self, size: u64) -> u64 {
+        let wanted = size.div_ceil(1_000).min(8 << 20);
+        self.part.max(wanted).max(size.div_ceil(10_000))
+    }
+}
+
+/// Cuts `size` bytes into ranges of `part`, the last one shorter. Half open: nothing here runs one
+/// byte past the end, as BuildKit's own arithmetic does.
+pub fn ranges(size: u64, part: u64) -> impl ExactSizeIterator<Item = Range<u64>> {
+    let count = usize::try_from(size.div_ceil(part)).unwrap_or(usize::MAX);
+    (0..count).map(move |index| {
+        let start = index as u64 * part;
+        start..size.min(start.saturating_add(part))
+    })
+}
+
+/// Uploads, refreshes, and what must be given up if they do not end well.
+pub struct Uploader {
+    store: Arc<dyn Store>,
+    layout: Layout,
+    buffers: Buffers,
+    progress: Progress,
+    limits: Limits,
+    unfinished: Arc<Unfinished>,
+}
+
+/// The multipart uploads that are neither completed nor aborted.
+#[derive(Default)]
+struct Unfinished {
+    uploads: Mutex<Vec<(String, String)>>,
+    /// Uploads whose creation was asked for and not yet answered.
+    creating: AtomicUsize,
+    created: Notify,
+}
+
+impl Unfinished {
+    fn add(&self, key: &str, upload: &str) {
+        let mut uploads = self.uploads.lock().expect("no holder of this lock panics");
+        uploads.push((key.to_owned(), upload.to_owned()));
+    }
+
+    fn remove(&self, key: &str, upload: &str) {
+        let mut uploads = self.uploads.lock().expect("no holder of this lock panics");
+        uploads.retain(|(k, u)| k != key || u != upload);
+    }
+
+    fn all(&self) -> Vec<(String, String)> {
+        self.uploads
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone()
+    }
+}
+
+/// How a multipart upload ended short of success.
+enum Interrupted {
+    /// It was completed or aborted by another run.
+    Gone,
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Interrupted {
+    fn from(error: anyhow::Error) -> Self {
+        Interrupted::Failed(error)
+    }
+}
+
+impl From<StoreError> for Interrupted {
+    fn from(error: StoreError) -> Self {
+        match error.kind {
+            Kind::NoSuchUpload => Interrupted::Gone,
+            _ => Interrupted::Failed(error.into()),
+        }
+    }
+}
+
+impl Uploader {
+    pub fn new(
+        store: Arc<dyn Store>,
+        layout: Layout,
+        buffers: Buffers,
+        progress: Progress,
+        limits: Limits,
+    ) -> Self {
+        Uploader {
+            store,
+            layout,
+            buffers,
+            progress,
+            limits,
+            unfinished: Arc::default(),
+        }
+    }
+
+    /// Uploads a blob that the store lacks. Fails, leaving nothing visible, if the file's bytes are
+    /// not those of its digest.
+    pub async fn upload(&self, key: &str, digest: Digest, size: u64) -> Result<()> {
+        let layout = self.layout.clone();
+        let file = blocking(move || layout.open_blob(&digest, size)).await?;
+        let blob = self.progress.blob(Activity::Upload, &digest, size);
+        let source = Source {
+            file: Arc::new(file),
+            digest,
+            size,
+            blob: Arc::clone(&blob),
+        };
+        if size < self.limits.multipart {
+            let body = WholeBlob {
+                source,
+                buffers: self.buffers.clone(),
+                sent: Arc::default(),
+            };
+            self.store
+                .put(key, "application/octet-stream", Arc::new(body))
+                .await
+                .map_err(explain_local)?;
+        } else {
+            self.upload_parts(key, &source).await?;
+        }
+        blob.done();
+        Ok(())
+    }
+
+    /// Fails if the blob could not be read for an upload: for a dry run.
+    pub async fn check_readable(&self, digest: &Digest, size: u64) -> Result<()> {
+        let (layout, digest) = (self.layout.clone(), *digest);
+        blocking(move || layout.open_blob(&digest, size).map(drop)).await
+    }
+
+    async fn upload_parts(&self, key: &str, source: &Source) -> Result<()> {
+        let abandoned = match self.store.list_uploads(key).await {
+            Ok(uploads) => uploads,
+            // Not every store can tell (OCI, Storj), and not every role may ask.
+            Err(error) => {
+                self.progress
+                    .debug(&format!("not looking for interrupted uploads: {error}"));
+                Vec::new()
+            }
+        };
+        let mut taken_up = abandoned.iter().max_by_key(|upload| upload.initiated);
+        for _ in 0..RESTARTS {
+            let (upload, there) = match taken_up.take() {
+                Some(upload) => {
+                    self.unfinished.add(key, &upload.id);
+                    let there = match self.store.list_parts(key, &upload.id).await {
+                        Ok(parts) => parts,
+                        Err(error) if error.kind == Kind::NoSuchUpload => {
+                            self.unfinished.remove(key, &upload.id);
+                            continue;
+                        }
+                        // Its parts cannot be known, so none is trusted.
+                        Err(_) => Vec::new(),
+                    };
+                    self.progress.debug(&format!(
+                        "{}: taking up an interrupted upload with {} parts",
+                        source.digest,
+                        there.len()
+                    ));
+                    (upload.id.clone(), there)
+                }
+                None => (self.create(key, None).await?, Vec::new()),
+            };
+            match self.send_parts(key, &upload, source, there).await {
+                Ok(()) => {
+                    self.unfinished.remove(key, &upload);
+                    self.forget(
+                        key,
+                        abandoned.iter().map(|u| &u.id).filter(|id| **id != upload),
+                    )
+                    .await;
+                    return Ok(());
+                }
+                Err(Interrupted::Failed(error)) => {
+                    self.abort(key, &upload).await;
+                    return Err(error);
+                }
+                Err(Interrupted::Gone) => {
+                    self.unfinished.remove(key, &upload);
+                    // Whoever completed it had the same bytes: the key is their digest.
+                    if self
+                        .store
+                        .head(key)
+                        .await?
+                        .is_some_and(|info| info.size == source.size)
+                    {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        bail!(
+            "uploading {key} to s3: other runs took its multipart upload away {RESTARTS} times; try again"
+        );
+    }
+
+    /// Sends every part that the upload does not hold yet, and completes it if the digest holds.
+    async fn send_parts(
+        &self,
+        key: &str,
+        upload: &str,
+        source: &Source,
+        there: Vec<Part>,
+    ) -> Result<(), Interrupted> {
+        let there: BTreeMap<u32, Part> =
+            there.into_iter().map(|part| (part.number, part)).collect();
+        let mut hasher = Sha256::new();
+        let mut sending = FuturesUnordered::new();
+        let mut parts = Vec::new();
+        for (number, range) in (1u32..).zip(ranges(source.size, self.limits.part_size(source.size)))
+        {
+            // Room is waited for while parts already read go out: they are what frees it.
+            let room = self.buffers.room(range.end - range.start);
+            tokio::pin!(room);
+            let room = loop {
+                tokio::select! {
+                    biased;
+                    room = &mut room => break room,
+                    Some(part) = sending.next(), if !sending.is_empty() => parts.push(landed(part)?),
+                }
+            };
+            let buffer = self.buffers.take((range.end - range.start) as usize);
+            let known = there
+                .get(&number)
+                .filter(|part| part.size == range.end - range.start)
+                .cloned();
+            let reader = source.clone();
+            let reading = blocking(move || {
+                let buffer = reader.read(range, buffer)?;
+                hasher.update(&buffer);
+                // A part that the store holds is trusted if its ETag is the MD5 of these bytes.
+                let held = known.filter(|part| part.etag.trim_matches('"') == md5_hex(&buffer));
+                Ok((buffer, hasher, held))
+            });
+            tokio::pin!(reading);
+            let (buffer, hashed, held) = loop {
+                tokio::select! {
+                    read = &mut reading => break read?,
+                    Some(part) = sending.next(), if !sending.is_empty() => parts.push(landed(part)?),
+                }
+            };
+            hasher = hashed;
+            let size = buffer.len() as u64;
+            if let Some(part) = held {
+                source.blob.advance(size);
+                parts.push(part);
+                continue;
+            }
+            let body: Arc<dyn UploadBody> = Arc::new(PartBody {
+                bytes: self.buffers.lend(buffer, room),
+                blob: Arc::clone(&source.blob),
+                sent: Arc::default(),
+            });
+            sending.push(async move {
+                let etag = self.store.upload_part(key, upload, number, body).await?;
+                Ok::<_, StoreError>(Part { number, size, etag })
+            });
+        }
+        while let Some(part) = sending.next().await {
+            parts.push(landed(part)?);
+        }
+        source.check(Digest::from_hasher(hasher))?;
+        parts.sort_by_key(|part| part.number);
+        Ok(self.store.complete_upload(key, upload, &parts).await?)
+    }
+
+    /// Moves the object's LastModified to now. `false`: the object is gone, and must be uploaded.
+    pub async fn refresh(&self, key: &str, digest: &Digest, info: &ObjectInfo) -> Result<bool> {
+        let blob = self.progress.blob(Activity::Refresh, digest, info.size);
+        let touched = if info.size <= self.limits.copy {
+            self.store.touch(key, info).await
+        } else {
+            self.copy_parts(key, info).await
+        };
+        let there = match touched {
+            Ok(there) => there,
+            // Google and Storj have no UploadPartCopy, some gateways no CopyObject.
+            Err(error) if error.kind == Kind::Unsupported => {
+                self.progress.note(&format!(
+                    "{digest}: the store cannot copy it onto itself ({error}); uploading it again"
+                ));
+                false
+            }
+            Err(error) => return Err(error.into()),
+        };
+        blob.advance(info.size);
+        blob.done();
+        Ok(there)
+    }
+
+    async fn copy_parts(&self, key: &str, info: &ObjectInfo) -> Result<bool, StoreError> {
+        let upload = self.create(key, Some(info)).await?;
+        let copied = self.copy_each_part(key, &upload, info).await;
+        match copied {
+            Ok(()) => self.unfinished.remove(key, &upload),
+            Err(_) => self.abort(key, &upload).await,
+        }
+        match copied {
+            Ok(()) => Ok(true),
+            // Replaced meanwhile: as fresh as can be.
+            Err(error) if error.kind == Kind::Changed => Ok(true),
+            // Gone, or another run refreshed it and aborted ours.
+            Err(error) if error.kind == Kind::NoSuchUpload || error.status == Some(404) => {
+                Ok(self.store.head(key).await?.is_some())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn copy_each_part(
+        &self,
+        key: &str,
+        upload: &str,
+        info: &ObjectInfo,
+    ) -> Result<(), StoreError> {
+        let size = self.limits.copy_part.max(info.size.div_ceil(10_000));
+        let mut copies = futures::stream::iter((1u32..).zip(ranges(info.size, size)))
+            .map(|(number, range)| async move {
+                let size = range.end - range.start;
+                let etag = self
+                    .store
+                    .copy_part(key, upload, number, range, info.etag.as_deref())
+                    .await?;
+                Ok::<_, StoreError>(Part { number, size, etag })
+            })
+            .buffered(8);
+        let mut parts = Vec::new();
+        while let Some(part) = copies.next().await {
+            parts.push(part?);
+        }
+        self.store.complete_upload(key, upload, &parts).await
+    }
+
+    /// Creates an upload so that it is known here even if nobody waits for the answer any more.
+    async fn create(&self, key: &str, touched: Option<&ObjectInfo>) -> Result<String, StoreError> {
+        let (store, unfinished) = (Arc::clone(&self.store), Arc::clone(&self.unfinished));
+        let (key, touched) = (key.to_owned(), touched.cloned());
+        unfinished.creating.fetch_add(1, Ordering::SeqCst);
+        let creating = tokio::spawn(async move {
+            let created = store.create_upload(&key, touched.as_ref()).await;
+            if let Ok(upload) = &created {
+                unfinished.add(&key, upload);
+            }
+            unfinished.creating.fetch_sub(1, Ordering::SeqCst);
+            unfinished.created.notify_waiters();
+            created
+        });
+        creating.await.unwrap_or_else(|panic| {
+            Err(StoreError {
+                kind: Kind::Other,
+                status: None,
+                code: None,
+                message: format!("creating a multipart upload: {panic}"),
+                source: None,
+            })
+        })
+    }
+
+    async fn abort(&self, key: &str, upload: &str) {
+        match self.store.abort_upload(key, upload).await {
+            Ok(()) => self.unfinished.remove(key, upload),
+            Err(error) => self.progress.debug(&format!("aborting an upload: {error}")),
+        }
+    }
+
+    /// Aborts uploads that a finished blob has made pointless.
+    async fn forget(&self, key: &str, uploads: impl Iterator<Item = &String>) {
+        for upload in uploads {
+            self.abort(key, upload).await;
+        }
+    }
+
+    /// Aborts what is unfinished, for at most `patience`: called whenever an export ends short.
+    pub async fn abort_unfinished(&self, patience: Duration) {
+        let aborting = async {
+            loop {
+                let created = self.unfinished.created.notified();
+                if self.unfinished.creating.load(Ordering::SeqCst) == 0 {
+                    break;
+                }
+                created.await;
+            }
+            let uploads = self.unfinished.all();
+            futures::stream::iter(&uploads)
+                .for_each_concurrent(8, |(key, upload)| self.abort(key, upload))
+                .await;
+        };
+        let in_time = tokio::time::timeout(patience, aborting).await.is_ok();
+        let left = self.unfinished.all().len();
+        if !in_time || left > 0 {
+            self.progress.warn(&format!(
+                "{left} multipart upload(s) could not be aborted; a lifecycle rule that aborts incomplete uploads removes them"
+            ));
+        }
+    }
+}
+
+fn landed(part: Result<Part, StoreError>) -> Result<Part, Interrupted> {
+    part.map_err(|error| match error.kind {
+        Kind::LocalBody => Interrupted::Failed(explain_local(error)),
+        _ => error.into(),
+    })
+}
+
+/// A body that failed on our side says so itself, better than the store's error can.
+fn explain_local(error: StoreError) -> anyhow::Error {
+    match (error.kind, error.source) {
+        (Kind::LocalBody, Some(source)) => anyhow!("{source}").context(error.message),
+        (kind, source) => StoreError {
+            source,
+            kind,
+            ..error
+        }
+        .into(),
+    }
+}
+
+fn md5_hex(bytes: &[u8]) -> String {
+    Md5::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// A blob's open file.
+#[derive(Clone)]
+struct Source {
+    file: Arc<File>,
+    digest: Digest,
+    size: u64,
+    blob: Arc<Blob>,
+}
+
+impl Source {
+    /// Reads exactly `range` into `buffer`. Blocks.
+    fn read(&self, range: Range<u64>, mut buffer: Vec<u8>) -> Result<Vec<u8>> {
+        let wanted = range.end - range.start;
+        let read = At {
+            file: &self.file,
+            offset: range.start,
+        }
+        .take(wanted)
+        .read_to_end(&mut buffer)
+        .with_context(|| format!("reading blob {} of the layout", self.digest))?;
+        if (read as u64) < wanted {
+            bail!(
+                "blob {} of the layout shrank while it was read: {} bytes are missing",
+                self.digest,
+                wanted - read as u64
+            );
+        }
+        Ok(buffer)
+    }
+
+    fn check(&self, read: Digest) -> Result<()> {
+        if read != self.digest {
+            bail!(
+                "blob {} of the layout is damaged: its bytes hash to {read}; remove the file and build or fetch it again",
+                self.digest
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file from an offset on, without moving its position.
+struct At<'a> {
+    file: &'a File,
+    offset: u64,
+}
+
+impl Read for At<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read_at(buffer, self.offset)?;
+        self.offset += read as u64;
+        Ok(read)
+    }
+}
+
+/// A blob sent in one request. It is hashed while it is sent, and the last chunk goes out only if
+/// the digest holds: a store that does not check x-amz-content-sha256 never sees a damaged blob
+/// whole either.
+struct WholeBlob {
+    source: Source,
+    buffers: Buffers,
+    /// Bytes that progress counts for the latest try.
+    sent: Arc<Mutex<u64>>,
+}
+
+impl WholeBlob {
+    async fn chunk(&self, at: u64, mut hasher: Sha256) -> Result<(Bytes, Sha256)> {
+        let end = self.source.size.min(at + CHUNK);
+        let room = self.buffers.room(end - at).await;
+        let buffer = self.buffers.take((end - at) as usize);
+        let source = self.source.clone();
+        let (buffer, hasher) = blocking(move || {
+            let buffer = source.read(at..end, buffer)?;
+            hasher.update(&buffer);
+            if end == source.size {
+                source.check(Digest::from_hasher(hasher.clone()))?;
+            }
+            Ok((buffer, hasher))
+        })
+        .await?;
+        Ok((self.buffers.lend(buffer, room), hasher))
+    }
+}
+
+impl UploadBody for WholeBlob {
+    fn len(&self) -> u64 {
+        self.source.size
+    }
+
+    fn sha256(&self) -> Option<Digest> {
+        Some(self.source.digest)
+    }
+
+    fn open(&self) -> ByteStream {
+        restart(&self.sent, &self.source.blob);
+        let body = WholeBlob {
+            source: self.source.clone(),
+            buffers: self.buffers.clone(),
+            sent: Arc::clone(&self.sent),
+        };
+        // One chunk is read ahead while the last one is on its way.
+        let (sender, mut receiver) = mpsc::channel::<std::io::Result<Bytes>>(1);
+        tokio::spawn(async move {
+            let mut hasher = Sha256::new();
+            let mut at = 0;
+            loop {
+                match body.chunk(at, hasher).await {
+                    Ok((bytes, hashed)) => {
+                        hasher = hashed;
+                        let length = bytes.len() as u64;
+                        at += length;
+                        if sender.send(Ok(bytes)).await.is_err() {
+                            return;
+                        }
+                        count(&body.sent, &body.source.blob, length);
+                        if at >= body.source.size {
+                            return;
+                        }
+                    }
+                    Err(error) => {
+                        let error = std::io::Error::new(
+                            std::io::ErrorKind::InvalidData,
+                            format!("{error:#}"),
+                        );
+                        let _ = sender.send(Err(error)).await;
+                        return;
+                    }
+                }
+            }
+        });
+        futures::stream::poll_fn(move |context| receiver.poll_recv(context)).boxed()
+    }
+}
+
+/// A part already in memory.
+struct PartBody {
+    bytes: Bytes,
+    blob: Arc<Blob>,
+    sent: Arc<Mutex<u64>>,
+}
+
+impl UploadBody for PartBody {
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn sha256(&self) -> Option<Digest> {
+        None
+    }
+
+    fn open(&self) -> ByteStream {
+        restart(&self.sent, &self.blob);
+        let (bytes, blob, sent) = (
+            self.bytes.clone(),
+            Arc::clone(&self.blob),
+            Arc::clone(&self.sent),
+        );
+        // In slices, so that progress moves while a part goes out.
+        futures::stream::iter(ranges(bytes.len() as u64, CHUNK).map(move |range| {
+            count(&sent, &blob, range.end - range.start);
+            Ok(bytes.slice(range.start as usize..range.end as usize))
+        }))
+        .boxed()
+    }
+}
+
+/// A small body from memory, its digest known: a manifest.
+pub struct Document(pub Bytes);
+
+impl UploadBody for Document {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn sha256(&self) -> Option<Digest> {
+        Some(Digest::of(&self.0))
+    }
+
+    fn open(&self) -> ByteStream {
+        let bytes = self.0.clone();
+        futures::stream::once(async move { Ok(bytes) }).boxed()
+    }
+}
+
+/// A body begins again: what progress had counted was for nothing.
+fn restart(sent: &Mutex<u64>, blob: &Blob) {
+    let sent = std::mem::take(&mut *sent.lock().expect("no holder of this lock panics"));
+    blob.take_back(sent);
+}
+
+fn count(sent: &Mutex<u64>, blob: &Blob, bytes: u64) {
+    *sent.lock().expect("no holder of this lock panics") += bytes;
+    blob.advance(bytes);
+}
+
+/// Runs `work` where it may block.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => Err(anyhow!(error).context("the program is shutting down")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_cover_a_blob_exactly_at_under_and_over_a_part() {
+        let cut = |size| ranges(size, 10).collect::<Vec<_>>();
+        assert_eq!(cut(0), vec![]);
+        assert_eq!(cut(9), vec![0..9]);
+        assert_eq!(cut(10), vec![0..10]);
+        assert_eq!(cut(11), vec![0..10, 10..11]);
+        assert_eq!(cut(20), vec![0..10, 10..20]);
+    }
+
+    #[test]
+    fn no_blob_has_more_than_ten_thousand_parts() {
+        let limits = Limits::default();
+        for size in [1, 5 << 20, 5 << 30, 50 << 30, 5 << 40] {
+            let part = limits.part_size(size);
+            assert!(part >= 5 << 20);
+            assert!(size.div_ceil(part) <= 10_000, "{size} in parts of {part}");
+        }
+    }
+}

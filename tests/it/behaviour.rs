@@ -1,0 +1,563 @@
+//! What the commands do in the cases that people meet: again, elsewhere, partly, wrongly.
+
+use std::time::Duration;
+
+use crate::program::{Program, copy_of, files, fixture, s3_manifest};
+use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
+
+const BLOBS_OF_MAX: usize = 10;
+
+#[test]
+fn a_second_export_sends_no_blob() {
+    let server = Server::start();
+    let spec = server.spec("mode=max");
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds();
+    assert_eq!(server.count("PutObject"), BLOBS_OF_MAX + 1);
+    server.clear_log();
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds()
+        .says("0 uploaded");
+    let written: Vec<String> = server
+        .log()
+        .into_iter()
+        .filter(|l| l.method == "PUT")
+        .map(|l| l.key)
+        .collect();
+    assert_eq!(written, ["manifests/buildkit"]);
+}
+
+#[test]
+fn touch_refresh_0s_copies_each_blob_once_and_last_modified_moves() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    server.age_all(Duration::from_secs(3600));
+    let before: Vec<_> = server
+        .objects()
+        .into_keys()
+        .map(|key| (server.last_modified(&key), key))
+        .collect();
+    server.clear_log();
+    Program::export(
+        &server.spec("mode=max,touch_refresh=0s"),
+        &fixture("local-max"),
+    )
+    .run()
+    .succeeds()
+    .says("10 refreshed");
+    assert_eq!(server.count("CopyObject"), BLOBS_OF_MAX);
+    for (then, key) in before {
+        assert!(
+            server.last_modified(&key) > then,
+            "{key} is as old as before"
+        );
+    }
+}
+
+#[test]
+fn only_blobs_older_than_touch_refresh_are_refreshed_and_keep_their_storage_class() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    let old: Vec<String> = server
+        .objects()
+        .into_keys()
+        .filter(|key| key.starts_with("blobs/"))
+        .take(3)
+        .collect();
+    for key in &old {
+        server.age(key, Duration::from_secs(25 * 3600));
+        server.change(key, |object| {
+            object.storage_class = Some("STANDARD_IA".into())
+        });
+    }
+    server.clear_log();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds()
+        .says("3 refreshed");
+    let mut copied: Vec<String> = server
+        .log()
+        .into_iter()
+        .filter(|l| l.operation == "CopyObject")
+        .map(|l| l.key)
+        .collect();
+    copied.sort();
+    assert_eq!(copied, old);
+    for key in &old {
+        let object = server.object(key).expect("it is still there");
+        assert_eq!(object.storage_class.as_deref(), Some("STANDARD_IA"));
+        assert!(object.metadata.contains_key("updated-at"));
+    }
+}
+
+#[test]
+fn the_manifest_is_written_last_and_once_for_each_name() {
+    let server = Server::start();
+    Program::export(
+        &server.spec("mode=max,name=main;pr-7"),
+        &fixture("local-max"),
+    )
+    .run()
+    .succeeds();
+    let puts: Vec<String> = server
+        .log()
+        .into_iter()
+        .filter(|l| l.method == "PUT")
+        .map(|l| l.key)
+        .collect();
+    assert_eq!(puts[puts.len() - 2..], ["manifests/main", "manifests/pr-7"]);
+    assert!(
+        puts[..puts.len() - 2]
+            .iter()
+            .all(|key| key.starts_with("blobs/sha256:"))
+    );
+    assert_eq!(
+        server.objects()["manifests/main"],
+        server.objects()["manifests/pr-7"]
+    );
+}
+
+#[test]
+fn every_prefix_is_put_before_the_keys_as_it_is() {
+    let server = Server::start();
+    let spec = server.spec("mode=max,prefix=team a/,blobs_prefix=b+,manifests_prefix=ü/,name=n");
+    Program::export(&spec, &fixture("local-multiarch"))
+        .run()
+        .succeeds();
+    let keys: Vec<String> = server.objects().into_keys().collect();
+    assert_eq!(
+        keys.iter()
+            .filter(|key| key.starts_with("team a/b+sha256:"))
+            .count(),
+        3
+    );
+    assert!(keys.contains(&"team a/ü/n".to_owned()), "{keys:?}");
+    let imported = tempfile::tempdir().expect("a temporary directory");
+    Program::import(&spec, imported.path()).run().succeeds();
+    assert_eq!(files(imported.path()), files(&fixture("local-multiarch")));
+}
+
+#[test]
+fn one_prefix_for_blobs_and_manifests_works() {
+    let server = Server::start();
+    let spec = server.spec("mode=max,blobs_prefix=c/,manifests_prefix=c/,name=n");
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds();
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds()
+        .says("0 uploaded");
+    let imported = tempfile::tempdir().expect("a temporary directory");
+    Program::import(&spec, imported.path()).run().succeeds();
+    assert_eq!(files(imported.path()), files(&fixture("local-max")));
+}
+
+#[test]
+fn stray_blobs_in_the_directory_are_not_uploaded() {
+    let server = Server::start();
+    let layout = copy_of(&fixture("local-max"));
+    let stray = "d7a8fbb307d7809469ca9abcb0082e4f8d5651e46d3cdb762d02d0bf37c9e592";
+    std::fs::write(
+        layout.path().join("blobs/sha256").join(stray),
+        "The quick brown fox jumps over the lazy dog",
+    )
+    .expect("a file can be written");
+    Program::export(&server.spec("mode=max"), layout.path())
+        .run()
+        .succeeds();
+    assert_eq!(server.objects().len(), BLOBS_OF_MAX + 1);
+}
+
+#[test]
+fn a_damaged_local_blob_never_reaches_the_store_and_no_manifest_is_written() {
+    let server = Server::start();
+    let layout = copy_of(&fixture("local-max"));
+    let blob = "b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2";
+    let path = layout.path().join("blobs/sha256").join(blob);
+    let mut bytes = std::fs::read(&path).expect("the blob is there");
+    bytes[6000] ^= 1;
+    std::fs::write(&path, bytes).expect("a file can be written");
+    Program::export(&server.spec("mode=max"), layout.path())
+        .run()
+        .ends_with(1)
+        .says(blob)
+        .says("is damaged");
+    let objects = server.objects();
+    assert!(!objects.contains_key(&format!("blobs/sha256:{blob}")));
+    assert!(!objects.keys().any(|key| key.starts_with("manifests/")));
+}
+
+#[test]
+fn an_object_of_the_wrong_size_is_uploaded_again() {
+    let server = Server::start();
+    let key = "blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2";
+    server.put(key, "short");
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    assert_eq!(server.objects()[key].len(), 12259);
+}
+
+#[test]
+fn a_missing_diff_id_is_computed() {
+    let server = Server::start();
+    let layout = copy_of(&fixture("local-max"));
+    // The same cache, its manifest without the annotations that hold the diffIDs.
+    let index = layout.path().join("index.json");
+    let mut entry: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&index).expect("the index is there")).expect("JSON");
+    let blob = |digest: &serde_json::Value| {
+        layout
+            .path()
+            .join("blobs/sha256")
+            .join(&digest.as_str().expect("a digest")[7..])
+    };
+    let mut manifest: serde_json::Value = serde_json::from_slice(
+        &std::fs::read(blob(&entry["manifests"][0]["digest"])).expect("the manifest is there"),
+    )
+    .expect("JSON");
+    for layer in manifest["layers"].as_array_mut().expect("layers") {
+        layer["annotations"]
+            .as_object_mut()
+            .expect("annotations")
+            .remove("containerd.io/uncompressed");
+    }
+    let manifest = manifest.to_string();
+    let digest = layercache::digest::Digest::of(manifest.as_bytes()).to_string();
+    entry["manifests"][0]["digest"] = digest.clone().into();
+    entry["manifests"][0]["size"] = manifest.len().into();
+    std::fs::write(blob(&digest.into()), manifest).expect("a file can be written");
+    std::fs::write(&index, entry.to_string()).expect("a file can be written");
+
+    Program::export(&server.spec("mode=max"), layout.path())
+        .run()
+        .succeeds();
+    assert_eq!(
+        server.objects()["manifests/buildkit"],
+        s3_manifest("max.json")
+    );
+}
+
+#[test]
+fn dry_run_says_what_would_be_sent_and_writes_nothing() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .arg("--dry-run")
+        .run()
+        .succeeds()
+        .says("would upload sha256:01a37f80");
+    assert!(server.objects().is_empty());
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let absent = directory.path().join("absent");
+    Program::import(&server.spec(""), &absent)
+        .arg("--dry-run")
+        .run()
+        .succeeds()
+        .says("would fetch sha256:01a37f80");
+    assert!(!absent.exists());
+}
+
+#[test]
+fn a_second_import_asks_for_the_manifest_alone_and_changes_nothing() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    let imported = tempfile::tempdir().expect("a temporary directory");
+    Program::import(&server.spec(""), imported.path())
+        .run()
+        .succeeds();
+    server.clear_log();
+    Program::import(&server.spec(""), imported.path())
+        .run()
+        .succeeds()
+        .says("0 fetched");
+    let asked: Vec<String> = server
+        .log()
+        .into_iter()
+        .map(|l| format!("{} {}", l.method, l.key))
+        .collect();
+    assert_eq!(asked, ["GET manifests/buildkit"]);
+    assert_eq!(files(imported.path()), files(&fixture("local-max")));
+}
+
+#[test]
+fn verify_finds_a_damaged_blob_and_fetches_it_again() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    let layout = copy_of(&fixture("local-max"));
+    let blob = "b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2";
+    let path = layout.path().join("blobs/sha256").join(blob);
+    let mut bytes = std::fs::read(&path).expect("the blob is there");
+    bytes[6000] ^= 1;
+    std::fs::write(&path, bytes).expect("a file can be written");
+    Program::import(&server.spec(""), layout.path())
+        .arg("--verify")
+        .run()
+        .succeeds()
+        .says("1 fetched");
+    assert_eq!(files(layout.path()), files(&fixture("local-max")));
+}
+
+#[test]
+fn a_name_that_does_not_exist_is_a_warning_or_with_require_an_error() {
+    let server = Server::start();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let absent = directory.path().join("absent");
+    Program::import(&server.spec("name=first-run"), &absent)
+        .run()
+        .succeeds()
+        .says("there is no manifest manifests/first-run");
+    assert!(!absent.exists());
+    Program::import(&server.spec("name=first-run"), &absent)
+        .arg("--require")
+        .run()
+        .ends_with(1)
+        .says("there is no manifest manifests/first-run");
+}
+
+#[test]
+fn several_sources_are_imported_the_first_found_under_latest_the_others_under_their_names() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max,name=main"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    Program::export(
+        &server.spec("mode=max,name=arm"),
+        &fixture("local-multiarch"),
+    )
+    .run()
+    .succeeds();
+    let imported = tempfile::tempdir().expect("a temporary directory");
+    Program::new()
+        .args(["import", "--cache-from", &server.spec("name=pr-7")])
+        .args(["--cache-from", &server.spec("name=main")])
+        .args(["--cache-from", &server.spec("name=arm")])
+        .arg(imported.path())
+        .run()
+        .succeeds();
+    let index: serde_json::Value = serde_json::from_slice(
+        &std::fs::read(imported.path().join("index.json")).expect("the index"),
+    )
+    .expect("JSON");
+    let tags: Vec<&str> = index["manifests"]
+        .as_array()
+        .expect("entries")
+        .iter()
+        .filter_map(|entry| entry["annotations"]["org.opencontainers.image.ref.name"].as_str())
+        .collect();
+    assert_eq!(tags, ["latest", "arm"]);
+}
+
+#[test]
+fn importing_into_a_layout_in_use_keeps_its_other_tags_and_blobs() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-multiarch"))
+        .run()
+        .succeeds();
+    let layout = copy_of(&fixture("local-max"));
+    Program::import(&server.spec(""), layout.path())
+        .args(["--tag", "arm"])
+        .run()
+        .succeeds();
+    let before = files(&fixture("local-max"));
+    let after = files(layout.path());
+    for (name, bytes) in &before {
+        if name != "index.json" {
+            assert_eq!(after.get(name), Some(bytes), "{name}");
+        }
+    }
+    Program::export(&server.spec("mode=max,name=back"), layout.path())
+        .args(["--tag", "latest"])
+        .run()
+        .succeeds();
+    assert_eq!(server.objects()["manifests/back"], s3_manifest("max.json"));
+}
+
+#[test]
+fn specs_come_from_the_environment_one_a_line() {
+    let server = Server::start();
+    let specs = format!(
+        "{}\n{}\n",
+        server.spec("mode=max,name=a"),
+        server.spec("name=b")
+    );
+    Program::new()
+        .arg("export")
+        .arg(fixture("local-max"))
+        .env("LAYERCACHE_CACHE_TO", specs)
+        .run()
+        .succeeds();
+    assert_eq!(server.objects()["manifests/a"], s3_manifest("max.json"));
+    assert_eq!(server.objects()["manifests/b"], s3_manifest("min.json"));
+}
+
+#[test]
+fn credentials_region_bucket_and_endpoint_come_from_the_environment() {
+    let server = Server::start();
+    Program::export(
+        "type=s3,use_path_style=true,mode=max",
+        &fixture("local-max"),
+    )
+    .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    .env("AWS_REGION", "us-east-1")
+    .env("AWS_BUCKET", "cache")
+    .env("AWS_ENDPOINT_URL_S3", server.url())
+    .run()
+    .succeeds();
+    assert_eq!(
+        server.objects()["manifests/buildkit"],
+        s3_manifest("max.json")
+    );
+}
+
+#[test]
+fn a_profile_and_a_credential_process_give_credentials() {
+    let server = Server::start();
+    let home = tempfile::tempdir().expect("a temporary directory");
+    let keys =
+        serde_json::json!({"Version": 1, "AccessKeyId": ACCESS_KEY, "SecretAccessKey": SECRET_KEY});
+    std::fs::write(home.path().join("keys.json"), keys.to_string()).expect("a file can be written");
+    std::fs::write(
+        home.path().join("config"),
+        format!(
+            "[profile ci]\ncredential_process = cat {}/keys.json\n",
+            home.path().display()
+        ),
+    )
+    .expect("a file can be written");
+    Program::export(&server.keyless_spec("mode=max"), &fixture("local-max"))
+        .env("AWS_CONFIG_FILE", home.path().join("config"))
+        .env("AWS_PROFILE", "ci")
+        .run()
+        .succeeds();
+    assert_eq!(
+        server.objects()["manifests/buildkit"],
+        s3_manifest("max.json")
+    );
+}
+
+#[test]
+fn no_credentials_is_an_error_that_names_the_sources_tried() {
+    let server = Server::start();
+    Program::export(&server.keyless_spec(""), &fixture("local-max"))
+        .run()
+        .ends_with(1)
+        .says("environment")
+        .says("profile")
+        .says("EC2");
+}
+
+#[test]
+fn a_failed_export_under_ignore_error_is_a_warning() {
+    let server = Server::start();
+    let spec = server
+        .spec("ignore-error=true,bucket2=x")
+        .replace(",bucket2=x", "");
+    let spec = spec.replace("bucket=cache", "bucket=absent");
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds()
+        .says("ignore-error=true")
+        .says("absent");
+}
+
+#[test]
+fn wrong_usage_ends_with_2_before_any_request() {
+    let server = Server::start();
+    for (extra, says) in [
+        ("use_path_stile=true", "use_path_style"),
+        ("mode=maximal", "mode"),
+        ("touch_refresh=1d", "touch_refresh"),
+        ("upload_parallelism=0", "upload_parallelism"),
+        ("ignore-error=yes", "ignore-error"),
+        ("name=", "name"),
+        ("region=us-east-1", "region"),
+    ] {
+        Program::export(&server.spec(extra), &fixture("local-max"))
+            .run()
+            .ends_with(2)
+            .says(says);
+    }
+    Program::export("type=registry,ref=x", &fixture("local-max"))
+        .run()
+        .ends_with(2)
+        .says("registry");
+    Program::new()
+        .arg("export")
+        .arg(fixture("local-max"))
+        .run()
+        .ends_with(2)
+        .says("LAYERCACHE_CACHE_TO");
+    assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn a_spec_pasted_from_buildx_works_with_warnings() {
+    let server = Server::start();
+    let pasted = "mode=max,compression=zstd,oci-mediatypes=true,image-manifest=true";
+    Program::export(&server.spec(pasted), &fixture("local-max"))
+        .run()
+        .succeeds()
+        .says("compression")
+        .says("oci-mediatypes");
+    let imported = tempfile::tempdir().expect("a temporary directory");
+    Program::import(&server.spec("mode=max"), imported.path())
+        .run()
+        .succeeds()
+        .says("mode");
+}
+
+#[test]
+fn the_metadata_file_holds_the_summary_as_json() {
+    let server = Server::start();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join("metadata.json");
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .arg("--metadata-file")
+        .arg(&file)
+        .run()
+        .succeeds();
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&file).expect("the file")).expect("JSON");
+    let result = &metadata["results"][0];
+    assert_eq!(result["command"], "export");
+    assert_eq!(result["transferred"], 10);
+    assert_eq!(result["present"], 0);
+    assert_eq!(result["requests"], server.log().len());
+}
+
+#[test]
+fn results_go_to_stdout_and_all_else_to_stderr() {
+    let server = Server::start();
+    let run = Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    assert_eq!(run.stdout.lines().count(), 1, "{}", run.stdout);
+    assert!(
+        run.stdout
+            .starts_with("exported 10 layers to s3://cache/manifests/buildkit"),
+        "{}",
+        run.stdout
+    );
+    assert!(run.stderr.contains("uploaded sha256:"), "{}", run.stderr);
+    assert!(!run.stderr.contains('\r') && !run.stderr.contains('\x1b'));
+    let run = Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .args(["--progress", "quiet"])
+        .run()
+        .succeeds();
+    assert_eq!(run.stderr, "");
+}

@@ -1,0 +1,7 @@
+//! The program as a whole: the real binary over HTTP against an S3 server that verifies signatures.
+
+mod behaviour;
+mod fidelity;
+mod program;
+#[path = "../server/mod.rs"]
+mod server;

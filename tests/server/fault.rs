@@ -1,0 +1,200 @@
+//! What can go wrong on the wire, and the raw bytes that make it so.
+//!
+//! Most faults are an ordinary answer of hyper's. Those that break HTTP itself (a lying length, a
+//! reset in the middle) take the connection away from hyper and write to the socket.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, StatusCode};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// What the server does wrong with one request.
+///
+/// Unless said otherwise the request is read whole and *not* performed.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// An error with a proper XML body: status, code.
+    Status(u16, &'static str),
+    /// An error whose body is empty, as a proxy in between might give.
+    StatusEmpty(u16),
+    /// Status 200 with an `<Error>` of this code in the body.
+    ErrorIn200(&'static str),
+    /// 503 SlowDown, with `Retry-After` in seconds if given.
+    Throttle { retry_after: Option<u64> },
+    /// 301 PermanentRedirect that names the bucket's region and no location.
+    Redirect { region: &'static str },
+    /// A 200 whose XML ends in the middle of a tag.
+    BadXml,
+    /// A 200 with a web page.
+    Html200,
+    /// A 200 with nothing.
+    Empty200,
+
+    /// The connection is reset once the request is read.
+    Reset,
+    /// The connection is reset with the request's body unread.
+    ResetBeforeReading,
+    /// The connection is reset after (about) this many bytes of the request's body.
+    ResetWhileReading(u64),
+    /// Answered with this status before the body is read; then the connection closes.
+    EarlyAnswer(u16),
+    /// Never answered. The connection ends with the server.
+    Hang,
+    /// Performed; then the connection is reset without an answer.
+    ApplyThenReset,
+    /// Performed; then answered with an error: status, code.
+    ApplyThenStatus(u16, &'static str),
+
+    /// Performed; reset after this many bytes of the answer's body. The length promises all.
+    ResetMidBody(usize),
+    /// Performed; closed in good order after this many bytes of the answer's body. The length promises all.
+    Truncate(usize),
+    /// Performed; the length is one byte less than what is sent.
+    ShortLength,
+    /// Performed; the length promises seven bytes more than the whole body, which is sent.
+    WrongLength,
+    /// Performed; the byte at this offset of the answer's body (modulo its size) has its bits flipped.
+    FlipByte(usize),
+    /// Performed; the answer's body comes so many bytes at a time.
+    SlowDrip { bytes: usize, tick: Duration },
+    /// Performed, after a pause.
+    Delay(Duration),
+    /// Performed; one header of the answer holds a byte that is no ASCII.
+    NonAsciiHeader,
+    /// Performed; the answer has this header too, in place of its own of that name.
+    Header(&'static str, &'static str),
+    /// A 200 whose body never ends, with this content-length or with none.
+    EndlessBody { length: Option<u64> },
+}
+
+/// How a connection taken from hyper ends.
+pub enum Ending {
+    Reset,
+    Write { bytes: Vec<u8>, then: Then },
+    Endless { head: Vec<u8> },
+}
+
+pub enum Then {
+    Reset,
+    Close,
+    /// Close while the client may still be sending.
+    CloseUnread,
+}
+
+impl Ending {
+    pub async fn perform(self, mut stream: TcpStream) {
+        match self {
+            Self::Reset => reset(stream),
+            Self::Write { bytes, then } => {
+                if stream.write_all(&bytes).await.is_err() {
+                    return;
+                }
+                match then {
+                    Then::Reset => {
+                        // A reset discards what the kernel has not sent yet, so let it be sent.
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        reset(stream);
+                    }
+                    Then::Close => {
+                        // Unread bytes would turn the close into a reset.
+                        let _ = stream.shutdown().await;
+                        let mut rest = [0; 4096];
+                        while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {}
+                    }
+                    Then::CloseUnread => {
+                        let _ = stream.shutdown().await;
+                        tokio::time::sleep(Duration::from_millis(500)).await;
+                    }
+                }
+            }
+            Self::Endless { head } => {
+                let block = [b'x'; 64 * 1024];
+                if stream.write_all(&head).await.is_ok() {
+                    while stream.write_all(&block).await.is_ok() {}
+                }
+            }
+        }
+    }
+}
+
+fn reset(stream: TcpStream) {
+    let _ = stream.set_zero_linger();
+}
+
+/// The bytes of an HTTP/1.1 answer with a length of our choosing and the first bytes of a body.
+pub fn raw_answer(
+    status: StatusCode,
+    headers: &HeaderMap,
+    length: Option<u64>,
+    body: &[u8],
+) -> Vec<u8> {
+    let mut raw = format!(
+        "HTTP/1.1 {} {}\r\n",
+        status.as_str(),
+        status.canonical_reason().unwrap_or("Unknown")
+    );
+    if let Some(length) = length {
+        raw.push_str(&format!("content-length: {length}\r\n"));
+    }
+    raw.push_str("connection: close\r\n");
+    let mut raw = raw.into_bytes();
+    for (name, value) in headers {
+        if *name != http::header::CONTENT_LENGTH && *name != http::header::TRANSFER_ENCODING {
+            raw.extend_from_slice(name.as_str().as_bytes());
+            raw.extend_from_slice(b": ");
+            raw.extend_from_slice(value.as_bytes());
+            raw.extend_from_slice(b"\r\n");
+        }
+    }
+    raw.extend_from_slice(b"\r\n");
+    raw.extend_from_slice(body);
+    raw
+}
+
+/// S3's error document.
+pub fn error_xml(code: &str) -> Bytes {
+    Bytes::from(format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code>\
+         <Message>The test server was told to answer {code}.</Message>\
+         <RequestId>0123456789ABCDEF</RequestId><HostId>test</HostId></Error>"
+    ))
+}
+
+/// The name S3 gives a request, from its method, path, query and headers alone.
+pub fn operation(
+    method: &Method,
+    has_key: bool,
+    query: &[(String, String)],
+    headers: &HeaderMap,
+) -> &'static str {
+    let has = |name: &str| query.iter().any(|(key, _)| key == name);
+    let copy = headers.contains_key("x-amz-copy-source");
+    match (method.as_str(), has_key) {
+        ("GET", true) if has("uploadId") => "ListParts",
+        ("GET", true) => "GetObject",
+        ("HEAD", true) => "HeadObject",
+        ("PUT", true) if has("partNumber") && copy => "UploadPartCopy",
+        ("PUT", true) if has("partNumber") => "UploadPart",
+        ("PUT", true) if copy => "CopyObject",
+        ("PUT", true) => "PutObject",
+        ("POST", true) if has("uploads") => "CreateMultipartUpload",
+        ("POST", true) if has("uploadId") => "CompleteMultipartUpload",
+        ("DELETE", true) if has("uploadId") => "AbortMultipartUpload",
+        ("DELETE", true) => "DeleteObject",
+        ("GET", false) if has("uploads") => "ListMultipartUploads",
+        ("GET", false)
+            if query
+                .iter()
+                .any(|(key, value)| key == "list-type" && value == "2") =>
+        {
+            "ListObjectsV2"
+        }
+        ("GET", false) if has("location") => "GetBucketLocation",
+        ("GET", false) => "ListObjects",
+        ("HEAD", false) => "HeadBucket",
+        ("POST", false) if has("delete") => "DeleteObjects",
+        _ => "Unknown",
+    }
+}
