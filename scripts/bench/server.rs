@@ -1,0 +1,214 @@
+//! The benchmark's S3 server as a process of its own, what it counted, and the plainest of
+//! clients: one connection, one request, nothing checked.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::child;
+
+/// How far away the store is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    pub delay_ms: u64,
+    /// MiB/s of each connection; 0 is no cap.
+    pub rate_mib: u64,
+}
+
+impl std::fmt::Display for Network {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.delay_ms, self.rate_mib) {
+            (0, 0) => f.write_str("loopback as it is"),
+            (delay, 0) => write!(f, "{delay} ms a request"),
+            (0, rate) => write!(f, "{rate} MiB/s a connection"),
+            (delay, rate) => write!(f, "{delay} ms a request, {rate} MiB/s a connection"),
+        }
+    }
+}
+
+pub struct Server {
+    process: Child,
+    port: u16,
+}
+
+/// What one command asked of the server.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    pub requests: u64,
+    /// The longest chain of requests that waited for each other.
+    pub round_trips: u64,
+    pub at_once: u64,
+    /// How the bodies it sent were signed: hashing for that is part of the command's CPU time.
+    pub signing: String,
+}
+
+impl Server {
+    /// Starts a server that knows the blobs of the layout at `blobs` and keeps none it is sent.
+    pub fn start(program: &Path, network: Network, blobs: &Path, scratch: &Path) -> Result<Self> {
+        let port_file = scratch.join("port");
+        let _ = std::fs::remove_file(&port_file);
+        let mut command = Command::new(program);
+        command
+            .args(["--exit-with-stdin", "--discard", "--port-file"])
+            .arg(&port_file)
+            .arg("--contents")
+            .arg(blobs)
+            .args(["--delay-ms", &network.delay_ms.to_string()])
+            .args(["--rate-mib", &network.rate_mib.to_string()])
+            .stdin(Stdio::piped());
+        child::dies_with_runner(&mut command);
+        let process = command
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        let mut server = Server { process, port: 0 };
+        let begun = Instant::now();
+        while !port_file.exists() {
+            if let Some(status) = server.process.try_wait()? {
+                bail!("the server ended at once: {status}");
+            }
+            ensure!(
+                begun.elapsed() < Duration::from_secs(60),
+                "the server does not come up"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        server.port = std::fs::read_to_string(&port_file)?.trim().parse()?;
+        Ok(server)
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    fn connect(&self) -> Result<TcpStream> {
+        let stream = TcpStream::connect(("127.0.0.1", self.port))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(child::TIMEOUT))?;
+        stream.set_write_timeout(Some(child::TIMEOUT))?;
+        Ok(stream)
+    }
+
+    /// Sends a request's head; then `body`, if there is one; then reads the answer's head.
+    fn request(&self, line: &str, body: Option<&mut File>) -> Result<(u64, BufReader<TcpStream>)> {
+        let mut stream = self.connect()?;
+        let length = match &body {
+            Some(file) => file.metadata()?.len(),
+            None => 0,
+        };
+        write!(
+            stream,
+            "{line} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
+        )?;
+        if let Some(file) = body {
+            let mut buffer = vec![0; 1 << 20];
+            loop {
+                let read = file.read(&mut buffer)?;
+                if read == 0 {
+                    break;
+                }
+                stream.write_all(&buffer[..read])?;
+            }
+        }
+        let mut answer = BufReader::with_capacity(64 << 10, stream);
+        let mut head = String::new();
+        answer.read_line(&mut head)?;
+        ensure!(head.contains(" 200 "), "{line}: {}", head.trim());
+        let mut length = 0;
+        loop {
+            let mut header = String::new();
+            answer.read_line(&mut header)?;
+            if header.trim().is_empty() {
+                return Ok((length, answer));
+            }
+            if let Some((name, value)) = header.split_once(':')
+                && name.eq_ignore_ascii_case("content-length")
+            {
+                length = value.trim().parse()?;
+            }
+        }
+    }
+
+    fn control(&self, path: &str) -> Result<Value> {
+        let (length, answer) = self.request(&format!("POST {path}"), None)?;
+        let mut body = Vec::new();
+        answer.take(length).read_to_end(&mut body)?;
+        serde_json::from_slice(&body).with_context(|| format!("the server's answer to {path}"))
+    }
+
+    pub fn reset(&self) -> Result<()> {
+        self.control("/__reset").map(drop)
+    }
+
+    pub fn clear(&self, bucket: &str) -> Result<()> {
+        self.control(&format!("/__clear?bucket={bucket}")).map(drop)
+    }
+
+    /// Puts all blobs into `bucket`, as if uploaded at `mtime`, their names after `prefix` being
+    /// the hex digits.
+    pub fn fill(&self, bucket: &str, prefix: &str, mtime: u64) -> Result<()> {
+        let path = format!("/__fill?bucket={bucket}&prefix={prefix}&mtime={mtime}");
+        self.control(&path).map(drop)
+    }
+
+    /// How many objects there are in `bucket` below `blobs/`, and their bytes.
+    pub fn objects(&self, bucket: &str) -> Result<(usize, u64)> {
+        let answer = self.control(&format!("/__objects?bucket={bucket}&prefix=blobs/"))?;
+        let number = |name: &str| answer[name].as_u64().unwrap_or(0);
+        Ok((number("objects") as usize, number("bytes")))
+    }
+
+    pub fn asked(&self) -> Result<Asked> {
+        let answer = self.control("/__stats")?;
+        let number = |name: &str| answer[name].as_u64().unwrap_or(0);
+        Ok(Asked {
+            requests: number("requests"),
+            round_trips: number("round_trips"),
+            at_once: number("max_concurrency"),
+            signing: answer["signing"]
+                .as_object()
+                .into_iter()
+                .flatten()
+                .map(|(kind, count)| format!("{kind} ({count})"))
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
+    }
+
+    /// Seconds that one PUT of `file` takes, over one connection.
+    pub fn upload(&self, bucket: &str, key: &str, file: &Path) -> Result<f64> {
+        let begun = Instant::now();
+        let mut file = File::open(file)?;
+        self.request(&format!("PUT /{bucket}/{key}"), Some(&mut file))?;
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    /// Seconds that one GET takes, over one connection; what comes is thrown away.
+    pub fn download(&self, bucket: &str, key: &str) -> Result<f64> {
+        let begun = Instant::now();
+        let (length, mut answer) = self.request(&format!("GET /{bucket}/{key}"), None)?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut left = length;
+        while left > 0 {
+            let read = answer.read(&mut buffer)? as u64;
+            ensure!(
+                read > 0,
+                "the download broke off {left} bytes before its end"
+            );
+            left = left.saturating_sub(read);
+        }
+        Ok(begun.elapsed().as_secs_f64())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

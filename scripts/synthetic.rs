@@ -1,0 +1,49 @@
+//! A cache config of any size, in a layout's form, for benchmarks of the pure parts.
+
+use std::fmt::Write as _;
+
+use layercache::digest::Digest;
+
+/// `layers` in branches of ten, of which each layer is the result of one record; the other records
+/// are keys without a result, as most of a real cache's are. Every record links to the one before
+/// it in its branch.
+pub fn cache_config(layers: usize, records: usize) -> Vec<u8> {
+    const BRANCH: usize = 10;
+    let mut out = String::from("{\"layers\":[");
+    for at in 0..layers {
+        let blob = Digest::of(format!("layer {at}").as_bytes());
+        let comma = if at == 0 { "" } else { "," };
+        let _ = match at.checked_sub(1) {
+            Some(0) => write!(out, "{comma}{{\"blob\":\"{blob}\"}}"),
+            Some(parent) if !at.is_multiple_of(BRANCH) => {
+                write!(out, "{comma}{{\"blob\":\"{blob}\",\"parent\":{parent}}}")
+            }
+            _ => write!(out, "{comma}{{\"blob\":\"{blob}\",\"parent\":-1}}"),
+        };
+    }
+    out.push_str("],\"records\":[");
+    let per_layer = (records / layers.max(1)).max(1);
+    for at in 0..records {
+        let comma = if at == 0 { "" } else { "," };
+        let _ = write!(out, "{comma}{{");
+        if at.is_multiple_of(per_layer) && at / per_layer < layers {
+            let layer = at / per_layer;
+            let _ = write!(
+                out,
+                "\"layers\":[{{\"layer\":{layer},\"createdAt\":\"2026-01-02T03:04:05.678901234Z\"}}],"
+            );
+        }
+        let key = Digest::of(format!("record {at}").as_bytes());
+        let _ = write!(out, "\"digest\":\"{key}\"");
+        if !at.is_multiple_of(per_layer * BRANCH) {
+            let _ = write!(
+                out,
+                ",\"inputs\":[[{{\"selector\":\"{key}\",\"link\":{}}}]]",
+                at - 1
+            );
+        }
+        out.push('}');
+    }
+    out.push_str("]}");
+    out.into_bytes()
+}
