@@ -66,10 +66,19 @@ pub(super) fn examine(body: &[u8], root: &str, status: u16) -> Content {
             status,
             ..found.refusal
         }),
-        Ok(found) if found.root == root => Content::Good { start },
+        Ok(found) if stem(&found.root) == stem(root) => Content::Good { start },
         Ok(found) => Content::Nonsense(format!("an answer of {:?}", clean(&found.root))),
         Err(why) => Content::Nonsense(why),
     }
+}
+
+/// An answer's name without what marks it as an answer. moto calls the result of
+/// CompleteMultipartUpload CompleteMultipartUploadResponse; the SDKs look at no name at all.
+fn stem(root: &str) -> &str {
+    ["Result", "Response", "Output"]
+        .into_iter()
+        .find_map(|mark| root.strip_suffix(mark))
+        .unwrap_or(root)
 }
 
 /// What a body that was to be empty or unread says, if it is an `<Error>`.
@@ -415,6 +424,23 @@ mod tests {
     fn white_space_before_the_declaration_is_trimmed() {
         let body = b"\n \n<?xml version=\"1.0\"?><R><Size>1</Size></R>";
         assert_eq!(examine(body, "R", 200), Content::Good { start: 3 });
+    }
+
+    #[test]
+    fn an_answer_may_be_called_result_or_response_but_not_what_it_is_not() {
+        let examined = |root: &str| {
+            let body = format!("<{root}><ETag>x</ETag></{root}>");
+            examine(body.as_bytes(), "CompleteMultipartUploadResult", 200)
+        };
+        for root in [
+            "CompleteMultipartUploadResult",
+            "CompleteMultipartUploadResponse",
+        ] {
+            assert_eq!(examined(root), Content::Good { start: 0 });
+        }
+        for root in ["InitiateMultipartUploadResult", "html", "Result"] {
+            assert!(matches!(examined(root), Content::Nonsense(_)), "{root}");
+        }
     }
 
     #[test]
