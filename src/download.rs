@@ -131,24 +131,53 @@ impl Downloader {
         if from == size && size > 0 {
             return Ok(true);
         }
-        // An empty blob has no range, and is still asked for: it may not be there.
-        let pieces: Vec<_> = match size {
-            0 => vec![0..0],
-            _ => ranges(size - from, PIECE)
-                .map(|r| from + r.start..from + r.end)
-                .collect(),
-        };
+        let mut pieces: Vec<_> = ranges(size - from, PIECE)
+            .map(|range| from + range.start..from + range.end)
+            .collect();
+        if pieces.is_empty() {
+            // An empty blob is asked for all the same: it may not be there.
+            pieces.push(from..from);
+        }
+        let several = pieces.len() > 1;
         let mut arriving = futures::stream::iter(pieces)
             .map(|range| self.fetch_piece(key, range, size, blob))
             .buffered(WINDOW);
-        while let Some(piece) = arriving.next().await {
-            let Some(piece) = piece? else {
-                return Ok(false);
+        if !several {
+            return match arriving.next().await.transpose()?.flatten() {
+                Some(piece) => {
+                    *bytes += piece.length;
+                    receiver.accept(piece).await?;
+                    Ok(true)
+                }
+                None => Ok(false),
             };
-            *bytes += piece.length;
-            receiver.accept(piece).await?;
         }
-        Ok(true)
+        // Written beside the fetching, so that no connection waits for the disk or the hash.
+        let (pieces, writing) = receiver.writer()?;
+        let mut whole = true;
+        while let Some(piece) = arriving.next().await {
+            match piece {
+                Ok(Some(piece)) => {
+                    *bytes += piece.length;
+                    // The writer has failed, and says why below.
+                    if pieces.send(piece).await.is_err() {
+                        break;
+                    }
+                }
+                Ok(None) => {
+                    whole = false;
+                    break;
+                }
+                Err(error) => {
+                    drop(pieces);
+                    receiver.written(writing.await)?;
+                    return Err(error);
+                }
+            }
+        }
+        drop(pieces);
+        receiver.written(writing.await)?;
+        Ok(whole)
     }
 
     /// Fetches one piece into memory, going on after every break where that is worth it.
@@ -239,6 +268,8 @@ struct Piece {
     _room: Room,
 }
 
+type Writing = tokio::task::JoinHandle<Result<(Sha256, u64)>>;
+
 /// The file that a blob grows in, and the digest of what it holds.
 struct Receiver {
     staged: Staged,
@@ -290,25 +321,41 @@ impl Receiver {
     }
 
     async fn accept(&mut self, piece: Piece) -> Result<()> {
+        let (pieces, writing) = self.writer()?;
+        let sent = pieces.send(piece).await;
+        drop(pieces);
+        self.written(writing.await)?;
+        sent.ok().context("the task that writes a blob has ended")
+    }
+
+    /// A task that hashes and writes pieces in the order in which they are sent to it, until the
+    /// sender is gone. `written` takes over what it comes to.
+    fn writer(&mut self) -> Result<(mpsc::Sender<Piece>, Writing)> {
         let digest = self.staged.digest;
-        let file = self
-            .staged
-            .file
-            .try_clone()
-            .context("writing a blob into the layout")?;
+        let file = self.staged.file.try_clone();
+        let mut file = file.context("writing a blob into the layout")?;
         let mut hasher = std::mem::take(&mut self.hasher);
-        let length = piece.length;
-        self.hasher = blocking(move || {
-            let mut file = file;
-            for chunk in &piece.chunks {
-                hasher.update(chunk);
-                file.write_all(chunk)
-                    .with_context(|| format!("writing blob {digest} into the layout"))?;
+        let mut at = self.at;
+        let (sender, mut pieces) = mpsc::channel::<Piece>(1);
+        let writing = tokio::task::spawn_blocking(move || {
+            while let Some(piece) = pieces.blocking_recv() {
+                for chunk in &piece.chunks {
+                    hasher.update(chunk);
+                    file.write_all(chunk)
+                        .with_context(|| format!("writing blob {digest} into the layout"))?;
+                }
+                at += piece.length;
             }
-            Ok(hasher)
-        })
-        .await?;
-        self.at += length;
+            Ok((hasher, at))
+        });
+        Ok((sender, writing))
+    }
+
+    fn written(
+        &mut self,
+        done: Result<Result<(Sha256, u64)>, tokio::task::JoinError>,
+    ) -> Result<()> {
+        (self.hasher, self.at) = done.context("writing a blob into the layout")??;
         Ok(())
     }
 
