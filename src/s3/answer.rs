@@ -66,7 +66,7 @@ pub(super) fn examine(body: &[u8], root: &str, status: u16) -> Content {
             status,
             ..found.refusal
         }),
-        Ok(found) if found.root == root => Content::Good { start },
+        Ok(found) if is_named(&found.root, root) => Content::Good { start },
         Ok(found) => Content::Nonsense(format!("an answer of {:?}", clean(&found.root))),
         Err(why) => Content::Nonsense(why),
     }
@@ -114,6 +114,12 @@ struct Found {
     refusal: Refusal,
 }
 
+/// Some stores (moto is one) say `Response` where S3 says `Result`.
+fn is_named(found: &str, root: &str) -> bool {
+    let stem = root.strip_suffix("Result").unwrap_or(root);
+    found == root || (stem != root && found.strip_suffix("Response") == Some(stem))
+}
+
 fn is_error_root(root: &str) -> bool {
     // ErrorResponse is how some gateways, and AWS's other services, wrap it.
     root == "Error" || root == "ErrorResponse"
@@ -134,6 +140,9 @@ fn walk(body: &[u8]) -> Result<Found, String> {
             XmlEvent::StartElement { name, .. } => {
                 if path.last().is_some_and(|parent| is_parsed(parent)) {
                     return Err("XML with an element inside a number".into());
+                }
+                if path.is_empty() && root.is_some() {
+                    return Err("XML with more than one root".into());
                 }
                 if path.len() >= DEPTH {
                     return Err("XML that is nested too deeply".into());
@@ -412,9 +421,14 @@ mod tests {
     }
 
     #[test]
-    fn white_space_before_the_declaration_is_trimmed() {
+    fn what_stores_do_differently_is_let_through() {
         let body = b"\n \n<?xml version=\"1.0\"?><R><Size>1</Size></R>";
         assert_eq!(examine(body, "R", 200), Content::Good { start: 3 });
+        let response = b"<ListPartsResponse/>";
+        assert_eq!(
+            examine(response, "ListPartsResult", 200),
+            Content::Good { start: 0 }
+        );
     }
 
     #[test]
