@@ -1,6 +1,8 @@
 //! The program as a whole: the real binary over HTTP against an S3 server that verifies signatures.
 
+mod aftermath;
 mod behaviour;
+mod crashes;
 mod fidelity;
 mod program;
 #[path = "../server/mod.rs"]
