@@ -299,9 +299,10 @@ fn either_signal_stops_an_import_and_the_next_one_finishes() {
 fn a_signal_stops_an_export_that_waits_for_credentials() {
     let server = Server::start();
     let home = tempfile::tempdir().expect("a temporary directory");
+    // It ends with the directory.
     let asked = home.path().join("asked");
     let config = format!(
-        "[profile slow]\ncredential_process = sh -c 'touch {}; exec sleep 300'\n",
+        "[profile slow]\ncredential_process = sh -c 'touch {0}; while [ -e {0} ]; do sleep 0.1; done'\n",
         asked.display()
     );
     std::fs::write(home.path().join("config"), config).expect("a file can be written");
@@ -376,4 +377,80 @@ fn the_second_signal_waits_for_nothing() {
         .run()
         .succeeds();
     assert_eq!(server.uploads(), 0);
+}
+
+/// Kills an import before each of its changes to the disk in turn, until one gets through; returns
+/// how many there were. Each begins at what `start` makes.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn kill_at_every_change(
+    spec: &str,
+    arguments: &[&str],
+    start: impl Fn() -> tempfile::TempDir,
+    reference: &BTreeMap<String, Vec<u8>>,
+) -> usize {
+    use crate::traced::{Ended, kill_before_change};
+    let import = |root: &Path| Program::import(spec, root).args(arguments);
+    for nth in 0.. {
+        let directory = start();
+        let root = directory.path().canonicalize().expect("a real path");
+        let layout = root.join("cache");
+        match kill_before_change(import(&layout), &root, nth) {
+            Ended::Killed => {}
+            Ended::Exited(code) => {
+                assert_eq!(code, 0);
+                assert_eq!(&files(&layout), reference);
+                println!("killed at {nth} points");
+                return nth;
+            }
+        }
+        assert_layout_is_sound(&layout, &format!("change {nth}"));
+        import(&layout).run().succeeds();
+        assert_eq!(&files(&layout), reference, "change {nth}");
+    }
+    unreachable!("numbers do not end")
+}
+
+#[test]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn an_import_killed_before_any_change_to_the_disk_is_finished_by_the_next_one() {
+    let (objects, _) = undisturbed_export("mode=max", &fixture("local-max"));
+    let server = Server::start();
+    fill(&server, &objects);
+    let nothing = || tempfile::tempdir().expect("a temporary directory");
+    let reference = files(&fixture("local-max"));
+    let points = kill_at_every_change(&server.spec(""), &[], nothing, &reference);
+    assert!(points > 50, "{points} points");
+}
+
+#[test]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn an_import_into_a_layout_in_use_killed_before_any_change_loses_no_tag() {
+    let (objects, _) = undisturbed_export("mode=max", &fixture("local-multiarch"));
+    let server = Server::start();
+    fill(&server, &objects);
+    let in_use = || {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let layout = directory.path().join("cache");
+        for (name, bytes) in files(&fixture("local-max")) {
+            match name.ends_with('/') {
+                true => std::fs::create_dir_all(layout.join(name)).expect("a directory"),
+                false => {
+                    let path = layout.join(name);
+                    std::fs::create_dir_all(path.parent().expect("a parent")).expect("it");
+                    std::fs::write(path, bytes).expect("a file");
+                }
+            }
+        }
+        directory
+    };
+    let undisturbed = in_use();
+    let layout = undisturbed.path().join("cache");
+    let arguments = ["--tag", "arm"];
+    Program::import(&server.spec(""), &layout)
+        .args(arguments)
+        .run()
+        .succeeds();
+    let reference = files(&layout);
+    let points = kill_at_every_change(&server.spec(""), &arguments, in_use, &reference);
+    assert!(points > 20, "{points} points");
 }

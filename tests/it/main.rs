@@ -7,3 +7,5 @@ mod fidelity;
 mod program;
 #[path = "../server/mod.rs"]
 mod server;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod traced;
