@@ -2,6 +2,7 @@
 
 mod aftermath;
 mod behaviour;
+mod company;
 mod crashes;
 mod fidelity;
 mod program;
