@@ -1,7 +1,12 @@
 //! The program as a whole: the real binary over HTTP against an S3 server that verifies signatures.
 
+mod aftermath;
 mod behaviour;
+mod company;
+mod crashes;
 mod fidelity;
 mod program;
 #[path = "../server/mod.rs"]
 mod server;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod traced;
