@@ -113,7 +113,6 @@ async fn import_from(
     progress.stage("reading the manifest", 0, 0);
     match read_manifest(&*store, &key).await? {
         Some(bytes) => {
-            report.bytes = bytes.len() as u64;
             let cache = CacheConfig::parse_s3(&bytes)
                 .with_context(|| format!("reading the manifest {key} on s3"))?;
             drop(bytes);
@@ -272,11 +271,13 @@ impl Import<'_> {
         absent: Vec<(Digest, u64)>,
         report: &mut Report,
     ) -> Result<BTreeSet<Digest>> {
-        self.progress.stage(
-            "fetching",
-            absent.len() as u64,
-            absent.iter().map(|(_, size)| size).sum(),
-        );
+        if !absent.is_empty() {
+            self.progress.stage(
+                "fetching",
+                absent.len() as u64,
+                absent.iter().map(|(_, size)| size).sum(),
+            );
+        }
         let (sender, receiver) = mpsc::channel(BLOBS);
         let downloader = Downloader::new(
             Arc::clone(&self.store),

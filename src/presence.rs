@@ -11,7 +11,7 @@ use crate::progress::Progress;
 use crate::store::{Kind, ObjectInfo, Store};
 
 /// HEADs in flight at once.
-const HEADS: usize = 64;
+const HEADS: usize = 128;
 
 /// Up to this many blobs are asked for by HEAD at once: one round trip, as a listing's first page.
 const FEW: usize = 16;
