@@ -146,6 +146,10 @@ fn walk(body: &[u8]) -> Result<Found, String> {
                 if path.last().is_some_and(|parent| is_parsed(parent)) {
                     return Err("XML with an element inside a number".into());
                 }
+                // The parser itself lets this pass.
+                if path.is_empty() && root.is_some() {
+                    return Err("XML with two roots".into());
+                }
                 if path.len() >= DEPTH {
                     return Err("XML that is nested too deeply".into());
                 }
