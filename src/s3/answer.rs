@@ -128,6 +128,14 @@ fn is_error_root(root: &str) -> bool {
 /// Reads XML to its end with the parser and the settings that rusoto uses, so that what passes here
 /// passes there.
 fn walk(body: &[u8]) -> Result<Found, String> {
+    // S3 has no document types; with one come entities, which can expand to more than any limit on
+    // the answer's length foresees. In other encodings these bytes would look different.
+    if std::str::from_utf8(body).is_err() {
+        return Err("XML that is not UTF-8".into());
+    }
+    if holds(body, b"<!DOCTYPE") {
+        return Err("a document with a DOCTYPE".into());
+    }
     let config = ParserConfig::new().trim_whitespace(false);
     let mut root = None;
     let mut refusal = Refusal::default();
@@ -137,12 +145,16 @@ fn walk(body: &[u8]) -> Result<Found, String> {
     for event in EventReader::new_with_config(body, config) {
         let event = event.map_err(|e| format!("malformed XML ({})", clean(&e.to_string())))?;
         match event {
+            XmlEvent::StartDocument { encoding, .. } if !encoding.eq_ignore_ascii_case("utf-8") => {
+                return Err("XML that is not UTF-8".into());
+            }
             XmlEvent::StartElement { name, .. } => {
                 if path.last().is_some_and(|parent| is_parsed(parent)) {
                     return Err("XML with an element inside a number".into());
                 }
+                // The parser itself lets this pass.
                 if path.is_empty() && root.is_some() {
-                    return Err("XML with more than one root".into());
+                    return Err("XML with two roots".into());
                 }
                 if path.len() >= DEPTH {
                     return Err("XML that is nested too deeply".into());
@@ -187,6 +199,10 @@ fn walk(body: &[u8]) -> Result<Found, String> {
         Some(root) => Ok(Found { root, refusal }),
         None => Err("malformed XML (no element)".into()),
     }
+}
+
+fn holds(body: &[u8], what: &[u8]) -> bool {
+    body.windows(what.len()).any(|window| window == what)
 }
 
 fn is_parsed(name: &str) -> bool {
