@@ -75,7 +75,7 @@ impl Keyring {
     }
 
     #[cfg(test)]
-    fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
+    pub(super) fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
         Keyring {
             source: Source::Chain {
                 region: "us-east-1".into(),
@@ -121,8 +121,10 @@ impl Keyring {
         Ok(renewed != *stale)
     }
 
-    /// Takes what was learnt of the credentials out of a text that came from elsewhere.
+    /// Takes `credentials` out of a text that came from elsewhere.
     pub(super) fn redact(credentials: &Credentials, text: &str) -> String {
+        // A shorter one is a test server's, and would blot out half of an ordinary message.
+        const SHORTEST: usize = 6;
         let secrets = [
             Some(credentials.secret_access_key()),
             credentials.session_token(),
@@ -131,7 +133,7 @@ impl Keyring {
         secrets
             .into_iter()
             .flatten()
-            .filter(|secret| !secret.is_empty())
+            .filter(|secret| secret.len() >= SHORTEST)
             .fold(text.to_owned(), |text, secret| text.replace(secret, "***"))
     }
 
@@ -220,7 +222,13 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
     let mut reasons: Vec<String> = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {
-        let reason = error.to_string();
+        // The chain lists its links on lines of their own.
+        let reason: Vec<_> = error
+            .to_string()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        let reason = reason.join(" ");
         if !reasons.iter().any(|earlier| earlier.contains(&reason)) {
             reasons.push(reason);
         }
@@ -350,9 +358,9 @@ mod tests {
 
     #[test]
     fn secrets_are_taken_out_of_foreign_texts() {
-        let credentials = Credentials::new("AKID", "SECRET", Some("TOKEN".into()), None, "test");
+        let credentials = Credentials::new("AKIDID", "SECRET", Some("TOKEN!".into()), None, "test");
         assert_eq!(
-            Keyring::redact(&credentials, "AKID said SECRET and TOKEN"),
+            Keyring::redact(&credentials, "AKIDID said SECRET and TOKEN!"),
             "*** said *** and ***"
         );
     }

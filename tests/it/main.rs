@@ -1,10 +1,15 @@
 //! The program as a whole: the real binary over HTTP against an S3 server that verifies signatures.
 
+mod aftermath;
 mod behaviour;
 mod credentials;
+mod company;
+mod crashes;
 mod fidelity;
 mod program;
 mod scripted;
 #[path = "../server/mod.rs"]
 mod server;
 mod tls;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod traced;
