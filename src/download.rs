@@ -306,16 +306,15 @@ impl Receiver {
                 hasher: Sha256::new(),
             });
         }
+        let digest = staged.digest;
         let (staged, hasher) = blocking(move || {
+            let reading = || format!("reading what there is of blob {digest}");
             let mut hasher = Sha256::new();
             let mut buffer = vec![0; 256 << 10];
-            staged
-                .file
-                .seek(SeekFrom::Start(0))
-                .context("reading a partial blob")?;
+            staged.file.seek(SeekFrom::Start(0)).with_context(reading)?;
             let mut rest = (&staged.file).take(have);
             loop {
-                match rest.read(&mut buffer).context("reading a partial blob")? {
+                match rest.read(&mut buffer).with_context(reading)? {
                     0 => break,
                     read => hasher.update(&buffer[..read]),
                 }
@@ -323,7 +322,7 @@ impl Receiver {
             staged
                 .file
                 .seek(SeekFrom::Start(have))
-                .context("reading a partial blob")?;
+                .with_context(reading)?;
             Ok((staged, hasher))
         })
         .await?;
@@ -349,7 +348,7 @@ impl Receiver {
     fn writer(&mut self) -> Result<(mpsc::Sender<Piece>, Writing)> {
         let digest = self.staged.digest;
         let file = self.staged.file.try_clone();
-        let mut file = file.context("writing a blob into the layout")?;
+        let mut file = file.with_context(|| format!("writing blob {digest} into the layout"))?;
         let mut hasher = std::mem::take(&mut self.hasher);
         let mut at = self.at;
         let (sender, mut pieces) = mpsc::channel::<Piece>(1);

@@ -289,7 +289,6 @@ async fn send(
             uploader
                 .upload(&target.s3.blob_key(&digest), digest, size)
                 .await
-                .with_context(|| format!("uploading {digest}"))
         })
         .buffer_unordered(target.upload_parallelism)
         .try_collect::<()>()

@@ -298,10 +298,7 @@ impl Import<'_> {
                         let fetched = downloader
                             .fetch(&self.source.s3.blob_key(&digest), digest, size)
                             .await;
-                        Ok::<_, anyhow::Error>((
-                            digest,
-                            fetched.with_context(|| format!("fetching {digest}"))?,
-                        ))
+                        Ok::<_, anyhow::Error>((digest, fetched?))
                     }
                 })
                 .buffer_unordered(BLOBS)

@@ -344,8 +344,14 @@ impl Refusal {
         } else if code == "InvalidObjectState" {
             text.push_str("; the object is archived, and must be restored first");
         } else if self.status == 403 && reads {
+            if code.is_empty() {
+                // An answer to HEAD has no room for a reason.
+                text.push_str("; the keys may be wrong, or");
+            } else {
+                text.push(';');
+            }
             text.push_str(
-                "; s3:GetObject may be missing, or the object itself: without s3:ListBucket a \
+                " s3:GetObject may be missing, or the object itself: without s3:ListBucket a \
                  missing key answers 403 too",
             );
         }

@@ -543,7 +543,7 @@ fn too_quiet(shared: &Shared, call: &Call, limit: Duration) -> Failure {
 fn local(shared: &Shared, call: &Call, e: io::Error) -> Failure {
     Failure::last(StoreError {
         source: Some(Box::new(e)),
-        ..call.error(Kind::LocalBody, shared, "reading what is to be sent failed")
+        ..call.error(Kind::LocalBody, shared, "reading it failed")
     })
 }
 

@@ -2,9 +2,9 @@
 
 mod aftermath;
 mod behaviour;
-mod credentials;
 mod company;
 mod crashes;
+mod credentials;
 mod fidelity;
 mod program;
 mod scripted;

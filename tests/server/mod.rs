@@ -680,7 +680,7 @@ enum Answer {
 
 async fn answer(shared: &Shared, request: Request<Incoming>) -> Answer {
     let id = shared.requests.fetch_add(1, Ordering::SeqCst) + 1;
-    let logged = describe(shared, &request);
+    let logged = describe(&request);
     let fault = choose_fault(shared, &logged);
     let head = request.method() == http::Method::HEAD;
     let operation = logged.operation;
@@ -825,7 +825,7 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> Answer {
     Answer::Proper(response)
 }
 
-fn describe(shared: &Shared, request: &Request<Incoming>) -> Logged {
+fn describe(request: &Request<Incoming>) -> Logged {
     let host = request
         .headers()
         .get(http::header::HOST)
