@@ -448,6 +448,23 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_may_be_called_result_or_response_but_not_what_it_is_not() {
+        let examined = |root: &str| {
+            let body = format!("<{root}><ETag>x</ETag></{root}>");
+            examine(body.as_bytes(), "CompleteMultipartUploadResult", 200)
+        };
+        for root in [
+            "CompleteMultipartUploadResult",
+            "CompleteMultipartUploadResponse",
+        ] {
+            assert_eq!(examined(root), Content::Good { start: 0 });
+        }
+        for root in ["InitiateMultipartUploadResult", "html", "Result"] {
+            assert!(matches!(examined(root), Content::Nonsense(_)), "{root}");
+        }
+    }
+
+    #[test]
     fn an_error_in_a_200_is_an_error() {
         let body = b"<?xml version=\"1.0\"?>\n<Error><Code>InternalError</Code><Message>We\n encountered</Message></Error>";
         let Content::Error(refusal) = examine(body, "CopyObjectResult", 200) else {

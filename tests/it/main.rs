@@ -4,9 +4,12 @@ mod aftermath;
 mod behaviour;
 mod company;
 mod crashes;
+mod credentials;
 mod fidelity;
 mod program;
+mod scripted;
 #[path = "../server/mod.rs"]
 mod server;
+mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;
