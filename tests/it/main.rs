@@ -4,6 +4,7 @@ mod aftermath;
 mod behaviour;
 mod company;
 mod crashes;
+mod disk;
 mod fidelity;
 mod program;
 #[path = "../server/mod.rs"]
