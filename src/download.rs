@@ -82,24 +82,49 @@ impl Downloader {
         };
         let blob = self.progress.blob(Activity::Download, &digest, size);
         let mut receiver = Receiver::take_up(staged, size, &blob).await?;
+        let fetched = self.fetch_verified(key, &mut receiver, &blob).await;
+        let Ok(Some(bytes)) = fetched else {
+            let (layout, staged) = (self.layout.clone(), receiver.staged);
+            blocking(move || {
+                layout.discard_empty(staged);
+                Ok(())
+            })
+            .await?;
+            return fetched.map(|_| Fetched::Missing);
+        };
+        blob.done();
+        self.verified
+            .send(receiver.staged)
+            .await
+            .ok()
+            .context("the task that names blobs has ended")?;
+        Ok(Fetched::Whole { bytes })
+    }
+
+    /// Fetches until `receiver` holds the blob, and says how many bytes that took; `None` if the
+    /// object is not there.
+    async fn fetch_verified(
+        &self,
+        key: &str,
+        receiver: &mut Receiver,
+        blob: &Arc<Blob>,
+    ) -> Result<Option<u64>> {
+        let digest = receiver.staged.digest;
         let mut taken_up = receiver.at > 0;
         let mut refetched = 0;
         let mut bytes = 0;
         loop {
-            if !self
-                .fetch_rest(key, &mut receiver, &blob, &mut bytes)
-                .await?
-            {
-                return Ok(Fetched::Missing);
+            if !self.fetch_rest(key, receiver, blob, &mut bytes).await? {
+                return Ok(None);
             }
             let found = Digest::from_hasher(receiver.hasher.clone());
             if found == digest {
-                break;
+                return Ok(Some(bytes));
             }
             // What an earlier run left may be at fault, or the network.
             if !taken_up && refetched == REFETCHES {
                 // Nothing good is in it: the next run is to begin at its start.
-                receiver.begin_again(&blob).await?;
+                receiver.begin_again(blob).await?;
                 bail!(
                     "blob {key} on s3 is damaged: its bytes hash to {found}; delete the object and export it again"
                 );
@@ -108,15 +133,8 @@ impl Downloader {
             taken_up = false;
             self.progress
                 .note(&format!("{digest}: its bytes are wrong, fetching it again"));
-            receiver.begin_again(&blob).await?;
+            receiver.begin_again(blob).await?;
         }
-        blob.done();
-        self.verified
-            .send(receiver.staged)
-            .await
-            .ok()
-            .context("the task that names blobs has ended")?;
-        Ok(Fetched::Whole { bytes })
     }
 
     /// Fetches everything from where `receiver` is; `false` if the object is not there.
@@ -131,14 +149,12 @@ impl Downloader {
         if from == size && size > 0 {
             return Ok(true);
         }
-        let mut pieces: Vec<_> = ranges(size - from, PIECE)
-            .map(|range| from + range.start..from + range.end)
-            .collect();
-        if pieces.is_empty() {
+        // Not collected: a size that is a lie can make them very many.
+        let pieces = ranges(size - from, PIECE)
+            .map(move |range| from + range.start..from + range.end)
             // An empty blob is asked for all the same: it may not be there.
-            pieces.push(from..from);
-        }
-        let several = pieces.len() > 1;
+            .chain((size == from).then_some(from..from));
+        let several = size - from > PIECE;
         let mut arriving = futures::stream::iter(pieces)
             .map(|range| self.fetch_piece(key, range, size, blob))
             .buffered(WINDOW);

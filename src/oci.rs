@@ -123,8 +123,8 @@ impl Manifest {
     /// Reads the manifest that `descriptor` describes. Fails on what is not one of schema version 2
     /// or calls itself something else than its descriptor does.
     pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
-        let manifest: Manifest = serde_json::from_slice(bytes)
-            .with_context(|| format!("reading manifest {}", descriptor.digest))?;
+        let manifest: Manifest =
+            from_json(bytes).with_context(|| format!("reading manifest {}", descriptor.digest))?;
         check_kind(descriptor, manifest.schema_version, &manifest.media_type)?;
         Ok(manifest)
     }
@@ -133,8 +133,8 @@ impl Manifest {
 impl Index {
     /// Reads the index that `descriptor` describes, as strictly as [`Manifest::parse`].
     pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
-        let index: Index = serde_json::from_slice(bytes)
-            .with_context(|| format!("reading index {}", descriptor.digest))?;
+        let index: Index =
+            from_json(bytes).with_context(|| format!("reading index {}", descriptor.digest))?;
         check_kind(descriptor, index.schema_version, &index.media_type)?;
         Ok(index)
     }
@@ -196,6 +196,22 @@ pub fn is_layer(media_type: &str) -> bool {
 pub fn is_nondistributable(media_type: &str) -> bool {
     normalise_layer(media_type)
         .starts_with("application/vnd.oci.image.layer.nondistributable.v1.tar")
+}
+
+/// Structural characters (`{`, `[` and `,`) that a document may hold. A layer of a cache has some
+/// eight, so that this is half a million of them; but two bytes of JSON can take a hundred bytes of
+/// memory, and a hostile document is nothing but such bytes.
+const MOST_STRUCTURE: usize = 4 << 20;
+
+/// Reads JSON that came from elsewhere, in memory that is bounded.
+pub(crate) fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
+    // Those within strings count as well: names and digests have next to none.
+    let structural = |byte: &&u8| matches!(byte, b'{' | b'[' | b',');
+    let found = bytes.iter().filter(structural).count();
+    if found > MOST_STRUCTURE {
+        bail!("it has too many elements (about {found}; at most {MOST_STRUCTURE} are read)");
+    }
+    Ok(serde_json::from_slice(bytes)?)
 }
 
 /// `value` as Go's encoding/json writes it: compact, and with `<`, `>`, `&`, U+2028 and U+2029

@@ -5,9 +5,12 @@ mod behaviour;
 mod company;
 mod crashes;
 mod disk;
+mod credentials;
 mod fidelity;
 mod program;
+mod scripted;
 #[path = "../server/mod.rs"]
 mod server;
+mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;
