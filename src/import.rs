@@ -47,7 +47,8 @@ pub async fn import(
     progress: &Progress,
 ) -> Result<Vec<Report>> {
     let root = task.layout.clone();
-    let layout = blocking(move || Layout::open_for_import(&root, LOCK_WAIT)).await?;
+    let opening = blocking(move || Layout::open_for_import(&root, LOCK_WAIT));
+    let layout = interrupt.or(opening).await?;
     let mut reports: Vec<Report> = Vec::new();
     for source in &task.sources {
         let taken: Vec<&str> = reports

@@ -114,6 +114,11 @@ impl Unfinished {
 enum Interrupted {
     /// It was completed or aborted by another run.
     Gone,
+    /// It holds parts that cannot be told to be ours: of other bytes, or on a store whose ETags are no
+    /// MD5 (encryption with KMS keys). Sending them again could spoil it for a run that is at it now.
+    Untrusted,
+    /// Another run has sent parts of it again meanwhile, and the store gave them other ETags.
+    Spoiled(StoreError),
     Failed(anyhow::Error),
 }
 
@@ -196,6 +201,7 @@ impl Uploader {
             }
         };
         let mut taken_up = abandoned.iter().max_by_key(|upload| upload.initiated);
+        let mut spoiled = None;
         for _ in 0..RESTARTS {
             let (upload, there) = match taken_up.take() {
                 Some(upload) => {
@@ -209,6 +215,11 @@ impl Uploader {
                         // Its parts cannot be known, so none is trusted.
                         Err(_) => Vec::new(),
                     };
+                    // Nothing to save; and it may be another run's that has just begun.
+                    if there.is_empty() {
+                        self.unfinished.remove(key, &upload.id);
+                        continue;
+                    }
                     self.progress.debug(&format!(
                         "{}: taking up an interrupted upload with {} parts",
                         source.digest,
@@ -232,8 +243,15 @@ impl Uploader {
                     self.abort(key, &upload).await;
                     return Err(error);
                 }
-                Err(Interrupted::Gone) => {
-                    self.unfinished.remove(key, &upload);
+                Err(Interrupted::Untrusted) => self.unfinished.remove(key, &upload),
+                Err(ended @ (Interrupted::Gone | Interrupted::Spoiled(_))) => {
+                    match ended {
+                        Interrupted::Spoiled(error) => {
+                            spoiled = Some(error);
+                            self.abort(key, &upload).await;
+                        }
+                        _ => self.unfinished.remove(key, &upload),
+                    }
                     // Whoever completed it had the same bytes: the key is their digest.
                     if self
                         .store
@@ -245,6 +263,9 @@ impl Uploader {
                     }
                 }
             }
+        }
+        if let Some(error) = spoiled {
+            return Err(error.into());
         }
         bail!(
             "uploading {key} to s3: other runs took its multipart upload away {RESTARTS} times; try again"
@@ -277,16 +298,17 @@ impl Uploader {
                 }
             };
             let buffer = self.buffers.take((range.end - range.start) as usize);
-            let known = there
-                .get(&number)
-                .filter(|part| part.size == range.end - range.start)
-                .cloned();
+            let known = there.get(&number).cloned();
             let reader = source.clone();
             let reading = blocking(move || {
                 let buffer = reader.read(range, buffer)?;
                 hasher.update(&buffer);
                 // A part that the store holds is trusted if its ETag is the MD5 of these bytes.
-                let held = known.filter(|part| part.etag.trim_matches('"') == md5_hex(&buffer));
+                let held = known.map(|part| {
+                    let same = part.size == buffer.len() as u64
+                        && part.etag.trim_matches('"') == md5_hex(&buffer);
+                    same.then_some(part)
+                });
                 Ok((buffer, hasher, held))
             });
             tokio::pin!(reading);
@@ -299,6 +321,7 @@ impl Uploader {
             hasher = hashed;
             let size = buffer.len() as u64;
             if let Some(part) = held {
+                let part = part.ok_or(Interrupted::Untrusted)?;
                 source.blob.advance(size);
                 parts.push(part);
                 continue;
@@ -318,7 +341,11 @@ impl Uploader {
         }
         source.check(Digest::from_hasher(hasher))?;
         parts.sort_by_key(|part| part.number);
-        Ok(self.store.complete_upload(key, upload, &parts).await?)
+        let completed = self.store.complete_upload(key, upload, &parts).await;
+        completed.map_err(|error| match error.code.as_deref() {
+            Some("InvalidPart") => Interrupted::Spoiled(error),
+            _ => error.into(),
+        })
     }
 
     /// Moves the object's LastModified to now. `false`: the object is gone, and must be uploaded.

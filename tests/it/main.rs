@@ -5,6 +5,7 @@ mod behaviour;
 mod company;
 mod crashes;
 mod credentials;
+mod disk;
 mod fidelity;
 mod program;
 mod scripted;
