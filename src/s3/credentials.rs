@@ -206,7 +206,12 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
     let mut reasons: Vec<String> = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {
-        let reason = error.to_string();
+        let mut reason = error.to_string();
+        // What a credential_process printed before it failed may be the credentials themselves.
+        if let Some(at) = reason.find("Stderr:").or_else(|| reason.find("Stdout:")) {
+            reason.truncate(at);
+            reason.push_str("what it printed is not shown, run it by hand");
+        }
         if !reasons.iter().any(|earlier| earlier.contains(&reason)) {
             reasons.push(reason);
         }
