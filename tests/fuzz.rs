@@ -245,7 +245,8 @@ fn changed(mut value: Value, changes: &[Change]) -> Value {
             }
             Change::Copy(at, from) => {
                 let copy = value.pointer(from.get::<String>(&all)).cloned();
-                if let (Some(node), Some(copy)) = (value.pointer_mut(at.get::<String>(&all)), copy) {
+                if let (Some(node), Some(copy)) = (value.pointer_mut(at.get::<String>(&all)), copy)
+                {
                     *node = copy;
                 }
             }
@@ -935,11 +936,15 @@ fn specs() -> Vec<String> {
     vec![
         format!("type=s3,region=us-east-1,bucket=cache,{keys},mode=max"),
         format!("type=s3,{keys},region=us-east-1,bucket=cache,name=a;b,touch_refresh=1h30m"),
-        format!("\"type=s3\",bucket=cache,\"prefix=a,b\",{keys},region=eu-west-1,retry_max_attempts=3"),
+        format!(
+            "\"type=s3\",bucket=cache,\"prefix=a,b\",{keys},region=eu-west-1,retry_max_attempts=3"
+        ),
         format!(
             "type=s3,bucket=cache,region=eu-west-1,endpoint_url=http://user:{SECRET}@h:1/p,use_path_style=1"
         ),
-        format!("type=s3,bucket=cache,region=eu-west-1,endpoint_url=https://h/,{keys},ignore-error=true"),
+        format!(
+            "type=s3,bucket=cache,region=eu-west-1,endpoint_url=https://h/,{keys},ignore-error=true"
+        ),
     ]
 }
 

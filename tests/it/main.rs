@@ -2,6 +2,8 @@
 
 mod behaviour;
 mod fidelity;
+mod hostile;
 mod program;
+mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
