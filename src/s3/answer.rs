@@ -66,7 +66,7 @@ pub(super) fn examine(body: &[u8], root: &str, status: u16) -> Content {
             status,
             ..found.refusal
         }),
-        Ok(found) if found.root == root => Content::Good { start },
+        Ok(found) if is_named(&found.root, root) => Content::Good { start },
         Ok(found) => Content::Nonsense(format!("an answer of {:?}", clean(&found.root))),
         Err(why) => Content::Nonsense(why),
     }
@@ -112,6 +112,12 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 struct Found {
     root: String,
     refusal: Refusal,
+}
+
+/// Some stores (moto is one) say `Response` where S3 says `Result`.
+fn is_named(found: &str, root: &str) -> bool {
+    let stem = root.strip_suffix("Result").unwrap_or(root);
+    found == root || (stem != root && found.strip_suffix("Response") == Some(stem))
 }
 
 fn is_error_root(root: &str) -> bool {
@@ -431,9 +437,31 @@ mod tests {
     }
 
     #[test]
-    fn white_space_before_the_declaration_is_trimmed() {
+    fn what_stores_do_differently_is_let_through() {
         let body = b"\n \n<?xml version=\"1.0\"?><R><Size>1</Size></R>";
         assert_eq!(examine(body, "R", 200), Content::Good { start: 3 });
+        let response = b"<ListPartsResponse/>";
+        assert_eq!(
+            examine(response, "ListPartsResult", 200),
+            Content::Good { start: 0 }
+        );
+    }
+
+    #[test]
+    fn an_answer_may_be_called_result_or_response_but_not_what_it_is_not() {
+        let examined = |root: &str| {
+            let body = format!("<{root}><ETag>x</ETag></{root}>");
+            examine(body.as_bytes(), "CompleteMultipartUploadResult", 200)
+        };
+        for root in [
+            "CompleteMultipartUploadResult",
+            "CompleteMultipartUploadResponse",
+        ] {
+            assert_eq!(examined(root), Content::Good { start: 0 });
+        }
+        for root in ["InitiateMultipartUploadResult", "html", "Result"] {
+            assert!(matches!(examined(root), Content::Nonsense(_)), "{root}");
+        }
     }
 
     #[test]

@@ -18,7 +18,8 @@ use tokio::time::Instant;
 use super::tls::Trust;
 use crate::config::StaticCredentials;
 
-/// Credentials this close to their end are replaced.
+/// Credentials this close to their end are replaced, or once half of what they had left has passed:
+/// some services give the same ones until shortly before the end.
 const EARLY: Duration = Duration::from_secs(120);
 /// Many requests start at once: what the chain just failed at, it is not asked again so soon.
 const FAILURE_STANDS: Duration = Duration::from_secs(10);
@@ -43,6 +44,8 @@ enum Source {
 #[derive(Default)]
 struct Cache {
     current: Option<Credentials>,
+    /// When others are asked for. `None`: never.
+    replace_at: Option<SystemTime>,
     failed: Option<(Instant, String)>,
 }
 
@@ -72,7 +75,7 @@ impl Keyring {
     }
 
     #[cfg(test)]
-    fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
+    pub(super) fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
         Keyring {
             source: Source::Chain {
                 region: "us-east-1".into(),
@@ -91,7 +94,9 @@ impl Keyring {
                 let mut cache = self.cache.lock().await;
                 let now = SystemTime::now();
                 match &cache.current {
-                    Some(current) if fresh_at(current, now + EARLY) => Ok(current.clone()),
+                    Some(current) if cache.replace_at.is_none_or(|at| now < at) => {
+                        Ok(current.clone())
+                    }
                     Some(current) if fresh_at(current, now) => {
                         // Early is a courtesy: while these work, a failure to renew is no failure.
                         let current = current.clone();
@@ -116,8 +121,10 @@ impl Keyring {
         Ok(renewed != *stale)
     }
 
-    /// Takes what was learnt of the credentials out of a text that came from elsewhere.
+    /// Takes `credentials` out of a text that came from elsewhere.
     pub(super) fn redact(credentials: &Credentials, text: &str) -> String {
+        // A shorter one is a test server's, and would blot out half of an ordinary message.
+        const SHORTEST: usize = 6;
         let secrets = [
             Some(credentials.secret_access_key()),
             credentials.session_token(),
@@ -126,7 +133,7 @@ impl Keyring {
         secrets
             .into_iter()
             .flatten()
-            .filter(|secret| !secret.is_empty())
+            .filter(|secret| secret.len() >= SHORTEST)
             .fold(text.to_owned(), |text, secret| text.replace(secret, "***"))
     }
 
@@ -154,6 +161,9 @@ impl Keyring {
         match loaded.await {
             Ok(credentials) => {
                 cache.failed = None;
+                cache.replace_at = credentials
+                    .expiry()
+                    .map(|end| replace_at(SystemTime::now(), end));
                 cache.current = Some(credentials.clone());
                 Ok(credentials)
             }
@@ -167,6 +177,12 @@ impl Keyring {
 
 fn fresh_at(credentials: &Credentials, time: SystemTime) -> bool {
     credentials.expiry().is_none_or(|expiry| expiry > time)
+}
+
+/// When credentials that were got `now` and end at `end` are to be replaced.
+fn replace_at(now: SystemTime, end: SystemTime) -> SystemTime {
+    let left = end.duration_since(now).unwrap_or_default();
+    now + left.saturating_sub(EARLY).max(left / 2)
 }
 
 async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials>> {
@@ -206,7 +222,13 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
     let mut reasons: Vec<String> = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {
-        let mut reason = error.to_string();
+        // The chain lists its links on lines of their own.
+        let reason: Vec<_> = error
+            .to_string()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        let mut reason = reason.join(" ");
         // What a credential_process printed before it failed may be the credentials themselves.
         if let Some(at) = reason.find("Stderr:").or_else(|| reason.find("Stdout:")) {
             reason.truncate(at);
@@ -286,10 +308,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn credentials_about_to_expire_are_replaced() {
-        let (keyring, _) = keyring(Duration::from_secs(60), true);
+    async fn credentials_that_have_ended_are_replaced() {
+        let (keyring, _) = keyring(Duration::ZERO, true);
         assert_eq!(keyring.get().await.unwrap().access_key_id(), "key1");
         assert_eq!(keyring.get().await.unwrap().access_key_id(), "key2");
+    }
+
+    #[test]
+    fn credentials_are_replaced_two_minutes_early_or_after_half_of_what_they_have_left() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        for (left, after) in [(3600, 3480), (240, 120), (100, 50), (2, 1), (0, 0)] {
+            assert_eq!(
+                replace_at(now, now + Duration::from_secs(left)),
+                now + Duration::from_secs(after)
+            );
+        }
+        assert_eq!(replace_at(now, now - Duration::from_secs(9)), now);
     }
 
     #[tokio::test]
@@ -329,9 +363,9 @@ mod tests {
 
     #[test]
     fn secrets_are_taken_out_of_foreign_texts() {
-        let credentials = Credentials::new("AKID", "SECRET", Some("TOKEN".into()), None, "test");
+        let credentials = Credentials::new("AKIDID", "SECRET", Some("TOKEN!".into()), None, "test");
         assert_eq!(
-            Keyring::redact(&credentials, "AKID said SECRET and TOKEN"),
+            Keyring::redact(&credentials, "AKIDID said SECRET and TOKEN!"),
             "*** said *** and ***"
         );
     }

@@ -1,9 +1,17 @@
 //! The program as a whole: the real binary over HTTP against an S3 server that verifies signatures.
 
+mod aftermath;
 mod behaviour;
+mod company;
+mod crashes;
+mod credentials;
 mod fidelity;
 mod hostile;
 mod program;
+mod scripted;
 mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
+mod tls;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod traced;
