@@ -446,11 +446,15 @@ fn an_image_that_is_not_what_the_manifest_says_is_never_tagged() {
             twin(&layer_0, "mediaType", json!(MANIFEST)),
             json!(all),
         ),
-        ("root is no document", text.clone(), joined(&[text.clone()])),
+        (
+            "root is no document",
+            text.clone(),
+            joined(std::slice::from_ref(&text)),
+        ),
         (
             "root is a cache config",
             cache.clone(),
-            joined(&[cache.clone()]),
+            joined(std::slice::from_ref(&cache)),
         ),
         (
             "root is of no known kind",
@@ -475,12 +479,12 @@ fn an_image_that_is_not_what_the_manifest_says_is_never_tagged() {
         (
             "a layer is not there",
             lacking.clone(),
-            joined(&[lacking.clone()]),
+            joined(std::slice::from_ref(&lacking)),
         ),
         (
             "a layer is of another size",
             lying.clone(),
-            joined(&[lying.clone()]),
+            joined(std::slice::from_ref(&lying)),
         ),
         (
             "one of two platforms lacks a layer",
@@ -491,7 +495,7 @@ fn an_image_that_is_not_what_the_manifest_says_is_never_tagged() {
         (
             "a cache without blobs",
             broken.clone(),
-            joined(&[broken.clone()]),
+            joined(std::slice::from_ref(&broken)),
         ),
         ("contents twice", image.clone(), joined(&all[..1])),
         (
