@@ -285,7 +285,7 @@ impl Reader<'_> {
         }
 
         let bytes = self.read_document("image config", config)?;
-        let image: ImageConfig = oci::from_json(&bytes)
+        let image: ImageConfig = oci::object_from_json(&bytes)
             .with_context(|| format!("reading image config {} of the layout", config.digest))?;
         let layers = self.image_layers(&image, &manifest.layers)?;
         let records = match &image.cache {

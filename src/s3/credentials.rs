@@ -228,7 +228,12 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
             .split_whitespace()
             .map(str::to_owned)
             .collect();
-        let reason = reason.join(" ");
+        let mut reason = reason.join(" ");
+        // What a credential_process printed before it failed may be the credentials themselves.
+        if let Some(at) = reason.find("Stderr:").or_else(|| reason.find("Stdout:")) {
+            reason.truncate(at);
+            reason.push_str("what it printed is not shown, run it by hand");
+        }
         if !reasons.iter().any(|earlier| earlier.contains(&reason)) {
             reasons.push(reason);
         }

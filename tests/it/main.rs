@@ -7,8 +7,10 @@ mod crashes;
 mod credentials;
 mod disk;
 mod fidelity;
+mod hostile;
 mod program;
 mod scripted;
+mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
 mod tls;
