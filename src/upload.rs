@@ -223,7 +223,7 @@ impl Uploader {
                     let there = match self.store.list_parts(key, &upload.id).await {
                         Ok(parts) => parts,
                         Err(error) if error.kind == Kind::NoSuchUpload => {
-                            self.unfinished.remove(key, &upload.id);
+                            self.abort(key, &upload.id).await;
                             continue;
                         }
                         // Its parts cannot be known, so none is trusted.
@@ -249,7 +249,8 @@ impl Uploader {
                     return Err(error);
                 }
                 Err(Interrupted::Gone) => {
-                    self.unfinished.remove(key, &upload);
+                    // To be sure: some gateways answer 404 to more than that.
+                    self.abort(key, &upload).await;
                     // Whoever completed it had the same bytes: the key is their digest.
                     if self
                         .store
