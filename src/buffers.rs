@@ -6,9 +6,12 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that a run may hold in buffers at once. Chosen with the size of a piece so that a transfer of one
-/// large blob keeps eight to ten connections busy, and peak memory stays below 64 MiB.
-pub const BUDGET: u64 = 40 << 20;
+/// Bytes that an export may hold in buffers at once: eight parts of 5 MiB, enough to keep as many
+/// connections busy with one blob. Peak memory stays below 64 MiB.
+pub const UPLOADS: u64 = 40 << 20;
+
+/// The same for an import: eight pieces of 4 MiB. Less, as what a connection reads comes on top.
+pub const DOWNLOADS: u64 = 32 << 20;
 
 /// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
 const UNIT: u64 = 4 << 10;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures::stream::{StreamExt, TryStreamExt};
 
-use crate::buffers::{BUDGET, Buffers};
+use crate::buffers::{Buffers, UPLOADS};
 use crate::cache_config::CacheConfig;
 use crate::config::{ExportConfig, ExportTask, Mode};
 use crate::digest::Digest;
@@ -195,7 +195,7 @@ async fn export_to(
     let uploader = Arc::new(Uploader::new(
         Arc::clone(&store),
         source.layout.clone(),
-        Buffers::new(BUDGET),
+        Buffers::new(UPLOADS),
         progress.clone(),
         limits,
     ));

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use futures::stream::{StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 
-use crate::buffers::{BUDGET, Buffers};
+use crate::buffers::{Buffers, DOWNLOADS};
 use crate::cache_config::CacheConfig;
 use crate::config::{ImportConfig, ImportTask, Missing};
 use crate::digest::Digest;
@@ -298,7 +298,7 @@ impl Import<'_> {
         let downloader = Downloader::new(
             Arc::clone(&self.store),
             self.layout.clone(),
-            Buffers::new(BUDGET),
+            Buffers::new(DOWNLOADS),
             self.progress.clone(),
             sender,
             self.task.verify,

@@ -35,8 +35,9 @@ use super::tls::Trust;
 const POOL_IDLE: Duration = Duration::from_secs(15);
 /// Blobs move many at once, each in several ranges.
 const POOL_SIZE: usize = 256;
-/// What is read or gathered for writing at once.
-const BUFFER: usize = 1 << 20;
+/// What is read or gathered for writing at once. More costs memory on each connection and gains
+/// nothing: measured on loopback.
+const BUFFER: usize = 256 << 10;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
