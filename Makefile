@@ -48,8 +48,9 @@ fuzz: toolchain ## the property tests of the parsers, FUZZ_CASES of each
 demo: build ## export and import a cache through an S3 server on loopback
 	$(CARGO) run --locked $(FEATURES) --example demo -- $(BINARY)
 
-bench: build ## against s5cmd, rclone and aws s3, on loopback
-	$(CARGO) run --release --locked $(FEATURES) --example bench -- $(BINARY)
+bench: toolchain ## against s5cmd, rclone and aws s3, on loopback
+	$(CARGO) build --release --locked $(FEATURES) --bin layercache --example bench --example bench-server
+	$(dir $(BINARY))examples/bench $(BINARY)
 
 install: toolchain ## the release binary into PREFIX/bin (~/.cargo/bin)
 	$(CARGO) install --path . --locked --root $(PREFIX) $(FEATURES)

@@ -81,24 +81,49 @@ impl Downloader {
         };
         let blob = self.progress.blob(Activity::Download, &digest, size);
         let mut receiver = Receiver::take_up(staged, size, &blob).await?;
+        let fetched = self.fetch_verified(key, &mut receiver, &blob).await;
+        let Ok(Some(bytes)) = fetched else {
+            let (layout, staged) = (self.layout.clone(), receiver.staged);
+            blocking(move || {
+                layout.discard_empty(staged);
+                Ok(())
+            })
+            .await?;
+            return fetched.map(|_| Fetched::Missing);
+        };
+        blob.done();
+        self.verified
+            .send(receiver.staged)
+            .await
+            .ok()
+            .context("the task that names blobs has ended")?;
+        Ok(Fetched::Whole { bytes })
+    }
+
+    /// Fetches until `receiver` holds the blob, and says how many bytes that took; `None` if the
+    /// object is not there.
+    async fn fetch_verified(
+        &self,
+        key: &str,
+        receiver: &mut Receiver,
+        blob: &Arc<Blob>,
+    ) -> Result<Option<u64>> {
+        let digest = receiver.staged.digest;
         let mut taken_up = receiver.at > 0;
         let mut refetched = 0;
         let mut bytes = 0;
         loop {
-            if !self
-                .fetch_rest(key, &mut receiver, &blob, &mut bytes)
-                .await?
-            {
-                return Ok(Fetched::Missing);
+            if !self.fetch_rest(key, receiver, blob, &mut bytes).await? {
+                return Ok(None);
             }
             let found = Digest::from_hasher(receiver.hasher.clone());
             if found == digest {
-                break;
+                return Ok(Some(bytes));
             }
             // What an earlier run left may be at fault, or the network.
             if !taken_up && refetched == REFETCHES {
                 // Nothing good is in it: the next run is to begin at its start.
-                receiver.begin_again(&blob).await?;
+                receiver.begin_again(blob).await?;
                 bail!(
                     "blob {key} on s3 is damaged: its bytes hash to {found}; delete the object and export it again"
                 );
@@ -107,15 +132,8 @@ impl Downloader {
             taken_up = false;
             self.progress
                 .note(&format!("{digest}: its bytes are wrong, fetching it again"));
-            receiver.begin_again(&blob).await?;
+            receiver.begin_again(blob).await?;
         }
-        blob.done();
-        self.verified
-            .send(receiver.staged)
-            .await
-            .ok()
-            .context("the task that names blobs has ended")?;
-        Ok(Fetched::Whole { bytes })
     }
 
     /// Fetches everything from where `receiver` is; `false` if the object is not there.
@@ -130,24 +148,51 @@ impl Downloader {
         if from == size && size > 0 {
             return Ok(true);
         }
-        // An empty blob has no range, and is still asked for: it may not be there.
-        let pieces: Vec<_> = match size {
-            0 => std::iter::once(0..0).collect(),
-            _ => ranges(size - from, self.limits.piece)
-                .map(|r| from + r.start..from + r.end)
-                .collect(),
-        };
+        // Not collected: a size that is a lie can make them very many.
+        let pieces = ranges(size - from, self.limits.piece)
+            .map(move |range| from + range.start..from + range.end)
+            // An empty blob is asked for all the same: it may not be there.
+            .chain((size == from).then_some(from..from));
+        let several = size - from > self.limits.piece;
         let mut arriving = futures::stream::iter(pieces)
             .map(|range| self.fetch_piece(key, range, size, blob))
             .buffered(WINDOW);
-        while let Some(piece) = arriving.next().await {
-            let Some(piece) = piece? else {
-                return Ok(false);
+        if !several {
+            return match arriving.next().await.transpose()?.flatten() {
+                Some(piece) => {
+                    *bytes += piece.length;
+                    receiver.accept(piece).await?;
+                    Ok(true)
+                }
+                None => Ok(false),
             };
-            *bytes += piece.length;
-            receiver.accept(piece).await?;
         }
-        Ok(true)
+        // Written beside the fetching, so that no connection waits for the disk or the hash.
+        let (pieces, writing) = receiver.writer()?;
+        let mut whole = true;
+        while let Some(piece) = arriving.next().await {
+            match piece {
+                Ok(Some(piece)) => {
+                    *bytes += piece.length;
+                    // The writer has failed, and says why below.
+                    if pieces.send(piece).await.is_err() {
+                        break;
+                    }
+                }
+                Ok(None) => {
+                    whole = false;
+                    break;
+                }
+                Err(error) => {
+                    drop(pieces);
+                    receiver.written(writing.await)?;
+                    return Err(error);
+                }
+            }
+        }
+        drop(pieces);
+        receiver.written(writing.await)?;
+        Ok(whole)
     }
 
     /// Fetches one piece into memory, going on after every break where that is worth it.
@@ -256,6 +301,8 @@ struct Piece {
     _room: Room,
 }
 
+type Writing = tokio::task::JoinHandle<Result<(Sha256, u64)>>;
+
 /// The file that a blob grows in, and the digest of what it holds.
 struct Receiver {
     staged: Staged,
@@ -276,16 +323,15 @@ impl Receiver {
                 hasher: Sha256::new(),
             });
         }
+        let digest = staged.digest;
         let (staged, hasher) = blocking(move || {
+            let reading = || format!("reading what there is of blob {digest}");
             let mut hasher = Sha256::new();
             let mut buffer = vec![0; 256 << 10];
-            staged
-                .file
-                .seek(SeekFrom::Start(0))
-                .context("reading a partial blob")?;
+            staged.file.seek(SeekFrom::Start(0)).with_context(reading)?;
             let mut rest = (&staged.file).take(have);
             loop {
-                match rest.read(&mut buffer).context("reading a partial blob")? {
+                match rest.read(&mut buffer).with_context(reading)? {
                     0 => break,
                     read => hasher.update(&buffer[..read]),
                 }
@@ -293,7 +339,7 @@ impl Receiver {
             staged
                 .file
                 .seek(SeekFrom::Start(have))
-                .context("reading a partial blob")?;
+                .with_context(reading)?;
             Ok((staged, hasher))
         })
         .await?;
@@ -307,25 +353,41 @@ impl Receiver {
     }
 
     async fn accept(&mut self, piece: Piece) -> Result<()> {
+        let (pieces, writing) = self.writer()?;
+        let sent = pieces.send(piece).await;
+        drop(pieces);
+        self.written(writing.await)?;
+        sent.ok().context("the task that writes a blob has ended")
+    }
+
+    /// A task that hashes and writes pieces in the order in which they are sent to it, until the
+    /// sender is gone. `written` takes over what it comes to.
+    fn writer(&mut self) -> Result<(mpsc::Sender<Piece>, Writing)> {
         let digest = self.staged.digest;
-        let file = self
-            .staged
-            .file
-            .try_clone()
-            .context("writing a blob into the layout")?;
+        let file = self.staged.file.try_clone();
+        let mut file = file.with_context(|| format!("writing blob {digest} into the layout"))?;
         let mut hasher = std::mem::take(&mut self.hasher);
-        let length = piece.length;
-        self.hasher = blocking(move || {
-            let mut file = file;
-            for chunk in &piece.chunks {
-                hasher.update(chunk);
-                file.write_all(chunk)
-                    .with_context(|| format!("writing blob {digest} into the layout"))?;
+        let mut at = self.at;
+        let (sender, mut pieces) = mpsc::channel::<Piece>(1);
+        let writing = tokio::task::spawn_blocking(move || {
+            while let Some(piece) = pieces.blocking_recv() {
+                for chunk in &piece.chunks {
+                    hasher.update(chunk);
+                    file.write_all(chunk)
+                        .with_context(|| format!("writing blob {digest} into the layout"))?;
+                }
+                at += piece.length;
             }
-            Ok(hasher)
-        })
-        .await?;
-        self.at += length;
+            Ok((hasher, at))
+        });
+        Ok((sender, writing))
+    }
+
+    fn written(
+        &mut self,
+        done: Result<Result<(Sha256, u64)>, tokio::task::JoinError>,
+    ) -> Result<()> {
+        (self.hasher, self.at) = done.context("writing a blob into the layout")??;
         Ok(())
     }
 

@@ -261,11 +261,13 @@ async fn send(
         return Ok(report);
     }
 
-    progress.stage(
-        "refreshing",
-        plan.old.len() as u64,
-        plan.old.iter().map(|(_, info)| info.size).sum(),
-    );
+    if !plan.old.is_empty() {
+        progress.stage(
+            "refreshing",
+            plan.old.len() as u64,
+            plan.old.iter().map(|(_, info)| info.size).sum(),
+        );
+    }
     let mut absent = plan.absent;
     let refreshed: Vec<_> = futures::stream::iter(&plan.old)
         .map(|(digest, info)| async move {
@@ -284,17 +286,18 @@ async fn send(
         absent.push((digest, size));
     }
 
-    progress.stage(
-        "uploading",
-        absent.len() as u64,
-        absent.iter().map(|(_, size)| size).sum(),
-    );
+    if !absent.is_empty() {
+        progress.stage(
+            "uploading",
+            absent.len() as u64,
+            absent.iter().map(|(_, size)| size).sum(),
+        );
+    }
     futures::stream::iter(absent)
         .map(|(digest, size)| async move {
             uploader
                 .upload(&target.s3.blob_key(&digest), digest, size)
                 .await
-                .with_context(|| format!("uploading {digest}"))
         })
         .buffer_unordered(target.upload_parallelism)
         .try_collect::<()>()
@@ -303,7 +306,6 @@ async fn send(
     // Every blob is there: the pointers to them come last.
     for name in &target.s3.names {
         let key = target.s3.manifest_key(name);
-        report.bytes += manifest.len() as u64;
         store
             .put(
                 &key,

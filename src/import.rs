@@ -48,7 +48,8 @@ pub async fn import(
     progress: &Progress,
 ) -> Result<Vec<Report>> {
     let root = task.layout.clone();
-    let layout = blocking(move || Layout::open_for_import(&root, LOCK_WAIT)).await?;
+    let opening = blocking(move || Layout::open_for_import(&root, LOCK_WAIT));
+    let layout = interrupt.or(opening).await?;
     let mut reports: Vec<Report> = Vec::new();
     for source in &task.sources {
         let taken: Vec<&str> = reports
@@ -123,8 +124,7 @@ async fn import_from(
     let key = source.s3.manifest_key(&source.s3.names[0]);
     progress.stage("reading the manifest", 0, 0);
     match read_manifest(&*store, &key).await? {
-        Some((cache, bytes)) => {
-            report.bytes = bytes;
+        Some(cache) => {
             let import = Import {
                 source,
                 task,
@@ -149,8 +149,8 @@ async fn import_from(
     Ok(report)
 }
 
-/// The manifest; `None` if there is none. Says also how many bytes it has.
-async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<(CacheConfig, u64)>> {
+/// The manifest; `None` if there is none.
+async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfig>> {
     let mut tries = store.retries().tries();
     loop {
         // Nothing vouches for these bytes, so what cannot be read (it broke off, it is a proxy's
@@ -164,7 +164,7 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<(CacheConf
         let made = tries.made();
         let error = match read {
             Ok(bytes) => match CacheConfig::parse_s3(&bytes) {
-                Ok(cache) => return Ok(Some((cache, bytes.len() as u64))),
+                Ok(cache) => return Ok(Some(cache)),
                 Err(error) => error,
             },
             Err(error) => error,
@@ -289,11 +289,13 @@ impl Import<'_> {
         absent: Vec<(Digest, u64)>,
         report: &mut Report,
     ) -> Result<BTreeSet<Digest>> {
-        self.progress.stage(
-            "fetching",
-            absent.len() as u64,
-            absent.iter().map(|(_, size)| size).sum(),
-        );
+        if !absent.is_empty() {
+            self.progress.stage(
+                "fetching",
+                absent.len() as u64,
+                absent.iter().map(|(_, size)| size).sum(),
+            );
+        }
         let (sender, receiver) = mpsc::channel(BLOBS);
         let downloader = Downloader::new(
             Arc::clone(&self.store),
@@ -315,10 +317,7 @@ impl Import<'_> {
                         let fetched = downloader
                             .fetch(&self.source.s3.blob_key(&digest), digest, size)
                             .await;
-                        Ok::<_, anyhow::Error>((
-                            digest,
-                            fetched.with_context(|| format!("fetching {digest}"))?,
-                        ))
+                        Ok::<_, anyhow::Error>((digest, fetched?))
                     }
                 })
                 .buffer_unordered(BLOBS)

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 
 use anyhow::{Context, Result, bail};
+use serde::de::IgnoredAny;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -123,9 +124,10 @@ impl Manifest {
     /// Reads the manifest that `descriptor` describes. Fails on what is not one of schema version 2
     /// or calls itself something else than its descriptor does.
     pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
-        let manifest: Manifest = serde_json::from_slice(bytes)
+        let manifest: Manifest = object_from_json(bytes)
             .with_context(|| format!("reading manifest {}", descriptor.digest))?;
         check_kind(descriptor, manifest.schema_version, &manifest.media_type)?;
+        check_one_kind(&descriptor.digest, bytes, false)?;
         Ok(manifest)
     }
 }
@@ -133,9 +135,10 @@ impl Manifest {
 impl Index {
     /// Reads the index that `descriptor` describes, as strictly as [`Manifest::parse`].
     pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
-        let index: Index = serde_json::from_slice(bytes)
+        let index: Index = object_from_json(bytes)
             .with_context(|| format!("reading index {}", descriptor.digest))?;
         check_kind(descriptor, index.schema_version, &index.media_type)?;
+        check_one_kind(&descriptor.digest, bytes, true)?;
         Ok(index)
     }
 }
@@ -196,6 +199,48 @@ pub fn is_layer(media_type: &str) -> bool {
 pub fn is_nondistributable(media_type: &str) -> bool {
     normalise_layer(media_type)
         .starts_with("application/vnd.oci.image.layer.nondistributable.v1.tar")
+}
+
+/// Structural characters (`{`, `[` and `,`) that a document may hold. A layer of a cache has some
+/// eight, so that this is half a million of them; but two bytes of JSON can take a hundred bytes of
+/// memory, and a hostile document is nothing but such bytes.
+const MOST_STRUCTURE: usize = 4 << 20;
+
+/// Reads JSON that came from elsewhere, in memory that is bounded.
+pub(crate) fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
+    // Those within strings count as well: names and digests have next to none.
+    let structural = |byte: &&u8| matches!(byte, b'{' | b'[' | b',');
+    let found = bytes.iter().filter(structural).count();
+    if found > MOST_STRUCTURE {
+        bail!("it has too many elements (about {found}; at most {MOST_STRUCTURE} are read)");
+    }
+    Ok(serde_json::from_slice(bytes)?)
+}
+
+/// As [`from_json`], for an object: serde would read a struct from an array too, which Go, and so
+/// BuildKit, refuses.
+pub(crate) fn object_from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
+    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
+        bail!("it is not a JSON object");
+    }
+    from_json(bytes)
+}
+
+/// A document without a media type of its own could be read as either kind: as one that names
+/// nothing by the checks, as one full of what is not there by whoever reads it next.
+fn check_one_kind(digest: &Digest, bytes: &[u8], is_index: bool) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Both {
+        config: Option<IgnoredAny>,
+        layers: Option<IgnoredAny>,
+        manifests: Option<IgnoredAny>,
+    }
+    let found: Both = object_from_json(bytes)?;
+    let is_manifest = found.config.is_some() || found.layers.is_some();
+    if is_manifest && (is_index || found.manifests.is_some()) {
+        bail!("{digest} could be read as an image manifest and as an image index");
+    }
+    Ok(())
 }
 
 /// `value` as Go's encoding/json writes it: compact, and with `<`, `>`, `&`, U+2028 and U+2029

@@ -11,7 +11,7 @@ use crate::progress::Progress;
 use crate::store::{Kind, ObjectInfo, Store};
 
 /// HEADs in flight at once.
-const HEADS: usize = 64;
+const HEADS: usize = 128;
 
 /// Up to this many blobs are asked for by HEAD at once: one round trip, as a listing's first page.
 const FEW: usize = 16;
@@ -58,7 +58,10 @@ async fn list(
     let prefix = format!("{blobs}sha256:");
     let mut next: Option<String> = None;
     let mut pages = 0u32;
-    loop {
+    // Twice as many pages as HEADs would take rounds: a listing that goes on for longer did not keep
+    // what its first pages promised, and might never end.
+    let most_pages = 2 * wanted.len().div_ceil(HEADS) + 8;
+    while (pages as usize) < most_pages {
         let page = match store.list(&prefix, None, next.as_deref()).await {
             Ok(page) => page,
             // Down is down; anything else (no permission, version 1 only, an answer that is no
@@ -103,6 +106,7 @@ async fn list(
             return Ok(());
         }
     }
+    Ok(())
 }
 
 /// Where a digest lies in the space of all digests, from 0 to 1.

@@ -38,7 +38,7 @@ pub struct Report {
     pub present: u64,
     /// Blobs that were there already and were made young again; in a dry run those that would be.
     pub refreshed: u64,
-    /// Bytes of blobs and manifests sent or fetched.
+    /// Bytes of blobs sent or fetched.
     pub bytes: u64,
     /// Layers and results that an import left out because blobs were missing.
     pub dropped_layers: u64,

@@ -388,6 +388,8 @@ mod tests {
         assert_eq!(before.elapsed(), Duration::ZERO);
 
         // Twenty requests a second, then the store throttles.
+        let policy = RetryPolicy::new(RetryMode::Adaptive, 100);
+        let mut tries = policy.tries();
         for _ in 0..40 {
             tokio::time::sleep(Duration::from_millis(50)).await;
             tries.permit().await;

@@ -8,6 +8,8 @@ mod credentials;
 mod dispatch;
 mod endpoint;
 mod outgoing;
+#[doc(hidden)]
+pub mod probe;
 mod sign;
 mod timing;
 mod tls;

@@ -1,6 +1,7 @@
 //! From a manifest in a layout to what an export sends, and from an S3 manifest to the documents
 //! that an import writes.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -22,6 +23,10 @@ use crate::progress::{Activity, Blob, Progress};
 /// layout could for ever.
 const MAX_DEPTH: usize = 8;
 
+/// Bytes of documents that one manifest can make us read. Many manifests may share a large config,
+/// each of them small: a hostile layout could have it read without end.
+const DOCUMENTS_LIMIT: u64 = 512 << 20;
+
 /// The annotation of an index entry that tells attestations from images.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
@@ -42,6 +47,7 @@ impl Snapshot {
             layout,
             progress,
             diff_ids: HashMap::new(),
+            documents: Cell::new(0),
         };
         let cache = match reader.document(root)? {
             Document::Manifest(manifest) if manifest.config.media_type == oci::CACHE_CONFIG => {
@@ -117,6 +123,8 @@ struct Reader<'a> {
     progress: &'a Progress,
     /// Those computed so far, by blob.
     diff_ids: HashMap<Digest, Digest>,
+    /// Bytes of documents read so far.
+    documents: Cell<u64>,
 }
 
 impl Reader<'_> {
@@ -142,6 +150,15 @@ impl Reader<'_> {
     }
 
     fn read_document(&self, kind: &str, descriptor: &Descriptor) -> Result<Vec<u8>> {
+        let read = self.documents.get().saturating_add(descriptor.size);
+        if read > DOCUMENTS_LIMIT {
+            bail!(
+                "reading {kind} {}: the documents before it have more than {DOCUMENTS_LIMIT} bytes \
+                 with it",
+                descriptor.digest
+            );
+        }
+        self.documents.set(read);
         self.layout
             .read_document(descriptor)
             .with_context(|| format!("reading {kind} {} of the layout", descriptor.digest))
@@ -268,7 +285,7 @@ impl Reader<'_> {
         }
 
         let bytes = self.read_document("image config", config)?;
-        let image: ImageConfig = serde_json::from_slice(&bytes)
+        let image: ImageConfig = oci::object_from_json(&bytes)
             .with_context(|| format!("reading image config {} of the layout", config.digest))?;
         let layers = self.image_layers(&image, &manifest.layers)?;
         let records = match &image.cache {
@@ -380,7 +397,8 @@ impl<R: Read> Read for Hashing<R> {
     }
 }
 
-/// The blobs that `cache` needs, with their sizes. Fails where two sizes are given for one.
+/// The blobs that `cache` needs, with their sizes. Fails where two sizes are given for one, and where
+/// all sizes together are more than can be counted: whoever adds some of them up need not fear.
 pub fn blobs_of(cache: &CacheConfig) -> Result<BTreeMap<Digest, u64>> {
     let mut blobs = BTreeMap::new();
     for content in cache.image.iter().flat_map(|image| &image.contents) {
@@ -391,6 +409,10 @@ pub fn blobs_of(cache: &CacheConfig) -> Result<BTreeMap<Digest, u64>> {
             Some(annotations) => add(&mut blobs, layer.blob, annotations.size)?,
             None => bail!("layer {at} ({}) has no annotations", layer.blob),
         };
+    }
+    let total: u128 = blobs.values().map(|&size| u128::from(size)).sum();
+    if i64::try_from(total).is_err() {
+        bail!("the blobs are said to have {total} bytes together, which cannot be");
     }
     Ok(blobs)
 }

@@ -479,7 +479,11 @@ fn endpoint(attributes: &mut Attributes, env: Env) -> Result<Option<Url>> {
 
 fn parse_endpoint(value: &str) -> Result<Url> {
     // A password before the host, or a signature after the path, is no text to repeat.
-    let shown = if value.contains(['@', '?', '#']) {
+    // Where the `@` was forgotten, a second colon is left of one.
+    let host = value.split_once("://").map_or(value, |(_, rest)| rest);
+    let colons = authority(host).matches(':').count();
+    let crowded = colons > 1 && !host.starts_with('[');
+    let shown = if value.contains(['@', '?', '#']) || crowded {
         "the value".to_owned()
     } else {
         quoted(value)
@@ -745,12 +749,13 @@ fn quoted(value: &str) -> String {
     format!("{start:?}{more}")
 }
 
-/// Whether a text holds what could be a credential's attribute.
+/// Whether a text holds what could be a credential's attribute, or a URL with a password in it.
 pub(crate) fn may_hold_credentials(text: &str) -> bool {
     let text = text.to_lowercase();
     ["access_key", "session_token", "key=", "token="]
         .iter()
         .any(|mark| text.contains(mark))
+        || text.contains("//") && text.contains('@')
 }
 
 #[cfg(test)]

@@ -142,6 +142,11 @@ impl Unfinished {
 enum Interrupted {
     /// It was completed or aborted by another run.
     Gone,
+    /// It holds parts that cannot be told to be ours: of other bytes, or on a store whose ETags are no
+    /// MD5 (encryption with KMS keys). Sending them again could spoil it for a run that is at it now.
+    Untrusted,
+    /// Another run has sent parts of it again meanwhile, and the store gave them other ETags.
+    Spoiled(StoreError),
     Failed(anyhow::Error),
 }
 
@@ -216,6 +221,7 @@ impl Uploader {
     async fn upload_parts(&self, key: &str, source: &Source) -> Result<()> {
         let abandoned = self.abandoned(key).await;
         let mut taken_up = abandoned.iter().max_by_key(|upload| upload.initiated);
+        let mut spoiled = None;
         for _ in 0..RESTARTS {
             let (upload, there) = match taken_up.take() {
                 Some(upload) => {
@@ -229,6 +235,11 @@ impl Uploader {
                         // Its parts cannot be known, so none is trusted.
                         Err(_) => Vec::new(),
                     };
+                    // Nothing to save; and it may be another run's that has just begun.
+                    if there.is_empty() {
+                        self.unfinished.remove(key, &upload.id);
+                        continue;
+                    }
                     self.progress.debug(&format!(
                         "{}: taking up an interrupted upload with {} parts",
                         source.digest,
@@ -248,8 +259,12 @@ impl Uploader {
                     self.abort(key, &upload).await;
                     return Err(error);
                 }
-                Err(Interrupted::Gone) => {
-                    // To be sure: some gateways answer 404 to more than that.
+                Err(Interrupted::Untrusted) => self.unfinished.remove(key, &upload),
+                Err(ended @ (Interrupted::Gone | Interrupted::Spoiled(_))) => {
+                    if let Interrupted::Spoiled(error) = ended {
+                        spoiled = Some(error);
+                    }
+                    // Also where it is said to be gone: some gateways answer 404 to more than that.
                     self.abort(key, &upload).await;
                     // Whoever completed it had the same bytes: the key is their digest.
                     if self
@@ -263,6 +278,9 @@ impl Uploader {
                     }
                 }
             }
+        }
+        if let Some(error) = spoiled {
+            return Err(error.into());
         }
         bail!(
             "uploading {key} to s3: other runs took its multipart upload away {RESTARTS} times; try again"
@@ -295,16 +313,17 @@ impl Uploader {
                 }
             };
             let buffer = self.buffers.take((range.end - range.start) as usize);
-            let known = there
-                .get(&number)
-                .filter(|part| part.size == range.end - range.start)
-                .cloned();
+            let known = there.get(&number).cloned();
             let reader = source.clone();
             let reading = blocking(move || {
                 let buffer = reader.read(range, buffer)?;
                 hasher.update(&buffer);
                 // A part that the store holds is trusted if its ETag is the MD5 of these bytes.
-                let held = known.filter(|part| part.etag.trim_matches('"') == md5_hex(&buffer));
+                let held = known.map(|part| {
+                    let same = part.size == buffer.len() as u64
+                        && part.etag.trim_matches('"') == md5_hex(&buffer);
+                    same.then_some(part)
+                });
                 Ok((buffer, hasher, held))
             });
             tokio::pin!(reading);
@@ -317,6 +336,7 @@ impl Uploader {
             hasher = hashed;
             let size = buffer.len() as u64;
             if let Some(part) = held {
+                let part = part.ok_or(Interrupted::Untrusted)?;
                 source.blob.advance(size);
                 parts.push(part);
                 continue;
@@ -336,7 +356,11 @@ impl Uploader {
         }
         source.check(Digest::from_hasher(hasher))?;
         parts.sort_by_key(|part| part.number);
-        Ok(self.store.complete_upload(key, upload, &parts).await?)
+        let completed = self.store.complete_upload(key, upload, &parts).await;
+        completed.map_err(|error| match error.code.as_deref() {
+            Some("InvalidPart") => Interrupted::Spoiled(error),
+            _ => error.into(),
+        })
     }
 
     /// Moves the object's LastModified to now. `false`: the object is gone, and must be uploaded.

@@ -11,7 +11,9 @@ use super::{
     Time, graph,
 };
 use crate::digest::Digest;
-use crate::oci::{Descriptor, normalise_layer, null_is_default, to_json};
+use crate::oci::{
+    Descriptor, from_json, normalise_layer, null_is_default, object_from_json, to_json,
+};
 
 /// The version of the field `layercache` that this program writes, and the only one it reads.
 const IMAGE_VERSION: u64 = 1;
@@ -192,7 +194,7 @@ fn time<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Time, D::Er
 }
 
 pub(super) fn parse(bytes: &[u8], form: Form) -> Result<CacheConfig> {
-    let wire: Config = serde_json::from_slice(bytes)?;
+    let wire: Config = object_from_json(bytes)?;
     let config = CacheConfig {
         layers: layers(&wire.layers, form)?,
         records: records(&wire.records)?,
@@ -209,7 +211,7 @@ pub(super) fn parse(bytes: &[u8], form: Form) -> Result<CacheConfig> {
 
 /// Reads a bare array of records, over `layers` that are given.
 pub(super) fn parse_records(bytes: &[u8], layers: Vec<Layer>) -> Result<CacheConfig> {
-    let wire: Option<Vec<WireRecord>> = serde_json::from_slice(bytes)?;
+    let wire: Option<Vec<WireRecord>> = from_json(bytes)?;
     let config = CacheConfig {
         layers,
         records: records(&wire.unwrap_or_default())?,

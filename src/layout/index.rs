@@ -9,7 +9,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::Selection;
-use crate::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME};
+use crate::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
 
 /// An error lists at most so many entries.
 const LISTED: usize = 20;
@@ -128,7 +128,7 @@ impl Index {
     }
 
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
-        let Fields(all) = serde_json::from_slice(bytes).context("not a JSON object")?;
+        let Fields(all) = from_json(bytes).context("not a JSON object")?;
         let mut fields = Vec::with_capacity(all.len());
         let mut manifests = None;
         for (name, value) in all {

@@ -232,7 +232,24 @@ impl Layout {
         renamed
     }
 
-    /// Removes staging files of blobs that are in place, those that hold nothing, those of interrupted downloads that no one
+    /// Gives up a blob of which no byte has come: its file may still hold the space set aside for
+    /// it, as much as a manifest cared to claim. Never fails an import.
+    pub fn discard_empty(&self, staged: Staged) {
+        let discard = || -> Result<()> {
+            let name = partial(&staged.digest.hex());
+            if staged.file.metadata()?.len() == 0
+                && let Some(staging) = self.open_root()?.subdir(STAGING)?
+                && staging.names(&name, &staged.file)?
+            {
+                staging.unlink(&name)?;
+            }
+            Ok(())
+        };
+        let _ = discard();
+    }
+
+    /// Removes staging files of blobs that are in place, those that hold nothing, those of
+    /// interrupted downloads that no one
     /// took up for a week, and the staging directory if nothing is left in it. Never fails an import.
     pub fn tidy(&self) {
         let Ok(root) = self.open_root() else { return };

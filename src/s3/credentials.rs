@@ -18,7 +18,8 @@ use tokio::time::Instant;
 use super::tls::Trust;
 use crate::config::StaticCredentials;
 
-/// Credentials this close to their end are replaced.
+/// Credentials this close to their end are replaced, or once half of what they had left has passed:
+/// some services give the same ones until shortly before the end.
 const EARLY: Duration = Duration::from_secs(120);
 /// Many requests start at once: what the chain just failed at, it is not asked again so soon.
 const FAILURE_STANDS: Duration = Duration::from_secs(10);
@@ -43,6 +44,8 @@ enum Source {
 #[derive(Default)]
 struct Cache {
     current: Option<Credentials>,
+    /// When others are asked for. `None`: never.
+    replace_at: Option<SystemTime>,
     failed: Option<(Instant, String)>,
 }
 
@@ -72,7 +75,7 @@ impl Keyring {
     }
 
     #[cfg(test)]
-    fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
+    pub(super) fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
         Keyring {
             source: Source::Chain {
                 region: "us-east-1".into(),
@@ -91,7 +94,9 @@ impl Keyring {
                 let mut cache = self.cache.lock().await;
                 let now = SystemTime::now();
                 match &cache.current {
-                    Some(current) if fresh_at(current, now + EARLY) => Ok(current.clone()),
+                    Some(current) if cache.replace_at.is_none_or(|at| now < at) => {
+                        Ok(current.clone())
+                    }
                     Some(current) if fresh_at(current, now) => {
                         // Early is a courtesy: while these work, a failure to renew is no failure.
                         let current = current.clone();
@@ -116,8 +121,10 @@ impl Keyring {
         Ok(renewed != *stale)
     }
 
-    /// Takes what was learnt of the credentials out of a text that came from elsewhere.
+    /// Takes `credentials` out of a text that came from elsewhere.
     pub(super) fn redact(credentials: &Credentials, text: &str) -> String {
+        // A shorter one is a test server's, and would blot out half of an ordinary message.
+        const SHORTEST: usize = 6;
         let secrets = [
             Some(credentials.secret_access_key()),
             credentials.session_token(),
@@ -126,7 +133,7 @@ impl Keyring {
         secrets
             .into_iter()
             .flatten()
-            .filter(|secret| !secret.is_empty())
+            .filter(|secret| secret.len() >= SHORTEST)
             .fold(text.to_owned(), |text, secret| text.replace(secret, "***"))
     }
 
@@ -154,6 +161,9 @@ impl Keyring {
         match loaded.await {
             Ok(credentials) => {
                 cache.failed = None;
+                cache.replace_at = credentials
+                    .expiry()
+                    .map(|end| replace_at(SystemTime::now(), end));
                 cache.current = Some(credentials.clone());
                 Ok(credentials)
             }
@@ -167,6 +177,12 @@ impl Keyring {
 
 fn fresh_at(credentials: &Credentials, time: SystemTime) -> bool {
     credentials.expiry().is_none_or(|expiry| expiry > time)
+}
+
+/// When credentials that were got `now` and end at `end` are to be replaced.
+fn replace_at(now: SystemTime, end: SystemTime) -> SystemTime {
+    let left = end.duration_since(now).unwrap_or_default();
+    now + left.saturating_sub(EARLY).max(left / 2)
 }
 
 async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials>> {
@@ -206,20 +222,62 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
     let mut reasons: Vec<String> = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {
-        let reason = error.to_string();
+        // The chain lists its links on lines of their own.
+        let reason: Vec<_> = error
+            .to_string()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        let mut reason = reason.join(" ");
+        // What a credential_process printed before it failed may be the credentials themselves.
+        if let Some(at) = reason.find("Stderr:").or_else(|| reason.find("Stdout:")) {
+            reason.truncate(at);
+            reason.push_str("what it printed is not shown, run it by hand");
+        }
         if !reasons.iter().any(|earlier| earlier.contains(&reason)) {
             reasons.push(reason);
         }
         next = error.source();
     }
     let profile = profile.filter(|name| !name.is_empty());
+    let remedy = match &profile {
+        Some(name) => {
+            format!("see whether there is a profile {name:?}, or set another AWS_PROFILE")
+        }
+        None => "set access_key_id and secret_access_key, or AWS_PROFILE".to_owned(),
+    };
     let profile = profile.as_deref().unwrap_or("default");
     format!(
         "no AWS credentials: tried the environment, profile {profile:?} of the shared config and \
          credentials files, web identity, the container endpoint and EC2's metadata service ({}); \
-         set access_key_id and secret_access_key, or AWS_PROFILE",
-        reasons.join(": ")
+         {remedy}",
+        one_line(&reasons.join(": "))
     )
+}
+
+/// The chain tells in several lines, and at length, what it found nothing in.
+fn one_line(reasons: &str) -> String {
+    let reasons = match reasons.split_once("Attempted:\n") {
+        Some((_, attempts)) => attempts,
+        None => reasons,
+    };
+    let mut line = String::new();
+    for part in reasons
+        .lines()
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
+        if !line.is_empty() {
+            line.push_str("; ");
+        }
+        line.push_str(
+            &part
+                .replace("the credential provider was not enabled: ", "")
+                .replace("the credential provider was not enabled", "nothing set")
+                .replace("an error occurred while loading credentials: ", ""),
+        );
+    }
+    line
 }
 
 #[cfg(test)]
@@ -281,10 +339,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn credentials_about_to_expire_are_replaced() {
-        let (keyring, _) = keyring(Duration::from_secs(60), true);
+    async fn credentials_that_have_ended_are_replaced() {
+        let (keyring, _) = keyring(Duration::ZERO, true);
         assert_eq!(keyring.get().await.unwrap().access_key_id(), "key1");
         assert_eq!(keyring.get().await.unwrap().access_key_id(), "key2");
+    }
+
+    #[test]
+    fn credentials_are_replaced_two_minutes_early_or_after_half_of_what_they_have_left() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        for (left, after) in [(3600, 3480), (240, 120), (100, 50), (2, 1), (0, 0)] {
+            assert_eq!(
+                replace_at(now, now + Duration::from_secs(left)),
+                now + Duration::from_secs(after)
+            );
+        }
+        assert_eq!(replace_at(now, now - Duration::from_secs(9)), now);
     }
 
     #[tokio::test]
@@ -323,10 +393,23 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_taken_out_of_foreign_texts() {
-        let credentials = Credentials::new("AKID", "SECRET", Some("TOKEN".into()), None, "test");
+    fn what_the_chain_says_fits_a_line() {
+        let said = "the credential provider was not enabled: no credentials found in chain. Attempted:\n  \
+                    Environment: the credential provider was not enabled: environment variable not set\n  \
+                    Profile: the credential provider was not enabled";
         assert_eq!(
-            Keyring::redact(&credentials, "AKID said SECRET and TOKEN"),
+            one_line(said),
+            "Environment: environment variable not set; Profile: nothing set"
+        );
+        let failed = "an error occurred while loading credentials: service error: AccessDenied";
+        assert_eq!(one_line(failed), "service error: AccessDenied");
+    }
+
+    #[test]
+    fn secrets_are_taken_out_of_foreign_texts() {
+        let credentials = Credentials::new("AKIDID", "SECRET", Some("TOKEN!".into()), None, "test");
+        assert_eq!(
+            Keyring::redact(&credentials, "AKIDID said SECRET and TOKEN!"),
             "*** said *** and ***"
         );
     }

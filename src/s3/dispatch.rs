@@ -531,7 +531,18 @@ fn hand_over(
 fn refused(shared: &Shared, call: &Call, refusal: &Refusal) -> Failure {
     let reads = matches!(call.expect, Expect::Object | Expect::Description);
     let verdict = refusal.verdict();
-    let why = refusal.explain(&shared.region, &shared.bucket, reads);
+    let mut why = refusal.explain(&shared.region, &shared.bucket, reads);
+    // An answer to HEAD has no body to say that the token has expired: S3 gives a bare 400.
+    let mute = call.expect == Expect::Description
+        && refusal.status == 400
+        && refusal.code.is_none()
+        && refusal.region.is_none();
+    if mute {
+        why.push_str(
+            " and, as this was a HEAD, no reason: the session token may have expired, or region or \
+             endpoint_url be wrong",
+        );
+    }
     Failure {
         error: StoreError {
             status: Some(refusal.status),
@@ -539,7 +550,7 @@ fn refused(shared: &Shared, call: &Call, refusal: &Refusal) -> Failure {
             ..call.error(verdict.kind, shared, &why)
         },
         again: verdict.again,
-        renew: verdict.renew,
+        renew: verdict.renew || mute,
     }
 }
 
@@ -555,7 +566,7 @@ fn too_quiet(shared: &Shared, call: &Call, limit: Duration) -> Failure {
 fn local(shared: &Shared, call: &Call, e: io::Error) -> Failure {
     Failure::last(StoreError {
         source: Some(Box::new(e)),
-        ..call.error(Kind::LocalBody, shared, "reading what is to be sent failed")
+        ..call.error(Kind::LocalBody, shared, "reading it failed")
     })
 }
 

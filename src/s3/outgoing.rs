@@ -176,7 +176,7 @@ mod tests {
             None
         }
         fn open(&self) -> ByteStream {
-            let chunks: Vec<_> = self.1.iter().cloned().collect();
+            let chunks: Vec<_> = self.1.to_vec();
             futures::stream::iter(chunks)
                 .map(|chunk| chunk.map(Bytes::from).map_err(io::Error::from))
                 .boxed()

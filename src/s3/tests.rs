@@ -3,6 +3,8 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::{ProvideCredentials, future};
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -721,7 +723,7 @@ async fn an_endless_answer_is_cut_off() {
     assert!(e.message.contains("longer than 16 MiB"), "{e}");
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let server = Server {
@@ -729,7 +731,11 @@ async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
         requests: Arc::default(),
     };
     let store = server.store_as(|config| config.retry_max_attempts = 1);
-    let e = store.head("a").await.unwrap_err();
+    let head = tokio::spawn(async move { store.head("a").await });
+    let (mut stream, _) = listener.accept().await.unwrap();
+    stream.read_exact(&mut [0; 20]).await.unwrap();
+    tokio::time::pause();
+    let e = head.await.unwrap().unwrap_err();
     assert_eq!(e.kind, Kind::Unavailable);
     assert!(e.message.ends_with("for 30 s"), "{e}");
 }
@@ -753,4 +759,79 @@ async fn no_secret_is_in_an_error() {
     let shown = format!("{e} {e:?}");
     assert!(shown.contains("you are *** with ***"), "{shown}");
     assert!(!shown.contains("SECRETTEST") && !shown.contains("Signature="));
+}
+
+/// Gives other credentials each time.
+#[derive(Debug, Default)]
+struct Chain(std::sync::atomic::AtomicU32);
+
+impl ProvideCredentials for Chain {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        let key = format!("KEY{}", self.0.fetch_add(1, Ordering::SeqCst));
+        future::ProvideCredentials::ready(Ok(Credentials::new(key, "s", None, None, "test")))
+    }
+}
+
+#[tokio::test]
+async fn an_expired_token_is_renewed_once_and_the_request_sent_again() {
+    let expired = error("400 Bad Request", "ExpiredToken");
+    let server = Server::new(vec![
+        expired.clone(),
+        ok(TAG, "hello"),
+        expired.clone(),
+        expired,
+    ])
+    .await;
+    // The renewal takes no attempt.
+    let mut store = server.store_as(|config| config.retry_max_attempts = 1);
+    Arc::get_mut(&mut store.shared).unwrap().keyring = Keyring::with_chain(Chain::default());
+    store.get("a", None, None).await.unwrap();
+    let requests = server.requests();
+    assert!(requests[0].contains("Credential=KEY0/"));
+    assert!(requests[1].contains("Credential=KEY1/"));
+    let e = store.get("a", None, None).await.err().unwrap();
+    assert_eq!(e.kind, Kind::Denied);
+    assert_eq!(store.requests(), 4);
+}
+
+/// A server that sends an object's first bytes, and then one more every `pause`.
+async fn dripping(pause: Duration) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        // hyper hangs up on an answer that comes before the question.
+        stream.read_exact(&mut [0; 20]).await.unwrap();
+        let head = b"HTTP/1.1 200 OK\r\netag: \"a\"\r\ncontent-length: 1000\r\n\r\nhello";
+        stream.write_all(head).await.unwrap();
+        loop {
+            tokio::time::sleep(pause).await;
+            if stream.write_all(b"!").await.is_err() {
+                return;
+            }
+        }
+    });
+    Server {
+        url,
+        requests: Arc::default(),
+    }
+}
+
+#[tokio::test]
+async fn a_download_that_stops_or_drips_is_given_up() {
+    for (pause, why) in [(3600, "no byte came for 30 s"), (10, "only ")] {
+        let server = dripping(Duration::from_secs(pause)).await;
+        let object = server.store().get("a", None, None).await.unwrap().unwrap();
+        // Not before the connection is there: a paused clock runs ahead of the network.
+        tokio::time::pause();
+        let (bytes, e) = read(object).await;
+        tokio::time::resume();
+        assert!(bytes.starts_with(b"hello"));
+        let e = e.unwrap();
+        assert_eq!(e.kind(), io::ErrorKind::TimedOut);
+        assert!(e.to_string().starts_with(why), "{e}");
+    }
 }

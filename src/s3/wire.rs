@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::io::{self, IoSlice};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -109,7 +109,10 @@ impl Service<Name> for Resolver {
         Box::pin(async move {
             let name = name.as_str();
             let found: Vec<SocketAddr> = if is_localhost(name) {
-                vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 0))]
+                vec![
+                    SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+                    SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+                ]
             } else {
                 tokio::net::lookup_host((name, 0)).await?.collect()
             };

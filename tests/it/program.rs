@@ -109,6 +109,12 @@ impl Program {
     }
 }
 
+impl From<Program> for Command {
+    fn from(program: Program) -> Command {
+        program.0
+    }
+}
+
 /// A layout that BuildKit wrote.
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

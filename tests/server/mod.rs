@@ -233,7 +233,7 @@ impl Builder {
         let mut service = S3ServiceBuilder::new(store.clone());
         service.set_auth(Keys);
         service.set_access(self.access);
-        service.set_host(Hosts { port });
+        service.set_host(Hosts);
 
         let shared = Arc::new(Shared {
             store,
@@ -630,14 +630,18 @@ fn amz_date(text: &str) -> Option<SystemTime> {
     )
 }
 
-/// `BUCKET.localhost:PORT` names a bucket, any other host none.
-struct Hosts {
-    port: u16,
-}
+/// `BUCKET.localhost` and `BUCKET.s3.localhost` name a bucket, any other host none. The port may be that
+/// of a proxy in front of us.
+struct Hosts;
 
 impl Hosts {
     fn bucket<'a>(&self, host: &'a str) -> Option<&'a str> {
-        host.strip_suffix(&format!(".localhost:{}", self.port))
+        let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+        let name = name.strip_suffix(".localhost")?;
+        match name.strip_suffix(".s3") {
+            Some(bucket) => Some(bucket),
+            None => Some(name).filter(|name| *name != "s3"),
+        }
     }
 }
 
@@ -717,7 +721,7 @@ enum Answer {
 
 async fn answer(shared: &Shared, request: Request<Incoming>) -> Answer {
     let id = shared.requests.fetch_add(1, Ordering::SeqCst) + 1;
-    let logged = describe(shared, &request);
+    let logged = describe(&request);
     let fault = choose_fault(shared, &logged);
     let head = request.method() == http::Method::HEAD;
     let operation = logged.operation;
@@ -866,7 +870,7 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> Answer {
     Answer::Proper(response)
 }
 
-fn describe(shared: &Shared, request: &Request<Incoming>) -> Logged {
+fn describe(request: &Request<Incoming>) -> Logged {
     let host = request
         .headers()
         .get(http::header::HOST)
@@ -874,7 +878,7 @@ fn describe(shared: &Shared, request: &Request<Incoming>) -> Logged {
         .unwrap_or_default();
     let path = percent_encoding::percent_decode_str(request.uri().path()).decode_utf8_lossy();
     let path = path.strip_prefix('/').unwrap_or(&path);
-    let (bucket, key) = match (Hosts { port: shared.port }).bucket(host) {
+    let (bucket, key) = match Hosts.bucket(host) {
         Some(bucket) => (bucket, path),
         None => path.split_once('/').unwrap_or((path, "")),
     };

@@ -1,0 +1,999 @@
+//! Fuzz targets: every parser of what comes from files, the network and the user, over mutations of
+//! true documents rather than random bytes alone, with what must hold of whatever is accepted.
+//!
+//! proptest, so that the stable toolchain is enough. `make fuzz` runs more cases: PROPTEST_CASES.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use layercache::cache_config::{CacheConfig, LayerAnnotations, Time};
+use layercache::digest::Digest;
+use layercache::layout::{Layout, Selection};
+use layercache::progress::Progress;
+use layercache::retry::RetryPolicy;
+use layercache::s3::probe;
+use layercache::snapshot::{self, Snapshot};
+use layercache::store::{
+    Kind, Object, ObjectInfo, Page, Part, Store, StoreError, StoreResult, Upload, UploadBody,
+};
+use layercache::{config, diff_id, presence, spec};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use serde_json::{Value, json};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+fn fixture(path: &str) -> Vec<u8> {
+    std::fs::read(fixtures().join(path)).expect("the fixture is there")
+}
+
+// Mutations of text.
+
+/// What parsers stumble over.
+const TOKENS: &[&str] = &[
+    "1e400",
+    "-1",
+    "-0",
+    "1.5",
+    "18446744073709551615",
+    "18446744073709551616",
+    "9223372036854775808",
+    "-9223372036854775809",
+    "null",
+    "{}",
+    "[",
+    "{\"a\":",
+    "\\u0000",
+    "\\ud800",
+    "\u{1b}[31m",
+    "\u{202e}",
+    "\u{0}",
+    "../../etc/passwd",
+    "sha256:",
+    "\"",
+    "\\",
+    ",",
+    "=",
+    "<",
+    "</",
+    "&lt;",
+    "&#0;",
+    "&#x110000;",
+    "<![CDATA[",
+    "]]>",
+    "<!--",
+    "<Size>",
+    "true",
+];
+
+#[derive(Debug, Clone)]
+enum Edit {
+    Flip(Index, u8),
+    Cut(Index, usize),
+    Repeat(Index, usize),
+    Insert(Index, &'static str),
+    Deepen(Index, u16),
+    End(Index),
+}
+
+fn edits(most: usize) -> impl Strategy<Value = Vec<Edit>> {
+    let at = any::<Index>;
+    let edit = prop_oneof![
+        4 => (at(), 1..=255u8).prop_map(|(at, bits)| Edit::Flip(at, bits)),
+        2 => (at(), 1..40usize).prop_map(|(at, length)| Edit::Cut(at, length)),
+        2 => (at(), 1..200usize).prop_map(|(at, length)| Edit::Repeat(at, length)),
+        6 => (at(), prop::sample::select(TOKENS)).prop_map(|(at, token)| Edit::Insert(at, token)),
+        1 => (at(), 1..2000u16).prop_map(|(at, depth)| Edit::Deepen(at, depth)),
+        1 => at().prop_map(Edit::End),
+    ];
+    prop::collection::vec(edit, 0..=most)
+}
+
+fn edited(mut bytes: Vec<u8>, edits: &[Edit]) -> Vec<u8> {
+    for edit in edits {
+        let place = |at: &Index, bytes: &Vec<u8>| at.index(bytes.len() + 1);
+        match edit {
+            Edit::Flip(at, bits) => {
+                let at = place(at, &bytes);
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte ^= bits;
+                }
+            }
+            Edit::Cut(at, length) => {
+                let at = place(at, &bytes);
+                let end = bytes.len().min(at + length);
+                bytes.drain(at..end);
+            }
+            Edit::Repeat(at, length) => {
+                let at = place(at, &bytes);
+                let end = bytes.len().min(at + length);
+                let again = bytes[at..end].to_vec();
+                bytes.splice(at..at, again);
+            }
+            Edit::Insert(at, token) => {
+                let at = place(at, &bytes);
+                bytes.splice(at..at, token.bytes());
+            }
+            Edit::Deepen(at, depth) => {
+                let at = place(at, &bytes);
+                bytes.splice(at..at, "[".repeat((*depth).into()).into_bytes());
+            }
+            Edit::End(at) => {
+                let at = place(at, &bytes);
+                bytes.truncate(at);
+            }
+        }
+    }
+    bytes
+}
+
+// Mutations of JSON's structure.
+
+#[derive(Debug, Clone)]
+enum Change {
+    /// The node becomes this value.
+    Set(Index, usize),
+    /// The node becomes a copy of another.
+    Copy(Index, Index),
+    Remove(Index),
+    /// An array's element stands there again; a field gets a twin of another name.
+    Double(Index),
+}
+
+fn changes(most: usize) -> impl Strategy<Value = Vec<Change>> {
+    let at = any::<Index>;
+    let change = prop_oneof![
+        4 => (at(), 0..values().len()).prop_map(|(at, value)| Change::Set(at, value)),
+        3 => (at(), at()).prop_map(|(at, from)| Change::Copy(at, from)),
+        2 => at().prop_map(Change::Remove),
+        2 => at().prop_map(Change::Double),
+    ];
+    prop::collection::vec(change, 0..=most)
+}
+
+fn values() -> Vec<Value> {
+    let deep = (0..100).fold(json!(0), |inner, _| json!([inner]));
+    vec![
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(0),
+        json!(1),
+        json!(2),
+        json!(7),
+        json!(1.5),
+        json!(i64::MIN),
+        json!(i64::MAX),
+        json!(u64::MAX),
+        json!(1u64 << 32),
+        json!(""),
+        json!("../../etc/passwd"),
+        json!("/etc/passwd"),
+        json!("sha256:../../../etc/passwd"),
+        json!("sha512:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
+        json!("sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
+        json!("sha256:E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"),
+        json!("9999-12-31T23:59:60Z"),
+        json!("0000-01-01T00:00:00+23:59"),
+        json!("2026-11-21T20:37:36.95907618512345Z"),
+        json!("\u{1b}]0;title\u{7}\u{202e}\u{0}"),
+        json!("x".repeat(5000)),
+        json!("e30="),
+        json!("W3siZGlnZXN0IjoieCIsImxheWVycyI6W3sibGF5ZXIiOjB9XX1d"),
+        json!("application/vnd.oci.image.index.v1+json"),
+        json!("application/vnd.oci.image.manifest.v1+json"),
+        json!("application/vnd.buildkit.cacheconfig.v0"),
+        json!("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"),
+        json!([]),
+        json!({}),
+        json!([[]]),
+        json!([null]),
+        json!([-1, 0, 1, 1]),
+        json!({"layer": 0}),
+        json!([[{"link": 0}], [{"link": 1, "selector": ""}]]),
+        deep,
+    ]
+}
+
+/// The JSON pointers of all nodes but the root.
+fn nodes(value: &Value, at: &str, found: &mut Vec<String>) {
+    let mut visit = |key: &str, child: &Value| {
+        let pointer = format!("{at}/{}", key.replace('~', "~0").replace('/', "~1"));
+        found.push(pointer.clone());
+        nodes(child, &pointer, found);
+    };
+    match value {
+        Value::Array(items) => {
+            for (at, item) in items.iter().enumerate() {
+                visit(&at.to_string(), item);
+            }
+        }
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                visit(name, field);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn changed(mut value: Value, changes: &[Change]) -> Value {
+    for change in changes {
+        let mut all = Vec::new();
+        nodes(&value, "", &mut all);
+        if all.is_empty() {
+            break;
+        }
+        let split = |pointer: &str| {
+            let (parent, key) = pointer.rsplit_once('/').expect("a pointer has a slash");
+            let key = key.replace("~1", "/").replace("~0", "~");
+            (parent.to_owned(), key)
+        };
+        match change {
+            Change::Set(at, index) => {
+                if let Some(node) = value.pointer_mut(at.get::<String>(&all)) {
+                    *node = values()[*index].clone();
+                }
+            }
+            Change::Copy(at, from) => {
+                let copy = value.pointer(from.get::<String>(&all)).cloned();
+                if let (Some(node), Some(copy)) = (value.pointer_mut(at.get::<String>(&all)), copy)
+                {
+                    *node = copy;
+                }
+            }
+            Change::Remove(at) => {
+                let (parent, key) = split(at.get::<String>(&all));
+                match value.pointer_mut(&parent) {
+                    Some(Value::Array(items)) => {
+                        items.remove(key.parse().expect("an index"));
+                    }
+                    Some(Value::Object(fields)) => {
+                        fields.shift_remove(&key);
+                    }
+                    _ => {}
+                }
+            }
+            Change::Double(at) => {
+                let (parent, key) = split(at.get::<String>(&all));
+                match value.pointer_mut(&parent) {
+                    Some(Value::Array(items)) => {
+                        let twin = items[key.parse::<usize>().expect("an index")].clone();
+                        items.push(twin);
+                    }
+                    Some(Value::Object(fields)) => {
+                        let twin = fields[&key].clone();
+                        fields.insert(format!("{key}2"), twin);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    value
+}
+
+/// A document of the fixtures, changed in its structure, then perhaps in its text.
+fn json_like(documents: &'static [Vec<u8>]) -> impl Strategy<Value = Vec<u8>> {
+    let text = prop_oneof![3 => Just(Vec::new()), 1 => edits(3)];
+    (any::<Index>(), changes(4), text).prop_map(|(which, changes, edits)| {
+        let original = which.get(documents);
+        let document = serde_json::from_slice(original).expect("the fixture is JSON");
+        edited(changed(document, &changes).to_string().into_bytes(), &edits)
+    })
+}
+
+// The cache.
+
+static S3_MANIFESTS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    let mut documents: Vec<Vec<u8>> = ["max", "min", "multiarch"]
+        .map(|name| fixture(&format!("s3-manifests/{name}.json")))
+        .into();
+    // One with the field that gives an image back.
+    for name in ["image-inline", "image-plain"] {
+        documents.push(
+            read(&fixtures().join(name))
+                .cache
+                .to_s3()
+                .expect("it has annotations"),
+        );
+    }
+    documents
+});
+
+static CACHE_CONFIGS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    let parsed = S3_MANIFESTS
+        .iter()
+        .map(|manifest| CacheConfig::parse_s3(manifest).expect("the fixture is good"));
+    parsed.map(|cache| cache.to_local()).collect()
+});
+
+static INLINE_RECORDS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    let records = CACHE_CONFIGS.iter().map(|config| {
+        let config: Value = serde_json::from_slice(config).expect("JSON");
+        let records = config.get("records").cloned().unwrap_or(json!([]));
+        records.to_string().into_bytes()
+    });
+    records.collect()
+});
+
+fn read(folder: &Path) -> Snapshot {
+    let layout = Layout::open(folder, Duration::ZERO).expect("a layout");
+    let root = layout.select(&Selection::Default).expect("one entry");
+    Snapshot::read(&layout, &root, &Progress::silent()).expect("the fixture is good")
+}
+
+/// What must hold of every cache that was accepted.
+fn check(cache: &CacheConfig, gone: &[Index]) {
+    let written = cache.to_s3().expect("every layer has annotations");
+    let again = CacheConfig::parse_s3(&written).expect("what we write, we read");
+    assert_eq!(&again, cache);
+    let mut valid = vec![cache.min(), cache.clone().sorted()];
+    if !cache.layers.is_empty() {
+        let missing: BTreeSet<Digest> = gone.iter().map(|at| at.get(&cache.layers).blob).collect();
+        let (left, _) = cache.without_blobs(&missing);
+        assert!(
+            left.layers
+                .iter()
+                .all(|layer| !missing.contains(&layer.blob))
+        );
+        valid.push(left);
+    }
+    valid.push(CacheConfig::merged(vec![cache.clone(), cache.clone()]));
+    for cache in valid {
+        let written = cache.to_s3().expect("every layer has annotations");
+        CacheConfig::parse_s3(&written).expect("it is still a valid cache");
+        if snapshot::blobs_of(&cache).is_ok() {
+            snapshot::documents(&cache).expect("it can be written into a layout");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn cache_manifest_of_s3(
+        bytes in json_like(&S3_MANIFESTS),
+        gone in prop::collection::vec(any::<Index>(), 0..3),
+    ) {
+        if let Ok(cache) = CacheConfig::parse_s3(&bytes) {
+            check(&cache, &gone);
+        }
+    }
+
+    #[test]
+    fn cache_config_of_a_layout(bytes in json_like(&CACHE_CONFIGS)) {
+        if let Ok(cache) = CacheConfig::parse_local(&bytes) {
+            let again = CacheConfig::parse_local(&cache.to_local()).expect("what we write, we read");
+            prop_assert_eq!(again, cache);
+        }
+    }
+
+    #[test]
+    fn inline_cache_of_an_image(bytes in json_like(&INLINE_RECORDS), count in 0..12u8) {
+        let layers: Vec<(Digest, LayerAnnotations)> = (0..count)
+            .map(|n| {
+                let annotations = LayerAnnotations {
+                    media_type: "application/vnd.oci.image.layer.v1.tar".into(),
+                    diff_id: Digest::of(&[n]),
+                    size: 1,
+                    created_at: Time::UNKNOWN,
+                };
+                // Two layers can be of one blob.
+                (Digest::of(&[n / 2]), annotations)
+            })
+            .collect();
+        if let Ok(cache) = CacheConfig::from_inline(&bytes, &layers) {
+            check(&cache, &[]);
+        }
+    }
+}
+
+// A layout.
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+static LAYOUTS: LazyLock<Vec<Files>> = LazyLock::new(|| {
+    let names = [
+        "local-max",
+        "local-index",
+        "local-docker",
+        "local-zstd",
+        "local-multiarch",
+        "image-plain",
+        "image-inline",
+        "image-multiarch",
+    ];
+    let read = names.iter().map(|name| {
+        let folder = fixtures().join(name);
+        let mut files = Files::new();
+        files.insert("index.json".into(), fixture(&format!("{name}/index.json")));
+        for entry in std::fs::read_dir(folder.join("blobs/sha256")).expect("it has blobs") {
+            let path = entry.expect("an entry").path();
+            let hex = path
+                .file_name()
+                .expect("a name")
+                .to_string_lossy()
+                .into_owned();
+            files.insert(hex, std::fs::read(path).expect("a blob"));
+        }
+        files
+    });
+    read.collect()
+});
+
+fn put(files: &mut Files, descriptor: &mut Value, document: &[u8]) {
+    let digest = Digest::of(document);
+    files.insert(digest.hex(), document.to_vec());
+    descriptor["digest"] = json!(digest);
+    descriptor["size"] = json!(document.len());
+}
+
+fn blob_of(files: &Files, descriptor: &Value) -> Option<Value> {
+    let hex = descriptor["digest"].as_str()?.strip_prefix("sha256:")?;
+    serde_json::from_slice(files.get(hex)?).ok()
+}
+
+/// Changes a document that the root refers to (which one, `at` says), the root, and the index, each
+/// so that what is above still finds it.
+fn rebuilt(
+    files: &Files,
+    at: Index,
+    [below, root, index]: &[Vec<Change>; 3],
+    edits: &[Edit],
+) -> Files {
+    let mut files = files.clone();
+    let mut top: Value = serde_json::from_slice(&files["index.json"]).expect("JSON");
+    let mut manifest = blob_of(&files, &top["manifests"][0]).expect("the root is there");
+    let mut pointers = vec!["/config".to_owned()];
+    let entries = manifest["manifests"].as_array().map_or(0, Vec::len);
+    pointers.extend((0..entries).map(|entry| format!("/manifests/{entry}")));
+    let pointer = at.get(&pointers);
+    if let Some(descriptor) = manifest.pointer(pointer)
+        && let Some(document) = blob_of(&files, descriptor)
+    {
+        let document = edited(changed(document, below).to_string().into_bytes(), edits);
+        let mut descriptor = descriptor.clone();
+        put(&mut files, &mut descriptor, &document);
+        *manifest.pointer_mut(pointer).expect("it was there") = descriptor;
+    }
+    let manifest = changed(manifest, root).to_string().into_bytes();
+    let mut entry = top["manifests"][0].clone();
+    put(&mut files, &mut entry, &manifest);
+    top["manifests"][0] = entry;
+    let top = changed(top, index).to_string().into_bytes();
+    files.insert("index.json".into(), top);
+    files
+}
+
+fn write(files: &Files) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let blobs = folder.path().join("blobs/sha256");
+    std::fs::create_dir_all(&blobs).expect("a directory can be made");
+    let version = r#"{"imageLayoutVersion":"1.0.0"}"#;
+    std::fs::write(folder.path().join("oci-layout"), version).expect("a file can be written");
+    for (name, bytes) in files {
+        let path = match name.as_str() {
+            "index.json" => folder.path().join(name),
+            hex => blobs.join(hex),
+        };
+        std::fs::write(path, bytes).expect("a file can be written");
+    }
+    folder
+}
+
+proptest! {
+    #[test]
+    fn documents_of_a_layout(
+        which in any::<Index>(),
+        at in any::<Index>(),
+        below in changes(3),
+        root in changes(2),
+        index in prop_oneof![4 => Just(Vec::new()), 1 => changes(2)],
+        edits in prop_oneof![4 => Just(Vec::new()), 1 => edits(2)],
+    ) {
+        let files = rebuilt(which.get(&LAYOUTS), at, &[below, root, index], &edits);
+        let folder = write(&files);
+        let layout = Layout::open(folder.path(), Duration::ZERO).expect("it has all that a layout has");
+        if let Ok(root) = layout.select(&Selection::Default)
+            && let Ok(snapshot) = Snapshot::read(&layout, &root, &Progress::silent())
+        {
+            check(&snapshot.cache, &[]);
+            prop_assert_eq!(snapshot::blobs_of(&snapshot.cache).expect("as read"), snapshot.blobs);
+            let _ = snapshot::check_complete(&layout, &root);
+        }
+    }
+
+    #[test]
+    fn index_of_a_layout(
+        which in any::<Index>(),
+        changes in changes(4),
+        edits in edits(3),
+        tag in "[a-z\u{1b}\u{202e}/.\\\\]{0,8}",
+    ) {
+        let mut files = which.get(&LAYOUTS).clone();
+        let index: Value = serde_json::from_slice(&files["index.json"]).expect("JSON");
+        let index = edited(changed(index, &changes).to_string().into_bytes(), &edits);
+        files.insert("index.json".into(), index);
+        let folder = write(&files);
+        let layout = Layout::open(folder.path(), Duration::ZERO).expect("it has all that a layout has");
+        for selection in [Selection::Default, Selection::Tag(tag.clone())] {
+            if let Err(error) = layout.select(&selection) {
+                let said = format!("{error:#}");
+                prop_assert!(said.len() < 20_000, "{} bytes", said.len());
+            }
+        }
+        // Whatever was there, what is added can be found, or the index is refused as it is.
+        let before = std::fs::read(folder.path().join("index.json")).expect("the index");
+        let root = read(&fixtures().join("local-min"));
+        let written = snapshot::documents(&root.cache).expect("a good cache");
+        layout
+            .write_document(&written.descriptor.digest, &written.manifest)
+            .expect("it can be written");
+        match layout.tag("fuzz", &written.descriptor) {
+            Ok(()) => {
+                let found = layout.select(&Selection::Tag("fuzz".into())).expect("it is there");
+                prop_assert_eq!(found.digest, written.descriptor.digest);
+            }
+            Err(_) => {
+                let after = std::fs::read(folder.path().join("index.json")).expect("the index");
+                prop_assert_eq!(before, after);
+            }
+        }
+    }
+}
+
+// The store's answers.
+
+fn answers() -> Vec<(usize, String)> {
+    let objects: String = (0..3)
+        .map(|n| {
+            let digest = Digest::of(&[n]);
+            format!(
+                "<Contents><Key>blobs%2F{digest}</Key><LastModified>2026-11-21T20:37:36.000Z\
+                 </LastModified><ETag>&quot;abc-{n}&quot;</ETag><Size>{n}23</Size>\
+                 <StorageClass>STANDARD</StorageClass><Owner><ID>x</ID></Owner></Contents>"
+            )
+        })
+        .collect();
+    let bodies = [
+        format!(
+            "<Name>b</Name><Prefix>blobs/</Prefix><KeyCount>3</KeyCount><MaxKeys>1000</MaxKeys>\
+             <EncodingType>url</EncodingType><IsTruncated>true</IsTruncated>{objects}\
+             <CommonPrefixes><Prefix>p/</Prefix></CommonPrefixes>\
+             <NextContinuationToken>abc==</NextContinuationToken>"
+        ),
+        "<Bucket>b</Bucket><KeyMarker/><UploadIdMarker/><NextKeyMarker>k</NextKeyMarker>\
+         <NextUploadIdMarker>u</NextUploadIdMarker><MaxUploads>1000</MaxUploads>\
+         <IsTruncated>false</IsTruncated><Upload><Key>k</Key><UploadId>u</UploadId>\
+         <Initiator><ID>i</ID></Initiator><Initiated>2026-11-21T20:37:36Z</Initiated></Upload>"
+            .into(),
+        "<Bucket>b</Bucket><Key>k</Key><UploadId>u</UploadId><PartNumberMarker>0</PartNumberMarker>\
+         <NextPartNumberMarker>2</NextPartNumberMarker><MaxParts>1000</MaxParts>\
+         <IsTruncated>false</IsTruncated><Part><PartNumber>1</PartNumber>\
+         <ETag>\"e\"</ETag><Size>5242880</Size></Part>"
+            .into(),
+        "<Bucket>b</Bucket><Key>k</Key><UploadId>u</UploadId>".into(),
+        "<Location>l</Location><Bucket>b</Bucket><Key>k</Key><ETag>\"e-2\"</ETag>".into(),
+        "<LastModified>2026-11-21T20:37:36Z</LastModified><ETag>\"e\"</ETag>".into(),
+        "<ETag>\"e\"</ETag><LastModified>2026-11-21T20:37:36Z</LastModified>".into(),
+    ];
+    let whole = bodies.into_iter().zip(probe::ROOTS).enumerate();
+    whole
+        .map(|(operation, (body, root))| {
+            let document = format!(
+                "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
+                 <{root} xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">{body}</{root}>"
+            );
+            (operation, document)
+        })
+        .collect()
+}
+
+/// Values where S3 has one, and elements of S3's at the wrong place.
+fn xml_changes() -> impl Strategy<Value = Vec<(Index, &'static str)>> {
+    let inserted = prop::sample::select(vec![
+        "",
+        "-1",
+        "+1",
+        " 1",
+        "1 ",
+        "0x10",
+        "1.5",
+        "NaN",
+        "99999999999999999999",
+        "9223372036854775807",
+        "True",
+        "<Size>1</Size>",
+        "<Size/>",
+        "<PartNumber>x</PartNumber>",
+        "<IsTruncated/>",
+        "<IsTruncated>true</IsTruncated>",
+        "<MaxKeys><a/></MaxKeys>",
+        "<Contents/>",
+        "<Contents>",
+        "</Contents>",
+        "<Part/>",
+        "<Part><Size>1</Size></Part>",
+        "<Upload/>",
+        "<Owner/>",
+        "<ETag/>",
+        "<a:Size xmlns:a=\"x\">z</a:Size>",
+        "<![CDATA[1]]>",
+        "<!-- c -->",
+        "<?pi?>",
+        "&#49;",
+        "&amp;",
+        "&x;",
+        "\u{feff}",
+        "\r\n",
+    ]);
+    prop::collection::vec((any::<Index>(), inserted), 0..4)
+}
+
+/// Puts each text behind a tag of the document.
+fn xml_changed(document: &str, changes: &[(Index, &'static str)]) -> String {
+    let mut document = document.to_owned();
+    for (at, text) in changes {
+        let ends: Vec<usize> = document.match_indices('>').map(|(at, _)| at + 1).collect();
+        if !ends.is_empty() {
+            document.insert_str(*at.get(&ends), text);
+        }
+    }
+    document
+}
+
+fn headers() -> impl Strategy<Value = Vec<(String, Vec<u8>)>> {
+    let name = prop::sample::select(vec![
+        "content-length",
+        "content-range",
+        "etag",
+        "last-modified",
+        "x-amz-storage-class",
+        "x-amz-delete-marker",
+        "x-amz-mp-parts-count",
+        "x-amz-missing-meta",
+        "x-amz-meta-updated-at",
+        "x-amz-bucket-region",
+        "x-amz-retry-after",
+        "retry-after",
+        "date",
+        "x-amz-expiration",
+        "x-amz-server-side-encryption-bucket-key-enabled",
+    ]);
+    let text = prop_oneof![
+        "(bytes )?[-+]?[0-9]{0,22}-[0-9]{0,22}/([0-9]{0,22}|\\*)",
+        "[-+]?[0-9]{0,25}",
+        "\"[ -~]{0,20}\"",
+        "[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT",
+        "true|false|maybe",
+    ];
+    let value = prop_oneof![
+        4 => text.prop_map(String::into_bytes),
+        1 => prop::collection::vec(any::<u8>(), 0..30),
+    ];
+    prop::collection::vec((name.prop_map(str::to_owned), value), 0..6)
+}
+
+proptest! {
+    #[test]
+    fn xml_answers_of_the_store(
+        which in any::<Index>(),
+        operation in prop::option::of(0..7usize),
+        changes in xml_changes(),
+        edits in prop_oneof![1 => Just(Vec::new()), 1 => edits(3)],
+        headers in headers(),
+    ) {
+        let answers = answers();
+        let (own, document) = which.get(&answers);
+        let body = edited(xml_changed(document, &changes).into_bytes(), &edits);
+        let found = probe::answered(operation.unwrap_or(*own), &headers, &body);
+        if operation.is_none() && changes.is_empty() && edits.is_empty() {
+            prop_assert_eq!(found, Some(true));
+        }
+    }
+
+    #[test]
+    fn headers_of_the_store(headers in headers()) {
+        probe::described(&headers);
+    }
+
+    #[test]
+    fn refusals_of_the_store(
+        status in 100..1000u16,
+        headers in headers(),
+        code in "[A-Za-z\u{1b}\n]{0,20}",
+        message in ".{0,400}",
+        edits in edits(2),
+    ) {
+        let body = format!("<Error><Code>{code}</Code><Message>{message}</Message><Region>eu</Region></Error>");
+        let said = probe::refused(status, &headers, &edited(body.into_bytes(), &edits));
+        prop_assert!(!said.contains(char::is_control), "{said:?}");
+        prop_assert!(said.len() < 4000);
+    }
+}
+
+// A listing.
+
+/// Lists what it was told to, and holds nothing.
+struct Lister {
+    /// Digests on each page, over and over; the listing ends with them if `ends`.
+    pages: Vec<Vec<Digest>>,
+    ends: bool,
+    calls: AtomicUsize,
+    retry: RetryPolicy,
+}
+
+fn unsupported<T>() -> StoreResult<T> {
+    Err(StoreError {
+        kind: Kind::Unsupported,
+        status: None,
+        code: None,
+        message: "not done here".into(),
+        source: None,
+    })
+}
+
+#[async_trait]
+impl Store for Lister {
+    async fn head(&self, _: &str) -> StoreResult<Option<ObjectInfo>> {
+        Ok(None)
+    }
+    async fn list(&self, prefix: &str, _: Option<&str>, _: Option<&str>) -> StoreResult<Page> {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        let page = &self.pages[call % self.pages.len()];
+        let base = prefix.strip_suffix("sha256:").unwrap_or(prefix);
+        let info = ObjectInfo {
+            size: 1,
+            last_modified: None,
+            etag: None,
+            storage_class: None,
+        };
+        let objects = page
+            .iter()
+            .map(|digest| (format!("{base}{digest}"), info.clone()));
+        Ok(Page {
+            objects: objects.collect(),
+            next: (!self.ends || call + 1 < self.pages.len()).then(|| call.to_string()),
+        })
+    }
+    async fn get(
+        &self,
+        _: &str,
+        _: Option<Range<u64>>,
+        _: Option<&str>,
+    ) -> StoreResult<Option<Object>> {
+        unsupported()
+    }
+    async fn put(&self, _: &str, _: &str, _: Arc<dyn UploadBody>) -> StoreResult<()> {
+        unsupported()
+    }
+    async fn touch(&self, _: &str, _: &ObjectInfo) -> StoreResult<bool> {
+        unsupported()
+    }
+    async fn create_upload(&self, _: &str, _: Option<&ObjectInfo>) -> StoreResult<String> {
+        unsupported()
+    }
+    async fn upload_part(
+        &self,
+        _: &str,
+        _: &str,
+        _: u32,
+        _: Arc<dyn UploadBody>,
+    ) -> StoreResult<String> {
+        unsupported()
+    }
+    async fn copy_part(
+        &self,
+        _: &str,
+        _: &str,
+        _: u32,
+        _: Range<u64>,
+        _: Option<&str>,
+    ) -> StoreResult<String> {
+        unsupported()
+    }
+    async fn complete_upload(&self, _: &str, _: &str, _: &[Part]) -> StoreResult<()> {
+        unsupported()
+    }
+    async fn abort_upload(&self, _: &str, _: &str) -> StoreResult<()> {
+        unsupported()
+    }
+    async fn list_uploads(&self, _: &str) -> StoreResult<Vec<Upload>> {
+        unsupported()
+    }
+    async fn list_parts(&self, _: &str, _: &str) -> StoreResult<Vec<Part>> {
+        unsupported()
+    }
+    fn requests(&self) -> u64 {
+        0
+    }
+    fn retries(&self) -> &RetryPolicy {
+        &self.retry
+    }
+}
+
+proptest! {
+    #[test]
+    fn pages_of_a_listing(
+        pages in prop::collection::vec(prop::collection::vec(any::<u16>(), 0..5), 1..6),
+        wanted in prop::collection::btree_set(any::<u16>(), 0..200),
+        highest in any::<bool>(),
+        ends in any::<bool>(),
+    ) {
+        let digest = |n: u16| -> Digest {
+            let text = format!("sha256:{n:04x}{}", "0".repeat(60));
+            text.parse().expect("a digest")
+        };
+        let mut wanted: BTreeSet<Digest> = wanted.into_iter().map(digest).collect();
+        if highest {
+            // Which no page ever reaches.
+            wanted.insert(format!("sha256:{}", "f".repeat(64)).parse().expect("a digest"));
+        }
+        let store = Lister {
+            pages: pages.into_iter().map(|page| page.into_iter().map(digest).collect()).collect(),
+            ends,
+            calls: AtomicUsize::new(0),
+            retry: RetryPolicy::new(config::RetryMode::Standard, 1),
+        };
+        let spec = "type=s3,region=eu-west-1,bucket=cache";
+        let config = spec::cache_from(spec, &|_| None).expect("a good spec").config.s3;
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let found = runtime
+            .block_on(presence::survey(&store, &config, wanted.iter().copied(), &Progress::silent()))
+            .expect("nothing fails here");
+        prop_assert!(found.keys().all(|digest| wanted.contains(digest)));
+        let calls = store.calls.load(Ordering::Relaxed);
+        prop_assert!(calls <= 20, "{calls} pages for {} blobs", wanted.len());
+    }
+}
+
+// Blobs, digests, times.
+
+static COMPRESSED: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    let content: Vec<u8> = (0..3000u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
+    let gzip = |bytes: &[u8]| {
+        let level = flate2::Compression::fast();
+        let mut encoder = flate2::GzBuilder::new()
+            .filename("layer.tar")
+            .comment("c")
+            .extra(vec![1, 2, 3])
+            .write(Vec::new(), level);
+        encoder.write_all(bytes).expect("memory takes it");
+        encoder.finish().expect("memory takes it")
+    };
+    let zstd = |level| zstd::encode_all(content.as_slice(), level).expect("memory takes it");
+    vec![
+        gzip(&content),
+        [gzip(&content[..100]), gzip(&content[100..])].concat(),
+        zstd(1),
+        zstd(19),
+        [b"\x5e\x2a\x4d\x18\x03\x00\x00\x00abc".to_vec(), zstd(3)].concat(),
+        content.clone(),
+    ]
+});
+
+/// So that a bomb which a mutation happened to make ends.
+struct Little<'a>(&'a [u8]);
+
+impl std::io::Read for Little<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let length = buffer.len().min(7);
+        self.0.read(&mut buffer[..length])
+    }
+}
+
+proptest! {
+    #[test]
+    fn compressed_blobs(which in any::<Index>(), edits in edits(4), tail in prop::collection::vec(any::<u8>(), 0..8)) {
+        let mut bytes = edited(which.get(&COMPRESSED).clone(), &edits);
+        bytes.extend(tail);
+        let whole = diff_id::compute(bytes.as_slice());
+        let little = diff_id::compute(Little(&bytes));
+        prop_assert_eq!(whole.ok(), little.ok(), "how the bytes come must not matter");
+    }
+
+    #[test]
+    fn digests(text in prop_oneof!["sha256:[0-9a-f]{64}", "(sha(256|512):)?[0-9a-fA-F/.]{60,66}", ".{0,80}"]) {
+        match text.parse::<Digest>() {
+            Ok(digest) => {
+                prop_assert_eq!(digest.to_string(), text);
+                prop_assert!(digest.hex().bytes().all(|c| c.is_ascii_hexdigit()) && digest.hex().len() == 64);
+            }
+            Err(error) => {
+                prop_assert!(!error.to_string().contains(char::is_control));
+            }
+        }
+    }
+
+    #[test]
+    fn times(text in prop_oneof![
+        "[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-6][0-9]:[0-6][0-9](\\.[0-9]{0,12})?(Z|[-+][0-2][0-9]:[0-6][0-9])",
+        "[-+0-9TZtz:. ]{0,40}",
+        ".{0,40}",
+    ]) {
+        if let Ok(time) = text.parse::<Time>() {
+            let written = time.to_string();
+            prop_assert_eq!(written.parse::<Time>(), Ok(time), "{} was written {}", text, written);
+        }
+    }
+}
+
+// Specs.
+
+const SECRET: &str = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLE";
+const TOKEN: &str = "FwoGZXIvYXdzEBYaDHqaJ0IsessionTOKEN";
+
+fn specs() -> Vec<String> {
+    let keys = format!("access_key_id=AKID,secret_access_key={SECRET},session_token={TOKEN}");
+    vec![
+        format!("type=s3,region=us-east-1,bucket=cache,{keys},mode=max"),
+        format!("type=s3,{keys},region=us-east-1,bucket=cache,name=a;b,touch_refresh=1h30m"),
+        format!(
+            "\"type=s3\",bucket=cache,\"prefix=a,b\",{keys},region=eu-west-1,retry_max_attempts=3"
+        ),
+        format!(
+            "type=s3,bucket=cache,region=eu-west-1,endpoint_url=http://user:{SECRET}@h:1/p,use_path_style=1"
+        ),
+        format!(
+            "type=s3,bucket=cache,region=eu-west-1,endpoint_url=https://h/,{keys},ignore-error=true"
+        ),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn specs_of_any_kind(which in any::<Index>(), edits in edits(4)) {
+        let spec = edited(which.get(&specs()).clone().into_bytes(), &edits);
+        let spec = String::from_utf8_lossy(&spec);
+        let _ = spec::cache_to(&spec, &|_| None);
+        let _ = spec::cache_from(&spec, &|_| None);
+    }
+
+    /// One slip of the finger at most: a key lost, doubled or wrong.
+    #[test]
+    fn specs_with_a_slip_show_no_secret(
+        which in any::<Index>(),
+        at in any::<Index>(),
+        slip in prop::option::of("[a-z,=\":; \n\u{1b}]"),
+        replaces in any::<bool>(),
+    ) {
+        let mut spec: Vec<char> = which.get(&specs()).chars().collect();
+        let at = at.index(spec.len());
+        if replaces || slip.is_none() {
+            spec.remove(at);
+        }
+        for c in slip.iter().flat_map(|slip| slip.chars()) {
+            spec.insert(at, c);
+        }
+        let spec: String = spec.into_iter().collect();
+        let mut said = Vec::new();
+        match spec::cache_to(&spec, &|_| None) {
+            Ok(parsed) => {
+                // What the program itself shows of a spec that it took.
+                said.push(format!("{:?}", parsed.config.s3.credentials));
+                said.extend(parsed.warnings);
+            }
+            Err(error) => said.push(format!("{error:#}")),
+        }
+        match spec::cache_from(&spec, &|_| None) {
+            Ok(parsed) => said.extend(parsed.warnings),
+            Err(error) => said.push(format!("{error:#}")),
+        }
+        // Half a secret is one, too.
+        for secret in [SECRET, TOKEN] {
+            for part in [&secret[..12], &secret[12..24], &secret[secret.len() - 12..]] {
+                for text in &said {
+                    prop_assert!(!text.contains(part), "{spec:?} says {text:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! Stores behind https, and behind a proxy.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
+use rustls_pki_types::PrivateKeyDer;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::program::{Program, files, fixture, s3_manifest};
+use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
+
+/// A listener on a runtime of its own, which ends with it.
+struct Front {
+    port: u16,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Front {
+    fn start<F>(serve: impl Fn(TcpStream) -> F + Send + 'static) -> Front
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let listener = runtime
+            .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+            .expect("bind a port of 127.0.0.1");
+        let port = listener.local_addr().expect("the listener's port").port();
+        runtime.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(serve(stream));
+            }
+        });
+        Front {
+            port,
+            runtime: Some(runtime),
+        }
+    }
+}
+
+impl Drop for Front {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_secs(5));
+        }
+    }
+}
+
+/// A CA of our own, and the file its certificate is in.
+struct Authority {
+    key: KeyPair,
+    certificate: rcgen::Certificate,
+    folder: TempDir,
+}
+
+impl Authority {
+    fn new() -> Authority {
+        let mut params = CertificateParams::new([]).expect("no names");
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "layercache's tests");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        std::fs::write(folder.path().join("ca.pem"), certificate.pem())
+            .expect("a file can be written");
+        Authority {
+            key,
+            certificate,
+            folder,
+        }
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.folder.path().join("ca.pem")
+    }
+
+    /// TLS with a certificate for `names`, before the store at `to`.
+    fn front(&self, names: &[&str], to: SocketAddr) -> Front {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let key = KeyPair::generate().expect("a key");
+        let certificate = CertificateParams::new(names)
+            .expect("names")
+            .signed_by(&key, &self.certificate, &self.key)
+            .expect("a certificate");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![certificate.der().clone()],
+                PrivateKeyDer::try_from(key.serialize_der()).expect("a key"),
+            )
+            .expect("the key fits");
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        Front::start(move |stream| {
+            let acceptor = acceptor.clone();
+            async move {
+                let Ok(mut outer) = acceptor.accept(stream).await else {
+                    return;
+                };
+                if let Ok(mut inner) = TcpStream::connect(to).await {
+                    let _ = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
+                }
+            }
+        })
+    }
+}
+
+fn spec(endpoint: &str, bucket: &str, extra: &str) -> String {
+    format!(
+        "type=s3,region=us-east-1,bucket={bucket},endpoint_url={endpoint},access_key_id={ACCESS_KEY},\
+         secret_access_key={SECRET_KEY},mode=max{extra}"
+    )
+}
+
+fn export(spec: &str) -> Program {
+    Program::export(spec, &fixture("local-max"))
+}
+
+#[test]
+fn a_store_whose_certificate_aws_ca_bundle_vouches_for_is_used_both_ways() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["127.0.0.1"], server.addr());
+    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    export(&spec)
+        .env("AWS_CA_BUNDLE", authority.bundle())
+        .run()
+        .succeeds();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    Program::import(&spec.replace(",mode=max", ""), directory.path())
+        .env("AWS_CA_BUNDLE", authority.bundle())
+        .run()
+        .succeeds();
+    assert_eq!(files(directory.path()), files(&fixture("local-max")));
+}
+
+#[test]
+fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["127.0.0.1"], server.addr());
+    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let run = export(&spec)
+        .run()
+        .ends_with(1)
+        .says("no trust in the certificate of 127.0.0.1:")
+        .says("AWS_CA_BUNDLE");
+    assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
+    assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn a_certificate_for_another_host_is_an_error_that_says_which() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["s3.example"], server.addr());
+    export(&spec(
+        &format!("https://127.0.0.1:{}", front.port),
+        "cache",
+        "",
+    ))
+    .env("AWS_CA_BUNDLE", authority.bundle())
+    .run()
+    .ends_with(1)
+    .says("s3.example");
+    assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn a_bundle_that_cannot_be_used_is_named() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["127.0.0.1"], server.addr());
+    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let keyless = spec.replace(
+        &format!(",access_key_id={ACCESS_KEY},secret_access_key={SECRET_KEY}"),
+        "",
+    );
+    let garbage = authority.folder.path().join("garbage.pem");
+    std::fs::write(&garbage, "\u{0}\u{1}garbage").expect("a file can be written");
+    for bundle in [garbage, authority.folder.path().join("absent.pem")] {
+        for spec in [&spec, &keyless] {
+            export(spec)
+                .env("AWS_CA_BUNDLE", &bundle)
+                .run()
+                .ends_with(1)
+                .says(&bundle.display().to_string());
+        }
+    }
+}
+
+#[test]
+fn a_bucket_s_own_host_name_is_covered_by_a_wildcard() {
+    let (server, authority) = (Server::start(), Authority::new());
+    // Not *.localhost: a wildcard directly below a top-level domain covers nothing.
+    let front = authority.front(&["*.s3.localhost"], server.addr());
+    export(&spec(
+        &format!("https://s3.localhost:{}", front.port),
+        "cache",
+        "",
+    ))
+    .env("AWS_CA_BUNDLE", authority.bundle())
+    .run()
+    .succeeds();
+    assert_eq!(
+        server.objects()["manifests/buildkit"],
+        s3_manifest("max.json")
+    );
+    let host = server.log()[0].headers["host"].clone();
+    assert_eq!(host, format!("cache.s3.localhost:{}", front.port));
+}
+
+#[test]
+fn a_bucket_with_dots_is_reached_by_path_as_no_wildcard_covers_it() {
+    let server = Server::builder().bucket("ci.cache").start();
+    let authority = Authority::new();
+    let front = authority.front(&["s3.localhost", "*.s3.localhost"], server.addr());
+    export(&spec(
+        &format!("https://s3.localhost:{}", front.port),
+        "ci.cache",
+        "",
+    ))
+    .env("AWS_CA_BUNDLE", authority.bundle())
+    .run()
+    .succeeds();
+    let objects = server.objects_in("ci.cache");
+    assert_eq!(objects["manifests/buildkit"], s3_manifest("max.json"));
+    let host = server.log()[0].headers["host"].clone();
+    assert_eq!(host, format!("s3.localhost:{}", front.port));
+}
+
+/// The first lines that a proxy was sent, and their Proxy-Authorization.
+type Asked = Arc<Mutex<Vec<(String, Option<String>)>>>;
+
+/// A proxy that knows one way only, to `to`, whatever it is asked for.
+fn proxy(to: SocketAddr, asked: &Asked) -> Front {
+    let asked = asked.clone();
+    Front::start(move |stream| {
+        let asked = asked.clone();
+        async move {
+            let mut client = BufReader::new(stream);
+            let (mut head, mut authorization) = (String::new(), None);
+            let mut line = String::new();
+            while client.read_line(&mut line).await.is_ok_and(|read| read > 2) {
+                if let Some(value) = line
+                    .to_ascii_lowercase()
+                    .strip_prefix("proxy-authorization: ")
+                {
+                    authorization = Some(line[line.len() - value.len()..].trim().to_owned());
+                }
+                head.push_str(&std::mem::take(&mut line));
+            }
+            if head.is_empty() {
+                return; // Opened in advance, and not needed after all.
+            }
+            let first = head.lines().next().unwrap_or_default().to_owned();
+            let tunnel = first.starts_with("CONNECT ");
+            asked
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push((first, authorization));
+            let Ok(mut inner) = TcpStream::connect(to).await else {
+                return;
+            };
+            if tunnel {
+                let _ = client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+            } else {
+                // The store takes the absolute form too, and verifies the signature.
+                let _ = inner.write_all(format!("{head}\r\n").as_bytes()).await;
+            }
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut inner).await;
+        }
+    })
+}
+
+fn taken(asked: &Asked) -> Vec<(String, Option<String>)> {
+    asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+#[test]
+fn https_goes_through_a_tunnel_of_https_proxy() {
+    let (server, authority) = (Server::start(), Authority::new());
+    // Only the proxy knows this host.
+    let front = authority.front(&["s3.example.test"], server.addr());
+    let asked = Asked::default();
+    let proxy = proxy((Ipv4Addr::LOCALHOST, front.port).into(), &asked);
+    export(&spec(
+        "https://s3.example.test",
+        "cache",
+        ",use_path_style=true",
+    ))
+    .env("AWS_CA_BUNDLE", authority.bundle())
+    .env(
+        "HTTPS_PROXY",
+        format!("http://me:pass@127.0.0.1:{}", proxy.port),
+    )
+    .run()
+    .succeeds();
+    assert_eq!(
+        server.objects()["manifests/buildkit"],
+        s3_manifest("max.json")
+    );
+    let asked = taken(&asked);
+    assert!(!asked.is_empty());
+    for (first, authorization) in asked {
+        assert_eq!(first, "CONNECT s3.example.test:443 HTTP/1.1");
+        assert_eq!(authorization.as_deref(), Some("Basic bWU6cGFzcw=="));
+    }
+}
+
+#[test]
+fn http_is_sent_to_http_proxy_with_the_whole_address() {
+    let server = Server::start();
+    let asked = Asked::default();
+    let proxy = proxy(server.addr(), &asked);
+    export(&spec(
+        "http://s3.example.test",
+        "cache",
+        ",use_path_style=true",
+    ))
+    .env(
+        "http_proxy",
+        format!("http://me:pass@127.0.0.1:{}", proxy.port),
+    )
+    .run()
+    .succeeds();
+    assert_eq!(
+        server.objects()["manifests/buildkit"],
+        s3_manifest("max.json")
+    );
+    let asked = taken(&asked);
+    assert!(!asked.is_empty());
+    for (first, authorization) in asked {
+        assert!(first.contains(" http://s3.example.test/cache"), "{first}");
+        assert_eq!(authorization.as_deref(), Some("Basic bWU6cGFzcw=="));
+    }
+}
+
+#[test]
+fn no_proxy_and_this_machine_itself_are_reached_directly() {
+    let server = Server::start();
+    let asked = Asked::default();
+    let proxy = proxy(server.addr(), &asked);
+    let proxied = |endpoint: &str| {
+        export(&spec(endpoint, "cache", ",use_path_style=true"))
+            .env("http_proxy", format!("http://127.0.0.1:{}", proxy.port))
+    };
+    proxied(&server.url()).run().succeeds();
+    proxied(&server.localhost_url()).run().succeeds();
+    // This machine too, by an address that does not tell.
+    let other_name = server.url().replace("127.0.0.1", "0.0.0.0");
+    proxied(&other_name)
+        .env("NO_PROXY", "example.test,0.0.0.0")
+        .run()
+        .succeeds();
+    assert_eq!(taken(&asked), []);
+    proxied(&other_name).run().succeeds();
+    assert!(!taken(&asked).is_empty());
+}
+
+#[test]
+fn a_proxy_s_refusal_is_an_error_that_names_the_proxy_and_not_its_password() {
+    let front = Front::start(|mut stream| async move {
+        let mut head = [0; 4096];
+        let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut head).await;
+        let _ = stream
+            .write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+            .await;
+    });
+    let run = export(&spec(
+        "https://s3.example.test",
+        "cache",
+        ",retry_max_attempts=1",
+    ))
+    .env(
+        "HTTPS_PROXY",
+        format!("http://me:secretpass@127.0.0.1:{}", front.port),
+    )
+    .run()
+    .ends_with(1)
+    .says("proxy 127.0.0.1");
+    assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+}
