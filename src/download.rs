@@ -224,7 +224,7 @@ impl Downloader {
                     continue;
                 }
                 // An answer that makes no sense may be a proxy's, and not come again.
-                Err(error) if error.kind == Kind::Other && error.status.is_none() => {
+                Err(error) if error.is_nonsense() => {
                     etag = None;
                     if !tries.again(Trouble::default()).await {
                         return Err(error.into());
@@ -252,6 +252,10 @@ impl Downloader {
                 match body.next().await {
                     Some(Ok(chunk)) => {
                         let room = length - have;
+                        if room == 0 && !chunk.is_empty() {
+                            // More than was announced, perhaps without end.
+                            break None;
+                        }
                         let chunk = if chunk.len() as u64 > room {
                             chunk.slice(..room as usize)
                         } else {

@@ -155,10 +155,12 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfi
     loop {
         // Nothing vouches for these bytes, so what cannot be read (it broke off, it is a proxy's
         // page, an <Error> inside a 200) is asked for again. The name is mutable: from its start.
-        let Some(object) = store.get(key, None, None).await? else {
-            return Ok(None);
+        let read = match store.get(key, None, None).await {
+            Ok(Some(object)) => read_object(object).await,
+            Ok(None) => return Ok(None),
+            Err(error) if error.is_nonsense() => Err(error.into()),
+            Err(error) => return Err(error.into()),
         };
-        let read = read_object(object).await;
         let made = tries.made();
         let error = match read {
             Ok(bytes) => match CacheConfig::parse_s3(&bytes) {

@@ -109,6 +109,13 @@ pub struct StoreError {
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
+impl StoreError {
+    /// Whether what came was no answer that a store gives, rather than a refusal.
+    pub fn is_nonsense(&self) -> bool {
+        self.kind == Kind::Other && self.status.is_none()
+    }
+}
+
 impl std::fmt::Display for StoreError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.message)

@@ -297,3 +297,50 @@ fn all_requests_of_a_run_share_one_budget_of_retries() {
     let sent = server.count("GetObject");
     assert!((100..=105).contains(&sent), "{sent} requests");
 }
+
+#[test]
+fn a_store_that_says_how_long_to_wait_is_not_asked_before() {
+    let (server, inside, runtime) = ready(Limits::default());
+    let throttled = Fault::Throttle {
+        retry_after: Some(1),
+    };
+    server.fail_first(1, "PutObject", throttled);
+    let task = inside::export(&server.spec("mode=max"), &fixture("local-multiarch"));
+    let began = std::time::Instant::now();
+    runtime.block_on(inside.run(&task)).expect("it works");
+    // The backoff of these tests is a millisecond.
+    assert!(began.elapsed() >= std::time::Duration::from_secs(1));
+    assert_eq!(server.count("PutObject"), 5);
+}
+
+#[test]
+fn an_expired_token_is_replaced_once_and_then_the_error_stands() {
+    for (expired, works) in [(1, true), (usize::MAX, false)] {
+        let server = Server::start();
+        server.fail_first(expired, "PutObject", Fault::Status(400, "ExpiredToken"));
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let runs = directory.path().join("runs");
+        // Each time with another end, and so not the credentials that have expired.
+        let config = format!(
+            "[default]\ncredential_process = sh -c 'echo run >> {runs}; echo \"{{\\\"Version\\\":1,\\\"AccessKeyId\\\":\\\"{key}\\\",\\\"SecretAccessKey\\\":\\\"{secret}\\\",\\\"Expiration\\\":\\\"2099-01-01T00:00:$(printf %02d $(wc -l < {runs}))Z\\\"}}\"'\n",
+            runs = runs.display(),
+            key = crate::server::ACCESS_KEY,
+            secret = crate::server::SECRET_KEY,
+        );
+        let file = directory.path().join("config");
+        std::fs::write(&file, config).expect("a file can be written");
+        let run = crate::program::Program::export(
+            &server.keyless_spec("mode=max,upload_parallelism=1"),
+            &fixture("local-multiarch"),
+        )
+        .env("AWS_CONFIG_FILE", &file)
+        .run();
+        run.ends_with(if works { 0 } else { 1 });
+        let ran = std::fs::read_to_string(&runs)
+            .expect("it ran")
+            .lines()
+            .count();
+        assert_eq!(ran, 2, "once at the start, once for the expired token");
+        assert_eq!(server.count("PutObject"), if works { 5 } else { 2 });
+    }
+}
