@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that a run may hold in buffers at once. Chosen with `PIECE` so that a transfer of one
+/// Bytes that a run may hold in buffers at once. Chosen with the size of a piece so that a transfer of one
 /// large blob keeps eight to ten connections busy, and peak memory stays below 64 MiB.
 pub const BUDGET: u64 = 40 << 20;
 

@@ -17,11 +17,7 @@ use crate::layout::{Layout, Stage, Staged};
 use crate::progress::{Activity, Blob, Progress};
 use crate::retry::Trouble;
 use crate::store::{Kind, Store};
-use crate::upload::{blocking, ranges};
-
-/// Bytes of a piece. One stream from S3 runs at 85 to 95 MiB/s whatever the line can carry, so a
-/// large blob is fetched in several at once; a piece is held in memory until its turn has come.
-const PIECE: u64 = 4 << 20;
+use crate::upload::{Limits, blocking, ranges};
 
 /// Pieces of one blob in flight.
 const WINDOW: usize = 10;
@@ -46,6 +42,7 @@ pub struct Downloader {
     progress: Progress,
     verified: mpsc::Sender<Staged>,
     replace: bool,
+    limits: Limits,
 }
 
 impl Downloader {
@@ -58,6 +55,7 @@ impl Downloader {
         progress: Progress,
         verified: mpsc::Sender<Staged>,
         replace: bool,
+        limits: Limits,
     ) -> Self {
         Downloader {
             store,
@@ -66,6 +64,7 @@ impl Downloader {
             progress,
             verified,
             replace,
+            limits,
         }
     }
 
@@ -150,11 +149,11 @@ impl Downloader {
             return Ok(true);
         }
         // Not collected: a size that is a lie can make them very many.
-        let pieces = ranges(size - from, PIECE)
+        let pieces = ranges(size - from, self.limits.piece)
             .map(move |range| from + range.start..from + range.end)
             // An empty blob is asked for all the same: it may not be there.
             .chain((size == from).then_some(from..from));
-        let several = size - from > PIECE;
+        let several = size - from > self.limits.piece;
         let mut arriving = futures::stream::iter(pieces)
             .map(|range| self.fetch_piece(key, range, size, blob))
             .buffered(WINDOW);
@@ -224,9 +223,23 @@ impl Downloader {
                     }
                     continue;
                 }
+                // An answer that makes no sense may be a proxy's, and not come again.
+                Err(error) if error.kind == Kind::Other && error.status.is_none() => {
+                    etag = None;
+                    if !tries.again(Trouble::default()).await {
+                        return Err(error.into());
+                    }
+                    continue;
+                }
                 Err(error) => return Err(error.into()),
             };
             if object.info.size != size || object.length != rest.end - rest.start {
+                // An answer that lost its way (a proxy's page, a wrong header) is not asked for again
+                // under If-Match: its ETag may be as wrong.
+                etag = None;
+                if tries.again(Trouble::default()).await {
+                    continue;
+                }
                 bail!(
                     "blob {key} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
                     object.info.size
@@ -265,7 +278,7 @@ impl Downloader {
                 range.start + have
             ));
             // Coming along in strides is not failing; a few bytes at a time is.
-            if have - before >= PIECE / 4 {
+            if have - before >= self.limits.piece / 4 {
                 tries.progressed();
             }
             if !tries.again(Trouble::default()).await {
@@ -306,16 +319,15 @@ impl Receiver {
                 hasher: Sha256::new(),
             });
         }
+        let digest = staged.digest;
         let (staged, hasher) = blocking(move || {
+            let reading = || format!("reading what there is of blob {digest}");
             let mut hasher = Sha256::new();
             let mut buffer = vec![0; 256 << 10];
-            staged
-                .file
-                .seek(SeekFrom::Start(0))
-                .context("reading a partial blob")?;
+            staged.file.seek(SeekFrom::Start(0)).with_context(reading)?;
             let mut rest = (&staged.file).take(have);
             loop {
-                match rest.read(&mut buffer).context("reading a partial blob")? {
+                match rest.read(&mut buffer).with_context(reading)? {
                     0 => break,
                     read => hasher.update(&buffer[..read]),
                 }
@@ -323,7 +335,7 @@ impl Receiver {
             staged
                 .file
                 .seek(SeekFrom::Start(have))
-                .context("reading a partial blob")?;
+                .with_context(reading)?;
             Ok((staged, hasher))
         })
         .await?;
@@ -349,7 +361,7 @@ impl Receiver {
     fn writer(&mut self) -> Result<(mpsc::Sender<Piece>, Writing)> {
         let digest = self.staged.digest;
         let file = self.staged.file.try_clone();
-        let mut file = file.context("writing a blob into the layout")?;
+        let mut file = file.with_context(|| format!("writing blob {digest} into the layout"))?;
         let mut hasher = std::mem::take(&mut self.hasher);
         let mut at = self.at;
         let (sender, mut pieces) = mpsc::channel::<Piece>(1);

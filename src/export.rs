@@ -35,11 +35,12 @@ const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 pub async fn export(
     task: &ExportTask,
     connect: Connect<'_>,
+    limits: Limits,
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Vec<Report>> {
     let read = read_layout(task, progress);
-    let (layout, manifest, snapshot) = match interrupt.or(read).await {
+    let source = match interrupt.or(read).await {
         Ok(read) => read,
         Err(error)
             if !interrupt.happened() && task.targets.iter().all(|target| target.ignore_error) =>
@@ -57,13 +58,10 @@ pub async fn export(
     };
     let mut reports = Vec::new();
     for target in &task.targets {
-        let exported = export_to(
-            target, task, &layout, &snapshot, connect, interrupt, progress,
-        )
-        .await;
+        let exported = export_to(target, task, &source, connect, limits, interrupt, progress).await;
         reports.push(match exported {
             Ok(report) => Report {
-                manifest: Some(manifest.to_string()),
+                manifest: Some(source.manifest.to_string()),
                 ..report
             },
             Err(error) if target.ignore_error && !interrupt.happened() => {
@@ -107,7 +105,14 @@ fn failed(target: &ExportConfig, error: &anyhow::Error) -> Report {
     }
 }
 
-async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<(Layout, Digest, Snapshot)> {
+/// What is exported.
+struct Source {
+    layout: Layout,
+    manifest: Digest,
+    snapshot: Snapshot,
+}
+
+async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<Source> {
     let (root, selection, progress) = (
         task.layout.clone(),
         task.selection.clone(),
@@ -118,7 +123,11 @@ async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<(Layout, 
         let entry = layout.select(&selection)?;
         let snapshot = Snapshot::read(&layout, &entry, &progress)
             .with_context(|| format!("reading manifest {} of {}", entry.digest, root.display()))?;
-        Ok((layout, entry.digest, snapshot))
+        Ok(Source {
+            layout,
+            manifest: entry.digest,
+            snapshot,
+        })
     })
     .await
 }
@@ -170,25 +179,25 @@ impl Plan {
 async fn export_to(
     target: &ExportConfig,
     task: &ExportTask,
-    layout: &Layout,
-    snapshot: &Snapshot,
+    source: &Source,
     connect: Connect<'_>,
+    limits: Limits,
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Report> {
     let began = Instant::now();
     let cache = match target.mode {
-        Mode::Max => snapshot.cache.clone(),
-        Mode::Min => snapshot.cache.min(),
+        Mode::Max => source.snapshot.cache.clone(),
+        Mode::Min => source.snapshot.cache.min(),
     };
     let blobs = blobs_of(&cache)?;
     let store = connect(&target.s3, progress).await?;
     let uploader = Arc::new(Uploader::new(
         Arc::clone(&store),
-        layout.clone(),
+        source.layout.clone(),
         Buffers::new(BUDGET),
         progress.clone(),
-        Limits::default(),
+        limits,
     ));
     let sent = send(
         target,
@@ -289,7 +298,6 @@ async fn send(
             uploader
                 .upload(&target.s3.blob_key(&digest), digest, size)
                 .await
-                .with_context(|| format!("uploading {digest}"))
         })
         .buffer_unordered(target.upload_parallelism)
         .try_collect::<()>()

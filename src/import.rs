@@ -20,8 +20,8 @@ use crate::progress::{Activity, Progress};
 use crate::report::Report;
 use crate::retry::Trouble;
 use crate::snapshot::{self, blobs_of, documents};
-use crate::store::Store;
-use crate::upload::blocking;
+use crate::store::{Object, Store};
+use crate::upload::{Limits, blocking};
 use crate::{Connect, Interrupt, LOCK_WAIT};
 
 /// Blobs fetched at once; the buffers' bound decides how many of them are large.
@@ -43,11 +43,13 @@ const BUILDKIT_CONFIG_LIMIT: usize = 1 << 20;
 pub async fn import(
     task: &ImportTask,
     connect: Connect<'_>,
+    limits: Limits,
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Vec<Report>> {
     let root = task.layout.clone();
-    let layout = blocking(move || Layout::open_for_import(&root, LOCK_WAIT)).await?;
+    let opening = blocking(move || Layout::open_for_import(&root, LOCK_WAIT));
+    let layout = interrupt.or(opening).await?;
     let mut reports: Vec<Report> = Vec::new();
     for source in &task.sources {
         let taken: Vec<&str> = reports
@@ -55,12 +57,21 @@ pub async fn import(
             .filter_map(|report| report.tag.as_deref())
             .collect();
         let tag = tag_for(task, source, &taken);
-        let imported = import_from(source, task, &layout, tag, connect, progress);
+        let imported = import_from(source, task, &layout, tag, connect, limits, progress);
         let report = interrupt
             .or(imported)
             .await
-            .with_context(|| format!("importing from {}", address(source)))?;
-        reports.push(report);
+            .with_context(|| format!("importing from {}", address(source)));
+        if !task.dry_run {
+            let layout = layout.clone();
+            // However it ended: only what the next run can use is to be left lying about.
+            blocking(move || {
+                layout.tidy();
+                Ok(())
+            })
+            .await?;
+        }
+        reports.push(report?);
     }
     Ok(reports)
 }
@@ -96,6 +107,7 @@ async fn import_from(
     layout: &Layout,
     tag: String,
     connect: Connect<'_>,
+    limits: Limits,
     progress: &Progress,
 ) -> Result<Report> {
     let began = Instant::now();
@@ -112,16 +124,14 @@ async fn import_from(
     let key = source.s3.manifest_key(&source.s3.names[0]);
     progress.stage("reading the manifest", 0, 0);
     match read_manifest(&*store, &key).await? {
-        Some(bytes) => {
-            let cache = CacheConfig::parse_s3(&bytes)
-                .with_context(|| format!("reading the manifest {key} on s3"))?;
-            drop(bytes);
+        Some(cache) => {
             let import = Import {
                 source,
                 task,
                 layout,
                 store: Arc::clone(&store),
                 progress,
+                limits,
             };
             import.run(cache, tag, &mut report).await?;
         }
@@ -139,43 +149,53 @@ async fn import_from(
     Ok(report)
 }
 
-/// The manifest, whole; `None` if there is none.
-async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<Vec<u8>>> {
+/// The manifest; `None` if there is none.
+async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfig>> {
     let mut tries = store.retries().tries();
     loop {
-        // The name is mutable: a manifest that broke off is read again from its start.
-        let Some(mut object) = store.get(key, None, None).await? else {
+        // Nothing vouches for these bytes, so what cannot be read (it broke off, it is a proxy's
+        // page, an <Error> inside a 200) is asked for again. The name is mutable: from its start.
+        let Some(object) = store.get(key, None, None).await? else {
             return Ok(None);
         };
-        if object.length > MANIFEST_LIMIT {
-            bail!(
-                "the manifest {key} on s3 has {} bytes: no cache manifest is that large",
-                object.length
-            );
-        }
-        let mut bytes = Vec::with_capacity(object.length as usize);
-        let broke = loop {
-            match object.body.next().await {
-                Some(Ok(chunk)) => bytes.extend_from_slice(&chunk),
-                Some(Err(error)) => break Some(error),
-                None => break None,
-            }
+        let read = read_object(object).await;
+        let made = tries.made();
+        let error = match read {
+            Ok(bytes) => match CacheConfig::parse_s3(&bytes) {
+                Ok(cache) => return Ok(Some(cache)),
+                Err(error) => error,
+            },
+            Err(error) => error,
         };
-        match broke {
-            None if bytes.len() as u64 == object.length => return Ok(Some(bytes)),
-            broke => {
-                let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
-                if !tries.again(Trouble::default()).await {
-                    return Err(error).with_context(|| {
-                        format!(
-                            "getting {key} from s3: the body broke off in each of {} tries",
-                            tries.made()
-                        )
-                    });
-                }
-            }
+        if !tries.again(Trouble::default()).await {
+            return Err(error.context(format!("reading the manifest {key} on s3 ({made} tries)")));
         }
     }
+}
+
+/// An object's bytes, none missing.
+async fn read_object(mut object: Object) -> Result<Vec<u8>> {
+    if object.length > MANIFEST_LIMIT {
+        bail!(
+            "it has {} bytes: no cache manifest is that large",
+            object.length
+        );
+    }
+    let mut bytes = Vec::new();
+    while let Some(chunk) = object.body.next().await {
+        bytes.extend_from_slice(&chunk.context("the body broke off")?);
+        if bytes.len() as u64 > object.length {
+            break;
+        }
+    }
+    if bytes.len() as u64 != object.length {
+        bail!(
+            "the body has {} bytes where {} were announced",
+            bytes.len(),
+            object.length
+        );
+    }
+    Ok(bytes)
 }
 
 /// One source being imported.
@@ -185,6 +205,7 @@ struct Import<'a> {
     layout: &'a Layout,
     store: Arc<dyn Store>,
     progress: &'a Progress,
+    limits: Limits,
 }
 
 impl Import<'_> {
@@ -223,12 +244,7 @@ impl Import<'_> {
         }
         report.manifest = Some(entry.to_string());
         report.tag = Some(tag);
-        let layout = self.layout.clone();
-        blocking(move || {
-            layout.tidy();
-            Ok(())
-        })
-        .await
+        Ok(())
     }
 
     /// What the layout lacks, the largest first.
@@ -286,6 +302,7 @@ impl Import<'_> {
             self.progress.clone(),
             sender,
             self.task.verify,
+            self.limits,
         );
         let naming = publish(self.layout.clone(), receiver);
         let fetching = async {
@@ -298,10 +315,7 @@ impl Import<'_> {
                         let fetched = downloader
                             .fetch(&self.source.s3.blob_key(&digest), digest, size)
                             .await;
-                        Ok::<_, anyhow::Error>((
-                            digest,
-                            fetched.with_context(|| format!("fetching {digest}"))?,
-                        ))
+                        Ok::<_, anyhow::Error>((digest, fetched?))
                     }
                 })
                 .buffer_unordered(BLOBS)

@@ -44,6 +44,7 @@ pub mod upload;
 use config::{S3Config, Task};
 use progress::Progress;
 use store::Store;
+use upload::Limits;
 
 /// How long another process may hold a layout's lock before it is an error.
 pub const LOCK_WAIT: Duration = Duration::from_secs(60);
@@ -214,8 +215,22 @@ pub async fn perform(
     interrupt: &Interrupt,
     progress: &Progress,
 ) -> Result<Vec<report::Report>> {
+    perform_within(Limits::default(), task, connect, interrupt, progress).await
+}
+
+/// As [`perform`], with other sizes: what takes gigabytes on S3 can then be seen on kilobytes.
+///
+/// # Errors
+/// Whatever made the task fail.
+pub async fn perform_within(
+    limits: Limits,
+    task: &Task,
+    connect: Connect<'_>,
+    interrupt: &Interrupt,
+    progress: &Progress,
+) -> Result<Vec<report::Report>> {
     match task {
-        Task::Export(task) => export::export(task, connect, interrupt, progress).await,
-        Task::Import(task) => import::import(task, connect, interrupt, progress).await,
+        Task::Export(task) => export::export(task, connect, limits, interrupt, progress).await,
+        Task::Import(task) => import::import(task, connect, limits, interrupt, progress).await,
     }
 }

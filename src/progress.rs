@@ -449,9 +449,10 @@ impl Blob {
         self.stage.begun.fetch_sub(1, Relaxed);
         self.land();
         self.shared.say(self.event("failed", Some(current)), || {
+            // Others stop where one failed, or the user said so: what failed is what the error says.
             format!(
-                "failed to {} sha256:{} after {} of {}",
-                self.activity.verb()[0],
+                "stopped {} sha256:{} after {} of {}",
+                self.activity.verb()[1],
                 short(&self.digest),
                 HumanBytes(current),
                 HumanBytes(self.bytes)
@@ -916,7 +917,7 @@ mod tests {
              refreshed sha256:e3b0c44298fc 1.00 KiB\n\
              a note\n\
              warning: a warning\n\
-             failed to download sha256:e3b0c44298fc after 512 B of 2.00 KiB\n"
+             stopped downloading sha256:e3b0c44298fc after 512 B of 2.00 KiB\n"
         );
     }
 

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::config::RetryMode;
 
 /// Where the backoff starts.
-const BASE: Duration = Duration::from_millis(100);
+pub const BASE: Duration = Duration::from_millis(100);
 /// Where the backoff stops growing.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(20);
 /// The longest that we let a store make us wait.

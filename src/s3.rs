@@ -11,6 +11,7 @@ mod outgoing;
 #[doc(hidden)]
 pub mod probe;
 mod sign;
+mod timing;
 mod tls;
 mod wire;
 
@@ -19,8 +20,8 @@ use std::future::Future;
 use std::io;
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
@@ -41,6 +42,7 @@ use tokio::sync::OnceCell;
 use self::credentials::Keyring;
 use self::dispatch::{Call, Dispatcher, Expect, Say, Shared};
 use self::endpoint::{Endpoint, encode_key};
+pub use self::timing::Timing;
 use self::tls::Trust;
 use crate::config::S3Config;
 use crate::progress::Progress;
@@ -57,13 +59,21 @@ const OCTETS: &str = "application/octet-stream";
 
 /// Connects to the bucket that `config` describes. Sends nothing yet.
 pub async fn connect(config: &S3Config, progress: Progress) -> Result<Arc<dyn Store>> {
+    connect_with(config, progress, Timing::default()).await
+}
+
+/// As [`connect`], at another pace.
+pub async fn connect_with(
+    config: &S3Config,
+    progress: Progress,
+    timing: Timing,
+) -> Result<Arc<dyn Store>> {
     let loud = progress.clone();
     let say = Say {
         warn: Box::new(move |text| loud.warn(text)),
         debug: Box::new(move |text| progress.debug(text)),
     };
-    let retry = RetryPolicy::new(config.retry_mode, config.retry_max_attempts);
-    Ok(Arc::new(S3Store::new(config, say, retry)?))
+    Ok(Arc::new(S3Store::new(config, say, timing)?))
 }
 
 struct S3Store {
@@ -71,7 +81,9 @@ struct S3Store {
 }
 
 impl S3Store {
-    fn new(config: &S3Config, say: Say, retry: RetryPolicy) -> Result<Self> {
+    fn new(config: &S3Config, say: Say, timing: Timing) -> Result<Self> {
+        let retry =
+            RetryPolicy::with_base(config.retry_mode, config.retry_max_attempts, timing.backoff);
         let trust = Trust::from_env();
         let endpoint = Endpoint::new(config)
             .with_context(|| format!("cannot reach bucket {:?}", config.bucket))?;
@@ -82,6 +94,8 @@ impl S3Store {
                 bucket: config.bucket.clone(),
                 region: config.region.clone(),
                 retry,
+                timing,
+                unanswered: Mutex::default(),
                 requests: AtomicU64::new(0),
                 accept_encoding: !config.disable_accept_encoding,
                 trust,
@@ -498,7 +512,7 @@ impl Store for S3Store {
             storage_class: touched.and_then(storage_class),
             ..Default::default()
         };
-        let call = Call::new(DOING, Some(key), CREATED);
+        let call = Call::new(DOING, Some(key), CREATED).begins_upload();
         let sent = self.run(call, |client| async move {
             client.create_multipart_upload(request).await
         });
@@ -690,6 +704,10 @@ impl Store for S3Store {
         }
         parts.sort_by_key(|part| part.number);
         Ok(parts)
+    }
+
+    fn may_hold_unknown_upload(&self, key: &str) -> bool {
+        self.shared.is_unanswered(key)
     }
 
     fn requests(&self) -> u64 {

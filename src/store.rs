@@ -196,6 +196,12 @@ pub trait Store: Send + Sync {
     /// The parts that an unfinished upload holds, in order.
     async fn list_parts(&self, key: &str, upload: &str) -> StoreResult<Vec<Part>>;
 
+    /// Whether a multipart upload to `key` may have begun whose id we were never told, because an
+    /// answer to [`create_upload`](Self::create_upload) was lost on a try that did not count.
+    fn may_hold_unknown_upload(&self, _key: &str) -> bool {
+        false
+    }
+
     /// Requests sent so far, retries included.
     fn requests(&self) -> u64;
 

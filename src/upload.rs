@@ -1,13 +1,13 @@
 //! One blob's way from the layout to the store: whole or in parts, read once, hashed while it is
 //! read, and made visible only if what was read is what its digest says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -21,7 +21,7 @@ use crate::buffers::Buffers;
 use crate::digest::Digest;
 use crate::layout::Layout;
 use crate::progress::{Activity, Blob, Progress};
-use crate::store::{ByteStream, Kind, ObjectInfo, Part, Store, StoreError, UploadBody};
+use crate::store::{ByteStream, Kind, ObjectInfo, Part, Store, StoreError, Upload, UploadBody};
 
 /// Bytes read from a file at a time when a blob goes out in one request.
 const CHUNK: u64 = 256 << 10;
@@ -29,7 +29,7 @@ const CHUNK: u64 = 256 << 10;
 /// How often an upload starts over when another run took its multipart upload away.
 const RESTARTS: u32 = 5;
 
-/// Sizes at which a transfer changes its ways. Those of S3 unless a test asks for others.
+/// Sizes at which a transfer changes its ways. Those that suit S3 unless a test asks for others.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Blobs of at least this many bytes go up in parts.
@@ -40,6 +40,9 @@ pub struct Limits {
     pub copy: u64,
     /// Bytes of a part that is copied.
     pub copy_part: u64,
+    /// Bytes of a piece. One stream from S3 runs at 85 to 95 MiB/s whatever the line can carry, so
+    /// a large blob is fetched in several at once; a piece is held in memory until its turn has come.
+    pub piece: u64,
 }
 
 impl Default for Limits {
@@ -49,6 +52,7 @@ impl Default for Limits {
             part: 5 << 20,
             copy: 5 << 30,
             copy_part: 512 << 20,
+            piece: 4 << 20,
         }
     }
 }
@@ -89,24 +93,48 @@ struct Unfinished {
     /// Uploads whose creation was asked for and not yet answered.
     creating: AtomicUsize,
     created: Notify,
+    /// By key, while we work on it: the uploads that were there before ours.
+    before: Mutex<BTreeMap<String, Vec<String>>>,
+    /// Keys at which an upload of ours may have begun whose id we were never told.
+    unknown: Mutex<BTreeSet<String>>,
 }
 
 impl Unfinished {
     fn add(&self, key: &str, upload: &str) {
-        let mut uploads = self.uploads.lock().expect("no holder of this lock panics");
+        let mut uploads = lock(&self.uploads);
         uploads.push((key.to_owned(), upload.to_owned()));
     }
 
     fn remove(&self, key: &str, upload: &str) {
-        let mut uploads = self.uploads.lock().expect("no holder of this lock panics");
+        let mut uploads = lock(&self.uploads);
         uploads.retain(|(k, u)| k != key || u != upload);
     }
 
+    fn begin(&self, key: &str, before: &[Upload]) {
+        let ids = before.iter().map(|upload| upload.id.clone()).collect();
+        lock(&self.before).insert(key.to_owned(), ids);
+    }
+
+    fn end(&self, key: &str) {
+        lock(&self.before).remove(key);
+        lock(&self.unknown).remove(key);
+    }
+
+    fn may_hold_unknown(&self, key: &str) -> bool {
+        lock(&self.unknown).contains(key)
+    }
+
+    /// The keys that still may hold an unknown upload of ours, with the uploads that are not ours.
+    fn all_unknown(&self) -> Vec<(String, Vec<String>)> {
+        let (unknown, before) = (lock(&self.unknown), lock(&self.before));
+        unknown
+            .iter()
+            .map(|key| (key.clone(), before.get(key).cloned().unwrap_or_default()))
+            .collect()
+    }
+
     fn all(&self) -> Vec<(String, String)> {
-        self.uploads
-            .lock()
-            .expect("no holder of this lock panics")
-            .clone()
+        lock(&self.uploads).clone()
     }
 }
 
@@ -114,6 +142,11 @@ impl Unfinished {
 enum Interrupted {
     /// It was completed or aborted by another run.
     Gone,
+    /// It holds parts that cannot be told to be ours: of other bytes, or on a store whose ETags are no
+    /// MD5 (encryption with KMS keys). Sending them again could spoil it for a run that is at it now.
+    Untrusted,
+    /// Another run has sent parts of it again meanwhile, and the store gave them other ETags.
+    Spoiled(StoreError),
     Failed(anyhow::Error),
 }
 
@@ -186,16 +219,9 @@ impl Uploader {
     }
 
     async fn upload_parts(&self, key: &str, source: &Source) -> Result<()> {
-        let abandoned = match self.store.list_uploads(key).await {
-            Ok(uploads) => uploads,
-            // Not every store can tell (OCI, Storj), and not every role may ask.
-            Err(error) => {
-                self.progress
-                    .debug(&format!("not looking for interrupted uploads: {error}"));
-                Vec::new()
-            }
-        };
+        let abandoned = self.abandoned(key).await;
         let mut taken_up = abandoned.iter().max_by_key(|upload| upload.initiated);
+        let mut spoiled = None;
         for _ in 0..RESTARTS {
             let (upload, there) = match taken_up.take() {
                 Some(upload) => {
@@ -203,12 +229,17 @@ impl Uploader {
                     let there = match self.store.list_parts(key, &upload.id).await {
                         Ok(parts) => parts,
                         Err(error) if error.kind == Kind::NoSuchUpload => {
-                            self.unfinished.remove(key, &upload.id);
+                            self.abort(key, &upload.id).await;
                             continue;
                         }
                         // Its parts cannot be known, so none is trusted.
                         Err(_) => Vec::new(),
                     };
+                    // Nothing to save; and it may be another run's that has just begun.
+                    if there.is_empty() {
+                        self.unfinished.remove(key, &upload.id);
+                        continue;
+                    }
                     self.progress.debug(&format!(
                         "{}: taking up an interrupted upload with {} parts",
                         source.digest,
@@ -221,19 +252,20 @@ impl Uploader {
             match self.send_parts(key, &upload, source, there).await {
                 Ok(()) => {
                     self.unfinished.remove(key, &upload);
-                    self.forget(
-                        key,
-                        abandoned.iter().map(|u| &u.id).filter(|id| **id != upload),
-                    )
-                    .await;
+                    self.forget(key, &abandoned, &upload).await;
                     return Ok(());
                 }
                 Err(Interrupted::Failed(error)) => {
                     self.abort(key, &upload).await;
                     return Err(error);
                 }
-                Err(Interrupted::Gone) => {
-                    self.unfinished.remove(key, &upload);
+                Err(Interrupted::Untrusted) => self.unfinished.remove(key, &upload),
+                Err(ended @ (Interrupted::Gone | Interrupted::Spoiled(_))) => {
+                    if let Interrupted::Spoiled(error) = ended {
+                        spoiled = Some(error);
+                    }
+                    // Also where it is said to be gone: some gateways answer 404 to more than that.
+                    self.abort(key, &upload).await;
                     // Whoever completed it had the same bytes: the key is their digest.
                     if self
                         .store
@@ -241,10 +273,14 @@ impl Uploader {
                         .await?
                         .is_some_and(|info| info.size == source.size)
                     {
+                        self.forget(key, &abandoned, &upload).await;
                         return Ok(());
                     }
                 }
             }
+        }
+        if let Some(error) = spoiled {
+            return Err(error.into());
         }
         bail!(
             "uploading {key} to s3: other runs took its multipart upload away {RESTARTS} times; try again"
@@ -277,16 +313,17 @@ impl Uploader {
                 }
             };
             let buffer = self.buffers.take((range.end - range.start) as usize);
-            let known = there
-                .get(&number)
-                .filter(|part| part.size == range.end - range.start)
-                .cloned();
+            let known = there.get(&number).cloned();
             let reader = source.clone();
             let reading = blocking(move || {
                 let buffer = reader.read(range, buffer)?;
                 hasher.update(&buffer);
                 // A part that the store holds is trusted if its ETag is the MD5 of these bytes.
-                let held = known.filter(|part| part.etag.trim_matches('"') == md5_hex(&buffer));
+                let held = known.map(|part| {
+                    let same = part.size == buffer.len() as u64
+                        && part.etag.trim_matches('"') == md5_hex(&buffer);
+                    same.then_some(part)
+                });
                 Ok((buffer, hasher, held))
             });
             tokio::pin!(reading);
@@ -299,6 +336,7 @@ impl Uploader {
             hasher = hashed;
             let size = buffer.len() as u64;
             if let Some(part) = held {
+                let part = part.ok_or(Interrupted::Untrusted)?;
                 source.blob.advance(size);
                 parts.push(part);
                 continue;
@@ -318,7 +356,11 @@ impl Uploader {
         }
         source.check(Digest::from_hasher(hasher))?;
         parts.sort_by_key(|part| part.number);
-        Ok(self.store.complete_upload(key, upload, &parts).await?)
+        let completed = self.store.complete_upload(key, upload, &parts).await;
+        completed.map_err(|error| match error.code.as_deref() {
+            Some("InvalidPart") => Interrupted::Spoiled(error),
+            _ => error.into(),
+        })
     }
 
     /// Moves the object's LastModified to now. `false`: the object is gone, and must be uploaded.
@@ -346,10 +388,14 @@ impl Uploader {
     }
 
     async fn copy_parts(&self, key: &str, info: &ObjectInfo) -> Result<bool, StoreError> {
+        let abandoned = self.abandoned(key).await;
         let upload = self.create(key, Some(info)).await?;
         let copied = self.copy_each_part(key, &upload, info).await;
         match copied {
-            Ok(()) => self.unfinished.remove(key, &upload),
+            Ok(()) => {
+                self.unfinished.remove(key, &upload);
+                self.forget(key, &abandoned, &upload).await;
+            }
             Err(_) => self.abort(key, &upload).await,
         }
         match copied {
@@ -388,6 +434,22 @@ impl Uploader {
         self.store.complete_upload(key, upload, &parts).await
     }
 
+    /// The unfinished uploads to `key` before ours: those of runs that were killed, or that are
+    /// under way.
+    async fn abandoned(&self, key: &str) -> Vec<Upload> {
+        let uploads = match self.store.list_uploads(key).await {
+            Ok(uploads) => uploads,
+            // Not every store can tell (OCI, Storj), and not every role may ask.
+            Err(error) => {
+                self.progress
+                    .debug(&format!("not looking for interrupted uploads: {error}"));
+                Vec::new()
+            }
+        };
+        self.unfinished.begin(key, &uploads);
+        uploads
+    }
+
     /// Creates an upload so that it is known here even if nobody waits for the answer any more.
     async fn create(&self, key: &str, touched: Option<&ObjectInfo>) -> Result<String, StoreError> {
         let (store, unfinished) = (Arc::clone(&self.store), Arc::clone(&self.unfinished));
@@ -397,6 +459,9 @@ impl Uploader {
             let created = store.create_upload(&key, touched.as_ref()).await;
             if let Ok(upload) = &created {
                 unfinished.add(&key, upload);
+            }
+            if created.is_err() || store.may_hold_unknown_upload(&key) {
+                lock(&unfinished.unknown).insert(key);
             }
             unfinished.creating.fetch_sub(1, Ordering::SeqCst);
             unfinished.created.notify_waiters();
@@ -420,10 +485,32 @@ impl Uploader {
         }
     }
 
-    /// Aborts uploads that a finished blob has made pointless.
-    async fn forget(&self, key: &str, uploads: impl Iterator<Item = &String>) {
-        for upload in uploads {
-            self.abort(key, upload).await;
+    /// Aborts uploads that a finished blob has made pointless: those that were there before `ours`,
+    /// and those of ours that we were never told the id of. A run that one of them belongs to finds
+    /// the blob whole.
+    async fn forget(&self, key: &str, abandoned: &[Upload], ours: &str) {
+        for upload in abandoned.iter().filter(|upload| upload.id != ours) {
+            self.abort(key, &upload.id).await;
+        }
+        if self.unfinished.may_hold_unknown(key) {
+            self.abort_but(key, &[]).await;
+        }
+        self.unfinished.end(key);
+    }
+
+    /// Aborts the uploads to `key` that are not among `spared`.
+    async fn abort_but(&self, key: &str, spared: &[String]) {
+        let found = match self.store.list_uploads(key).await {
+            Ok(found) => found,
+            Err(error) => {
+                self.progress.warn(&format!(
+                    "a multipart upload to {key} may be left, which no answer named ({error}); a lifecycle rule that aborts incomplete uploads removes it"
+                ));
+                return;
+            }
+        };
+        for upload in found.iter().filter(|upload| !spared.contains(&upload.id)) {
+            self.abort(key, &upload.id).await;
         }
     }
 
@@ -441,6 +528,10 @@ impl Uploader {
             futures::stream::iter(&uploads)
                 .for_each_concurrent(8, |(key, upload)| self.abort(key, upload))
                 .await;
+            let unknown = self.unfinished.all_unknown();
+            futures::stream::iter(&unknown)
+                .for_each_concurrent(8, |(key, before)| self.abort_but(key, before))
+                .await;
         };
         let in_time = tokio::time::timeout(patience, aborting).await.is_ok();
         let left = self.unfinished.all().len();
@@ -450,6 +541,11 @@ impl Uploader {
             ));
         }
     }
+}
+
+/// A panic elsewhere leaves no half-done state in these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn landed(part: Result<Part, StoreError>) -> Result<Part, Interrupted> {
@@ -665,12 +761,12 @@ impl UploadBody for Document {
 
 /// A body begins again: what progress had counted was for nothing.
 fn restart(sent: &Mutex<u64>, blob: &Blob) {
-    let sent = std::mem::take(&mut *sent.lock().expect("no holder of this lock panics"));
+    let sent = std::mem::take(&mut *lock(sent));
     blob.take_back(sent);
 }
 
 fn count(sent: &Mutex<u64>, blob: &Blob, bytes: u64) {
-    *sent.lock().expect("no holder of this lock panics") += bytes;
+    *lock(sent) += bytes;
     blob.advance(bytes);
 }
 

@@ -248,7 +248,8 @@ impl Layout {
         let _ = discard();
     }
 
-    /// Removes staging files of blobs that are in place, those of interrupted downloads that no one
+    /// Removes staging files of blobs that are in place, those that hold nothing, those of
+    /// interrupted downloads that no one
     /// took up for a week, and the staging directory if nothing is left in it. Never fails an import.
     pub fn tidy(&self) {
         let Ok(root) = self.open_root() else { return };
@@ -281,7 +282,9 @@ impl Layout {
         let abandoned = SystemTime::now()
             .duration_since(file.metadata()?.modified()?)
             .is_ok_and(|age| age > ABANDONED);
-        if of_index || in_place || abandoned {
+        // Such a file holds nothing to take up, but may hold space that was set aside.
+        let empty = file.metadata()?.len() == 0;
+        if of_index || in_place || abandoned || empty {
             staging.unlink(name)?;
         }
         Ok(())

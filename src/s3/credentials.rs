@@ -240,13 +240,44 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
         next = error.source();
     }
     let profile = profile.filter(|name| !name.is_empty());
+    let remedy = match &profile {
+        Some(name) => {
+            format!("see whether there is a profile {name:?}, or set another AWS_PROFILE")
+        }
+        None => "set access_key_id and secret_access_key, or AWS_PROFILE".to_owned(),
+    };
     let profile = profile.as_deref().unwrap_or("default");
     format!(
         "no AWS credentials: tried the environment, profile {profile:?} of the shared config and \
          credentials files, web identity, the container endpoint and EC2's metadata service ({}); \
-         set access_key_id and secret_access_key, or AWS_PROFILE",
-        reasons.join(": ")
+         {remedy}",
+        one_line(&reasons.join(": "))
     )
+}
+
+/// The chain tells in several lines, and at length, what it found nothing in.
+fn one_line(reasons: &str) -> String {
+    let reasons = match reasons.split_once("Attempted:\n") {
+        Some((_, attempts)) => attempts,
+        None => reasons,
+    };
+    let mut line = String::new();
+    for part in reasons
+        .lines()
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
+        if !line.is_empty() {
+            line.push_str("; ");
+        }
+        line.push_str(
+            &part
+                .replace("the credential provider was not enabled: ", "")
+                .replace("the credential provider was not enabled", "nothing set")
+                .replace("an error occurred while loading credentials: ", ""),
+        );
+    }
+    line
 }
 
 #[cfg(test)]
@@ -359,6 +390,19 @@ mod tests {
         for part in ["environment", "profile", "web identity", "nothing there"] {
             assert!(first.contains(part), "{first}");
         }
+    }
+
+    #[test]
+    fn what_the_chain_says_fits_a_line() {
+        let said = "the credential provider was not enabled: no credentials found in chain. Attempted:\n  \
+                    Environment: the credential provider was not enabled: environment variable not set\n  \
+                    Profile: the credential provider was not enabled";
+        assert_eq!(
+            one_line(said),
+            "Environment: environment variable not set; Profile: nothing set"
+        );
+        let failed = "an error occurred while loading credentials: service error: AccessDenied";
+        assert_eq!(one_line(failed), "service error: AccessDenied");
     }
 
     #[test]

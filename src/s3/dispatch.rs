@@ -3,6 +3,7 @@
 //! looked through, and handed to rusoto only if it is the success that was asked for. What else may
 //! come is kept beside the call as the [`StoreError`] that its caller gets.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,22 +29,15 @@ use super::credentials::Keyring;
 use super::endpoint::{Endpoint, encode_query};
 use super::outgoing::{Fate, Outgoing};
 use super::sign::{self, Payload};
+use super::timing::Timing;
 use super::tls::Trust;
 use super::wire::{self, Wire};
 use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{ByteStream, Kind, StoreError, UploadBody};
 
-/// No byte either way for so long, and a connection is given up.
-const IDLE: Duration = Duration::from_secs(30);
-/// The same where the store works before it answers: copies, and putting parts together.
-const IDLE_AT_WORK: Duration = Duration::from_secs(300);
-/// An answer in memory takes no longer than this to arrive, however it drips: as long as S3 may
-/// send white space while it puts parts together.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(900);
 /// An answer in memory is no longer than this. A page of a listing is some 300 KiB.
 const LARGEST_ANSWER: usize = 16 << 20;
-/// A download that brings less than `SLOWEST` bytes in `PATIENCE` of waiting is given up.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// A download that brings less than this in [`Timing::patience`] of waiting is given up.
 const SLOWEST: u64 = 64 << 10;
 
 /// What all requests to one bucket share.
@@ -53,6 +47,9 @@ pub(super) struct Shared {
     pub(super) region: String,
     pub(super) keyring: Keyring,
     pub(super) retry: RetryPolicy,
+    pub(super) timing: Timing,
+    /// Keys at which a multipart upload may have begun that we got no answer about.
+    pub(super) unanswered: Mutex<BTreeSet<String>>,
     pub(super) requests: AtomicU64,
     /// Off for Google Cloud Storage's sake.
     pub(super) accept_encoding: bool,
@@ -60,6 +57,12 @@ pub(super) struct Shared {
     pub(super) wire: OnceCell<Wire>,
     pub(super) say: Say,
     pub(super) warned: AtomicBool,
+}
+
+impl Shared {
+    pub(super) fn is_unanswered(&self, key: &str) -> bool {
+        lock(&self.unanswered).contains(key)
+    }
 }
 
 /// Whom to tell what happens.
@@ -93,6 +96,8 @@ pub(super) struct Call {
     pub(super) expect: Expect,
     /// The store may work for some time before it answers.
     pub(super) slow: bool,
+    /// Done, it leaves behind what only its answer names.
+    pub(super) begins_upload: bool,
     failure: Mutex<Option<StoreError>>,
 }
 
@@ -104,6 +109,7 @@ impl Call {
             body: None,
             expect,
             slow: false,
+            begins_upload: false,
             failure: Mutex::new(None),
         }
     }
@@ -115,6 +121,11 @@ impl Call {
 
     pub(super) fn slow(mut self) -> Self {
         self.slow = true;
+        self
+    }
+
+    pub(super) fn begins_upload(mut self) -> Self {
+        self.begins_upload = true;
         self
     }
 
@@ -301,6 +312,14 @@ async fn send(shared: &Shared, call: &Call, ready: &Ready) -> Result<HttpRespons
             }
             Err(failure) => failure,
         };
+        // 4xx is a refusal; after anything else it may have been done all the same.
+        let refused = matches!(failure.error.status, Some(400..=499));
+        if call.begins_upload
+            && !refused
+            && let Some(key) = &call.key
+        {
+            lock(&shared.unanswered).insert(key.clone());
+        }
         failure.error.message = Keyring::redact(&credentials, &failure.error.message);
         if failure.renew && !renewed {
             renewed = true;
@@ -355,7 +374,7 @@ async fn attempt(
         |e: anyhow::Error| Failure::last(call.error(Kind::Other, shared, &format!("{e:#}")));
     let wire = shared
         .wire
-        .get_or_try_init(|| async { Wire::new(&shared.endpoint, &shared.trust) })
+        .get_or_try_init(|| async { Wire::new(&shared.endpoint, &shared.trust, &shared.timing) })
         .await
         .map_err(other)?;
     let payload = match &call.body {
@@ -387,7 +406,11 @@ async fn attempt(
         .map_err(|e: http::uri::InvalidUri| other(e.into()))?;
     *request.headers_mut() = headers;
 
-    let limit = if call.slow { IDLE_AT_WORK } else { IDLE };
+    let limit = if call.slow {
+        shared.timing.idle_at_work
+    } else {
+        shared.timing.idle
+    };
     let capture = capture_connection(&mut request);
     let answered = tokio::select! {
         biased;
@@ -403,10 +426,10 @@ async fn attempt(
 
     let (head, body) = response.into_parts();
     if call.expect == Expect::Object && matches!(head.status.as_u16(), 200 | 206) {
-        let body = rusoto_core::ByteStream::new(incoming(body));
+        let body = rusoto_core::ByteStream::new(incoming(body, shared.timing));
         return hand_over(shared, call, head.status, &head.headers, body);
     }
-    let read = match tokio::time::timeout(ANSWER_TIMEOUT, buffer(body, limit)).await {
+    let read = match tokio::time::timeout(shared.timing.answer, buffer(body, limit)).await {
         Ok(read) => read,
         Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
     };
@@ -543,7 +566,7 @@ fn too_quiet(shared: &Shared, call: &Call, limit: Duration) -> Failure {
 fn local(shared: &Shared, call: &Call, e: io::Error) -> Failure {
     Failure::last(StoreError {
         source: Some(Box::new(e)),
-        ..call.error(Kind::LocalBody, shared, "reading what is to be sent failed")
+        ..call.error(Kind::LocalBody, shared, "reading it failed")
     })
 }
 
@@ -637,7 +660,7 @@ async fn buffer(mut body: Incoming, limit: Duration) -> io::Result<Bytes> {
 
 /// A download's chunks as hyper reads them, or the error that ends them: also when none come, or
 /// hardly any.
-fn incoming(body: Incoming) -> ByteStream {
+fn incoming(body: Incoming, timing: Timing) -> ByteStream {
     struct Download {
         body: Incoming,
         /// Spent waiting in the present stretch. A reader that takes its time is not counted.
@@ -650,18 +673,18 @@ fn incoming(body: Incoming) -> ByteStream {
         waited: Duration::ZERO,
         got: 0,
     };
-    futures::stream::unfold(Some(download), |download| async {
+    futures::stream::unfold(Some(download), move |download| async move {
         let mut download = download?;
         loop {
             let before = Instant::now();
-            let frame = tokio::time::timeout(IDLE, download.body.frame()).await;
+            let frame = tokio::time::timeout(timing.idle, download.body.frame()).await;
             download.waited += before.elapsed();
             let quiet = |what: String| {
                 let e = io::Error::new(io::ErrorKind::TimedOut, what);
                 Some((Err(e), None))
             };
             let Ok(frame) = frame else {
-                return quiet(format!("no byte came for {} s", IDLE.as_secs()));
+                return quiet(format!("no byte came for {} s", timing.idle.as_secs()));
             };
             let data = match frame? {
                 Ok(frame) => match frame.into_data() {
@@ -679,7 +702,7 @@ fn incoming(body: Incoming) -> ByteStream {
                 }
             };
             download.got += data.len() as u64;
-            if download.waited >= PATIENCE {
+            if download.waited >= timing.patience {
                 if download.got < SLOWEST {
                     return quiet(format!(
                         "only {} bytes came in {} s",

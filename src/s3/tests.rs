@@ -79,12 +79,11 @@ impl Server {
             warn: Box::new(|_| {}),
             debug: Box::new(|_| {}),
         };
-        let retry = RetryPolicy::with_base(
-            config.retry_mode,
-            config.retry_max_attempts,
-            Duration::from_millis(1),
-        );
-        S3Store::new(&config, say, retry).unwrap()
+        let timing = Timing {
+            backoff: Duration::from_millis(1),
+            ..Timing::default()
+        };
+        S3Store::new(&config, say, timing).unwrap()
     }
 
     fn requests(&self) -> Vec<String> {

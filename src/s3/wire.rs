@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::io::{self, IoSlice};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,12 +28,9 @@ use tower_service::Service;
 
 use super::endpoint::{Endpoint, is_localhost};
 use super::outgoing::Outgoing;
+use super::timing::Timing;
 use super::tls::Trust;
 
-/// For a TCP connection to come about.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// For the same with DNS, proxy and TLS.
-const READY_TIMEOUT: Duration = Duration::from_secs(20);
 /// Servers close idle connections after some time (S3 after 20 s or so); we do it first.
 const POOL_IDLE: Duration = Duration::from_secs(15);
 /// Blobs move many at once, each in several ranges.
@@ -51,7 +48,7 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    pub(super) fn new(endpoint: &Endpoint, trust: &Trust) -> Result<Self> {
+    pub(super) fn new(endpoint: &Endpoint, trust: &Trust, timing: &Timing) -> Result<Self> {
         let tls = if endpoint.is_https() {
             trust.client()?
         } else {
@@ -71,12 +68,16 @@ impl Wire {
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_keepalive(Some(Duration::from_secs(30)));
-        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        tcp.set_connect_timeout(Some(timing.connect));
         let connector = hyper_rustls::HttpsConnectorBuilder::new()
             .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
-            .wrap_connector(Connector { tcp, proxy });
+            .wrap_connector(Connector {
+                tcp,
+                proxy,
+                ready: timing.ready,
+            });
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
@@ -108,7 +109,10 @@ impl Service<Name> for Resolver {
         Box::pin(async move {
             let name = name.as_str();
             let found: Vec<SocketAddr> = if is_localhost(name) {
-                vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 0))]
+                vec![
+                    SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+                    SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+                ]
             } else {
                 tokio::net::lookup_host((name, 0)).await?.collect()
             };
@@ -122,6 +126,7 @@ impl Service<Name> for Resolver {
 pub(super) struct Connector {
     tcp: HttpConnector<Resolver>,
     proxy: Option<Arc<Matcher>>,
+    ready: Duration,
 }
 
 impl Service<Uri> for Connector {
@@ -135,6 +140,7 @@ impl Service<Uri> for Connector {
 
     fn call(&mut self, to: Uri) -> Self::Future {
         let mut tcp = self.tcp.clone();
+        let ready = self.ready;
         let proxy = self.proxy.as_ref().and_then(|proxy| proxy.intercept(&to));
         let connecting = async move {
             let Some(proxy) = proxy else {
@@ -155,7 +161,7 @@ impl Service<Uri> for Connector {
             }
         };
         Box::pin(async move {
-            match tokio::time::timeout(READY_TIMEOUT, connecting).await {
+            match tokio::time::timeout(ready, connecting).await {
                 Ok(connected) => connected,
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }

@@ -6,11 +6,17 @@ use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use layercache::config::{RetryMode, S3Config, StaticCredentials};
+use layercache::digest::Digest;
 use layercache::layout::{Layout, Selection};
+use layercache::progress::Progress;
+use layercache::upload::Document;
 
-use crate::aftermath::{assert_layout_is_sound, assert_store_is_sound, layout_of, put_cache, soak};
+use crate::aftermath::{
+    assert_layout_is_sound, assert_store_is_sound, layout_of, noise, put_cache, soak,
+};
 use crate::program::{Program, Run, copy_of, files, fixture};
-use crate::server::{Fault, Server};
+use crate::server::{ACCESS_KEY, BUCKET, Fault, SECRET_KEY, Server};
 
 const MIB: usize = 1 << 20;
 
@@ -297,6 +303,47 @@ fn a_lock_that_is_never_let_go_of_is_named_in_the_end() {
     drop(lock);
     let entry = layout.select(&Selection::Default).expect("it is free now");
     layout.tag("other", &entry).expect("it is free now");
+    layout.tidy();
     assert_eq!(tags(directory.path()).len(), 2);
     assert_eq!(files(directory.path()).len(), before.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_holds_other_bytes_is_not_taken_up_and_aborted_in_the_end() {
+    let layout = layout_of(&[40 * MIB]);
+    let server = Server::start();
+    let config = S3Config {
+        region: "us-east-1".into(),
+        bucket: BUCKET.into(),
+        endpoint_url: Some(server.url().parse().expect("a URL")),
+        use_path_style: true,
+        prefix: String::new(),
+        blobs_prefix: "blobs/".into(),
+        manifests_prefix: "manifests/".into(),
+        names: vec!["buildkit".into()],
+        credentials: Some(StaticCredentials {
+            access_key_id: ACCESS_KEY.into(),
+            secret_access_key: SECRET_KEY.into(),
+            session_token: None,
+        }),
+        retry_mode: RetryMode::Standard,
+        retry_max_attempts: 3,
+        disable_accept_encoding: false,
+    };
+    let store = layercache::s3::connect(&config, Progress::silent())
+        .await
+        .expect("a store");
+    let key = config.blob_key(&Digest::of(&noise(1, 40 * MIB)));
+    let upload = store.create_upload(&key, None).await.expect("an upload");
+    let other = Document(noise(2, 5 * MIB).into());
+    store
+        .upload_part(&key, &upload, 1, Arc::new(other))
+        .await
+        .expect("a part");
+    Program::export(&server.spec("mode=max"), layout.path())
+        .run()
+        .succeeds();
+    assert_store_is_sound(&server, "at the end");
+    assert_eq!(server.count("CreateMultipartUpload"), 2);
+    assert_eq!(server.uploads(), 0);
 }

@@ -350,6 +350,40 @@ fn a_signal_stops_an_import_that_waits_for_the_lock() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn a_signal_stops_an_import_that_waits_to_read_the_index() {
+    let server = Server::start();
+    let layout = tempfile::tempdir().expect("a temporary directory");
+    // As BuildKit leaves it for a moment while it writes.
+    std::fs::write(
+        layout.path().join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .expect("a file can be written");
+    std::fs::write(layout.path().join("index.json"), "{").expect("a file can be written");
+    let path = layout.path().join("index.json.lock");
+    let lock = std::fs::File::create(&path).expect("a lock file");
+    lock.lock().expect("a free lock");
+    let child = Program::import(&server.spec(""), layout.path()).spawn();
+    let path = path.canonicalize().expect("a real path");
+    let open = || {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", child.id()));
+        let mut fds = fds.into_iter().flatten().flatten();
+        fds.any(|fd| std::fs::read_link(fd.path()).is_ok_and(|file| file == path))
+    };
+    while !open() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let victim = Victim::default();
+    victim.is(&child);
+    victim.signal(libc::SIGTERM);
+    let run = Run::from(child.wait_with_output().expect("the program ends"));
+    // It would wait for a minute, and then say so.
+    run.ends_with(143).says("interrupted");
+    assert_eq!(server.log().len(), 0);
+}
+
+#[test]
 fn the_second_signal_waits_for_nothing() {
     let layout = layout_of(&LARGE);
     let server = Server::start();

@@ -5,9 +5,14 @@ mod behaviour;
 mod company;
 mod crashes;
 mod credentials;
+mod disk;
+mod expired;
+mod faults;
 mod fidelity;
 mod hostile;
+mod inside;
 mod program;
+mod retries;
 mod scripted;
 mod secrets;
 #[path = "../server/mod.rs"]

@@ -33,6 +33,8 @@ pub fn kill_before_change(program: Program, root: &Path, nth: usize) -> Ended {
             _ => Ok(()),
         });
     }
+    // waitpid() below sees to its end.
+    #[allow(clippy::zombie_processes)]
     let child = command.spawn().expect("the program can be traced");
     let main = i32::try_from(child.id()).expect("a process id");
     let mut status = 0;

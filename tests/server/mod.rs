@@ -100,6 +100,8 @@ struct Shared {
     log: Mutex<Vec<(usize, Logged)>>,
     requests: AtomicUsize,
     in_flight: AtomicUsize,
+    /// Of these, those that will never be answered.
+    hung: AtomicUsize,
     peak: AtomicUsize,
     connections: AtomicUsize,
 }
@@ -242,6 +244,7 @@ impl Builder {
             log: Mutex::default(),
             requests: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
+            hung: AtomicUsize::new(0),
             peak: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
         });
@@ -430,6 +433,29 @@ impl Server {
             .iter()
             .map(|(_, logged)| logged.clone())
             .collect()
+    }
+
+    /// Waits until no request is being answered any more: those that a client gave up included.
+    ///
+    /// # Panics
+    /// If that takes more than half a minute.
+    pub fn settle(&self) {
+        for _ in 0..30_000 {
+            let hung = self.shared.hung.load(Ordering::SeqCst);
+            if self.shared.in_flight.load(Ordering::SeqCst) <= hung {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("the test server is still answering requests");
+    }
+
+    /// Forgets every object, every upload, every fault and the log.
+    pub fn clear(&self) {
+        self.settle();
+        self.reset_faults();
+        self.shared.store.lock().clear();
+        self.clear_log();
     }
 
     /// How many requests of an operation the log holds.
@@ -673,6 +699,21 @@ impl Drop for InFlight {
     }
 }
 
+struct Hung<'a>(&'a Shared);
+
+impl<'a> Hung<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.hung.fetch_add(1, Ordering::SeqCst);
+        Self(shared)
+    }
+}
+
+impl Drop for Hung<'_> {
+    fn drop(&mut self) {
+        self.0.hung.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 enum Answer {
     Proper(Response<Body>),
     Broken(Ending),
@@ -692,7 +733,11 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> Answer {
     };
 
     match fault {
-        Some(Fault::Hang) => pending().await,
+        Some(Fault::Hang) => {
+            // With the request unread, hyper does not see its sender leave.
+            let _hung = Hung::new(shared);
+            pending().await
+        }
         Some(Fault::ResetBeforeReading) => return Answer::Broken(Ending::Reset),
         Some(Fault::EarlyAnswer(status)) => {
             note(&|logged| logged.status = status);

@@ -105,6 +105,13 @@ pub struct State {
 }
 
 impl State {
+    pub fn clear(&mut self) {
+        self.uploads.clear();
+        for bucket in self.buckets.values_mut() {
+            bucket.clear();
+        }
+    }
+
     pub fn uploads(&self) -> usize {
         self.uploads.len()
     }
