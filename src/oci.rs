@@ -220,7 +220,8 @@ pub(crate) fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
 /// As [`from_json`], for an object: serde would read a struct from an array too, which Go, and so
 /// BuildKit, refuses.
 pub(crate) fn object_from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
-    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
+    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
+    if first.is_some_and(|first| *first != b'{') {
         bail!("it is not a JSON object");
     }
     from_json(bytes)

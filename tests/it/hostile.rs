@@ -47,7 +47,9 @@ fn watched(program: Program) -> (Run, u64) {
         }
         if began.elapsed() > Duration::from_secs(180) {
             let _ = child.kill();
-            panic!("it did not end");
+            let _ = child.wait();
+            let said = stderr.join().expect("read");
+            panic!("it did not end: {}", String::from_utf8_lossy(&said));
         }
         std::thread::sleep(Duration::from_millis(5));
     };
