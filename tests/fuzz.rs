@@ -489,7 +489,16 @@ fn write(files: &Files) -> tempfile::TempDir {
     folder
 }
 
+/// For what writes and syncs files in every case.
+fn on_disk() -> ProptestConfig {
+    let mut config = ProptestConfig::default();
+    config.cases = config.cases.div_ceil(10);
+    config
+}
+
 proptest! {
+    #![proptest_config(on_disk())]
+
     #[test]
     fn documents_of_a_layout(
         which in any::<Index>(),
