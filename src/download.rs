@@ -4,10 +4,11 @@
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use futures::stream::StreamExt;
+use futures::stream::{FuturesOrdered, StreamExt};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
@@ -43,6 +44,8 @@ pub struct Downloader {
     verified: mpsc::Sender<Staged>,
     replace: bool,
     limits: Limits,
+    /// Blobs of several pieces in flight.
+    active: AtomicUsize,
 }
 
 impl Downloader {
@@ -65,6 +68,7 @@ impl Downloader {
             verified,
             replace,
             limits,
+            active: AtomicUsize::new(0),
         }
     }
 
@@ -148,29 +152,32 @@ impl Downloader {
         if from == size && size > 0 {
             return Ok(true);
         }
-        // Not collected: a size that is a lie can make them very many.
-        let pieces = ranges(size - from, self.limits.piece)
-            .map(move |range| from + range.start..from + range.end)
+        if size - from <= self.limits.piece {
             // An empty blob is asked for all the same: it may not be there.
-            .chain((size == from).then_some(from..from));
-        let several = size - from > self.limits.piece;
-        let mut arriving = futures::stream::iter(pieces)
-            .map(|range| self.fetch_piece(key, range, size, blob))
-            .buffered(WINDOW);
-        if !several {
-            return match arriving.next().await.transpose()?.flatten() {
-                Some(piece) => {
-                    *bytes += piece.length;
-                    receiver.accept(piece).await?;
-                    Ok(true)
-                }
-                None => Ok(false),
+            let Some(piece) = self.fetch_piece(key, from..size, size, blob).await? else {
+                return Ok(false);
             };
+            *bytes += piece.length;
+            receiver.accept(piece).await?;
+            return Ok(true);
         }
+        // Not collected: a size that is a lie can make them very many.
+        let mut ranges =
+            ranges(size - from, self.limits.piece).map(|r| from + r.start..from + r.end);
+        let mut arriving = FuturesOrdered::new();
+        let active = Active::new(&self.active);
         // Written beside the fetching, so that no connection waits for the disk or the hash.
         let (pieces, writing) = receiver.writer()?;
         let mut whole = true;
-        while let Some(piece) = arriving.next().await {
+        loop {
+            while arriving.len() < active.share()
+                && let Some(range) = ranges.next()
+            {
+                arriving.push_back(self.fetch_piece(key, range, size, blob));
+            }
+            let Some(piece) = arriving.next().await else {
+                break;
+            };
             match piece {
                 Ok(Some(piece)) => {
                     *bytes += piece.length;
@@ -294,6 +301,28 @@ impl Downloader {
     }
 }
 
+/// A blob of several pieces that is being fetched, counted among those of its run.
+struct Active<'a>(&'a AtomicUsize);
+
+impl<'a> Active<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Active(count)
+    }
+
+    /// Pieces that it may have in flight: all for one, but few each for many, lest the blobs be
+    /// fetched (and hashed, which no two cores can share for one blob) one after the other.
+    fn share(&self) -> usize {
+        (WINDOW / self.0.load(Ordering::Relaxed).max(1)).max(2)
+    }
+}
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Bytes that have arrived, and the room they take up.
 struct Piece {
     chunks: Vec<Bytes>,
@@ -368,7 +397,8 @@ impl Receiver {
         let mut file = file.with_context(|| format!("writing blob {digest} into the layout"))?;
         let mut hasher = std::mem::take(&mut self.hasher);
         let mut at = self.at;
-        let (sender, mut pieces) = mpsc::channel::<Piece>(1);
+        // Whoever sends goes on fetching: what waits here is bounded by the buffers' room.
+        let (sender, mut pieces) = mpsc::channel::<Piece>(2 * WINDOW);
         let writing = tokio::task::spawn_blocking(move || {
             while let Some(piece) = pieces.blocking_recv() {
                 for chunk in &piece.chunks {
