@@ -25,7 +25,7 @@ use crate::upload::{Limits, blocking};
 use crate::{Connect, Interrupt, LOCK_WAIT};
 
 /// Blobs fetched at once; the buffers' bound decides how many of them are large.
-const BLOBS: usize = 64;
+const BLOBS: usize = 160;
 
 /// Blobs hashed at once under `--verify`.
 const HASHES: usize = 4;

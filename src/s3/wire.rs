@@ -37,7 +37,7 @@ const POOL_IDLE: Duration = Duration::from_secs(15);
 const POOL_SIZE: usize = 256;
 /// What is read or gathered for writing at once. More costs memory on each connection and gains
 /// nothing: measured on loopback.
-const BUFFER: usize = 256 << 10;
+const BUFFER: usize = 64 << 10;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
