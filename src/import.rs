@@ -27,6 +27,9 @@ use crate::{Connect, Interrupt, LOCK_WAIT};
 /// Blobs fetched at once; the buffers' bound decides how many of them are large.
 const BLOBS: usize = 160;
 
+/// Verified blobs that may wait to be named: each holds a file open.
+const VERIFIED: usize = 32;
+
 /// Blobs hashed at once under `--verify`.
 const HASHES: usize = 4;
 
@@ -296,7 +299,7 @@ impl Import<'_> {
                 absent.iter().map(|(_, size)| size).sum(),
             );
         }
-        let (sender, receiver) = mpsc::channel(BLOBS);
+        let (sender, receiver) = mpsc::channel(VERIFIED);
         let downloader = Downloader::new(
             Arc::clone(&self.store),
             self.layout.clone(),

@@ -181,6 +181,7 @@ fn run_command(args: args::Args) -> Result<()> {
     for warning in warnings {
         progress.warn(&warning);
     }
+    allow_many_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(
             std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)),
@@ -202,6 +203,26 @@ fn run_command(args: args::Args) -> Result<()> {
     match metadata_file {
         Some(file) => report::write_metadata(&file, &reports),
         None => Ok(()),
+    }
+}
+
+/// Many blobs at once are many files and connections. The soft limit of 1,024, or macOS's 256, is
+/// there for programs that use select(2); whoever wants less sets the hard one.
+fn allow_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const WANTED: u64 = 8_192;
+    let limit = getrlimit(Resource::Nofile);
+    let current = limit.current.unwrap_or(u64::MAX);
+    let raised = limit.maximum.map_or(WANTED, |most| most.min(WANTED));
+    if current < raised {
+        // Refused, it stays as it is, which is enough for most caches.
+        let _ = setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: Some(raised),
+                maximum: limit.maximum,
+            },
+        );
     }
 }
 
