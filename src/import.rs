@@ -203,6 +203,14 @@ async fn read_object(mut object: Object) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// [`BLOBS`], or as many as the limit on open files allows: a blob has its file open twice and a
+/// connection, and some wait to be named.
+fn blobs_at_once() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let files = limit.current.and_then(|files| usize::try_from(files).ok());
+    files.map_or(BLOBS, |files| (files / 6).clamp(1, BLOBS))
+}
+
 /// One source being imported.
 struct Import<'a> {
     source: &'a ImportConfig,
@@ -323,7 +331,7 @@ impl Import<'_> {
                         Ok::<_, anyhow::Error>((digest, fetched?))
                     }
                 })
-                .buffer_unordered(BLOBS)
+                .buffer_unordered(blobs_at_once())
                 .try_fold(
                     (BTreeSet::new(), 0),
                     |(mut missing, mut bytes), (digest, fetched)| async move {
