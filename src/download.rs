@@ -168,38 +168,28 @@ impl Downloader {
         let active = Active::new(&self.active);
         // Written beside the fetching, so that no connection waits for the disk or the hash.
         let (pieces, writing) = receiver.writer()?;
-        let mut whole = true;
-        loop {
+        let whole = loop {
             while arriving.len() < active.share()
                 && let Some(range) = ranges.next()
             {
                 arriving.push_back(self.fetch_piece(key, range, size, blob));
             }
-            let Some(piece) = arriving.next().await else {
-                break;
-            };
-            match piece {
-                Ok(Some(piece)) => {
+            match arriving.next().await {
+                Some(Ok(Some(piece))) => {
                     *bytes += piece.length;
                     // The writer has failed, and says why below.
                     if pieces.send(piece).await.is_err() {
-                        break;
+                        break Ok(true);
                     }
                 }
-                Ok(None) => {
-                    whole = false;
-                    break;
-                }
-                Err(error) => {
-                    drop(pieces);
-                    receiver.written(writing.await)?;
-                    return Err(error);
-                }
+                Some(Ok(None)) => break Ok(false),
+                Some(Err(error)) => break Err(error),
+                None => break Ok(true),
             }
-        }
+        };
         drop(pieces);
         receiver.written(writing.await)?;
-        Ok(whole)
+        whole
     }
 
     /// Fetches one piece into memory, going on after every break where that is worth it.
@@ -222,16 +212,11 @@ impl Downloader {
             let object = match self.store.get(key, ranged, etag.as_deref()).await {
                 Ok(Some(object)) => object,
                 Ok(None) => return Ok(None),
-                // Replaced while it was read: the same digest, so the same bytes, under a new ETag.
-                Err(error) if error.kind == Kind::Changed && etag.is_some() => {
-                    etag = None;
-                    if !tries.again(Trouble::default()).await {
-                        return Err(error.into());
-                    }
-                    continue;
-                }
-                // An answer that makes no sense may be a proxy's, and not come again.
-                Err(error) if error.is_nonsense() => {
+                // Replaced while it was read: the same digest, so the same bytes, under a new ETag. An
+                // answer that makes no sense may be a proxy's, and not come again.
+                Err(error)
+                    if error.kind == Kind::Changed && etag.is_some() || error.is_nonsense() =>
+                {
                     etag = None;
                     if !tries.again(Trouble::default()).await {
                         return Err(error.into());
