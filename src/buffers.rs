@@ -16,8 +16,11 @@ pub const DOWNLOADS: u64 = 32 << 20;
 /// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
 const UNIT: u64 = 4 << 10;
 
-/// Freed buffers kept for the next taker, at most.
-const KEPT: usize = 16;
+/// Bytes of the largest buffer: what is larger takes several, which all fit the next taker.
+pub const BUFFER: u64 = 256 << 10;
+
+/// Freed buffers kept for the next taker, at most: as many as an export fills at once.
+const KEPT: usize = (UPLOADS / BUFFER) as usize;
 
 /// Cheap to clone; all clones share the bound.
 #[derive(Clone)]
@@ -27,9 +30,10 @@ pub struct Buffers {
     free: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
-/// Room for some bytes, given back when dropped.
+/// Room for some bytes, given back when the last clone is dropped.
+#[derive(Clone)]
 pub struct Room {
-    _permit: OwnedSemaphorePermit,
+    _permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// A filled buffer that goes back to the pool when its last reader is through with it.
@@ -76,7 +80,7 @@ impl Buffers {
             .clamp(1, self.capacity);
         let permit = Arc::clone(&self.budget).acquire_many_owned(units).await;
         Room {
-            _permit: permit.expect("the budget's semaphore is never closed"),
+            _permit: Arc::new(permit.expect("the budget's semaphore is never closed")),
         }
     }
 
@@ -93,12 +97,15 @@ impl Buffers {
         buffer
     }
 
-    /// Shares `buffer`; it and its `room` come back when the last clone is dropped.
-    pub fn lend(&self, buffer: Vec<u8>, room: Room) -> Bytes {
-        Bytes::from_owner(Lent {
-            bytes: buffer,
-            pool: self.clone(),
-            _room: room,
+    /// Shares `filled` buffers; each comes back when the last clone of its bytes is dropped, `room` when
+    /// all have.
+    pub fn lend(&self, filled: Vec<Vec<u8>>, room: &Room) -> impl Iterator<Item = Bytes> {
+        filled.into_iter().map(|bytes| {
+            Bytes::from_owner(Lent {
+                bytes,
+                pool: self.clone(),
+                _room: room.clone(),
+            })
         })
     }
 }
@@ -111,9 +118,10 @@ mod tests {
     async fn room_comes_back_when_the_last_reader_of_a_buffer_is_gone() {
         let buffers = Buffers::new(8 << 10);
         let room = buffers.room(8 << 10).await;
-        let bytes = buffers.lend(vec![7; 3], room);
-        let second = bytes.clone();
-        drop(bytes);
+        let mut lent = buffers.lend(vec![vec![7; 3], vec![8; 3]], &room);
+        let (bytes, second) = (lent.next().unwrap(), lent.next().unwrap());
+        let second = second.clone();
+        drop((lent, room, bytes));
         assert_eq!(buffers.budget.available_permits(), 0);
         drop(second);
         assert_eq!(buffers.budget.available_permits(), 2);

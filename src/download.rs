@@ -1,19 +1,22 @@
 //! One blob's way from the store into the layout: fetched in pieces that arrive side by side, hashed
 //! and written in order, resumed where it broke off, named only once it is verified.
 
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
+use futures::future::{FusedFuture, FutureExt};
 use futures::stream::{FuturesOrdered, StreamExt};
-use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use crate::buffers::{Buffers, Room};
 use crate::digest::Digest;
+use crate::hashing::{Feed, FileFeed, Hasher, Hashing};
 use crate::layout::{Layout, Stage, Staged};
 use crate::progress::{Activity, Blob, Progress};
 use crate::retry::Trouble;
@@ -40,6 +43,7 @@ pub struct Downloader {
     store: Arc<dyn Store>,
     layout: Layout,
     buffers: Buffers,
+    hashing: Hashing,
     progress: Progress,
     verified: mpsc::Sender<Staged>,
     replace: bool,
@@ -55,6 +59,7 @@ impl Downloader {
         store: Arc<dyn Store>,
         layout: Layout,
         buffers: Buffers,
+        hashing: Hashing,
         progress: Progress,
         verified: mpsc::Sender<Staged>,
         replace: bool,
@@ -64,6 +69,7 @@ impl Downloader {
             store,
             layout,
             buffers,
+            hashing,
             progress,
             verified,
             replace,
@@ -84,7 +90,7 @@ impl Downloader {
             Stage::Staged(staged) => staged,
         };
         let blob = self.progress.blob(Activity::Download, &digest, size);
-        let mut receiver = Receiver::take_up(staged, size, &blob).await?;
+        let mut receiver = Receiver::take_up(staged, size, &self.hashing, &blob).await?;
         let fetched = self.fetch_verified(key, &mut receiver, &blob).await;
         let Ok(Some(bytes)) = fetched else {
             let (layout, staged) = (self.layout.clone(), receiver.staged);
@@ -120,7 +126,7 @@ impl Downloader {
             if !self.fetch_rest(key, receiver, blob, &mut bytes).await? {
                 return Ok(None);
             }
-            let found = Digest::from_hasher(receiver.hasher.clone());
+            let found = receiver.hasher.digest();
             if found == digest {
                 return Ok(Some(bytes));
             }
@@ -158,38 +164,48 @@ impl Downloader {
                 return Ok(false);
             };
             *bytes += piece.length;
-            receiver.accept(piece).await?;
+            let written = self.hashing.run(receiver.hasher.clone(), receiver.write(piece));
+            receiver.accept(written.await?);
             return Ok(true);
         }
         // Not collected: a size that is a lie can make them very many.
         let mut ranges =
             ranges(size - from, self.limits.piece).map(|r| from + r.start..from + r.end);
-        let mut arriving = FuturesOrdered::new();
         let active = Active::new(&self.active);
-        // Written beside the fetching, so that no connection waits for the disk or the hash.
-        let (pieces, writing) = receiver.writer()?;
-        let whole = loop {
-            while arriving.len() < active.share()
+        let mut arriving = FuturesOrdered::new();
+        // Pieces that wait for those before them to be written; the buffers' room bounds them.
+        let mut arrived = VecDeque::new();
+        let mut writing = futures::future::Fuse::terminated();
+        let mut outcome = Ok(true);
+        loop {
+            while outcome.as_ref().is_ok_and(|there| *there)
+                && arriving.len() < active.share()
                 && let Some(range) = ranges.next()
             {
                 arriving.push_back(self.fetch_piece(key, range, size, blob));
             }
-            match arriving.next().await {
-                Some(Ok(Some(piece))) => {
-                    *bytes += piece.length;
-                    // The writer has failed, and says why below.
-                    if pieces.send(piece).await.is_err() {
-                        break Ok(true);
-                    }
-                }
-                Some(Ok(None)) => break Ok(false),
-                Some(Err(error)) => break Err(error),
-                None => break Ok(true),
+            if writing.is_terminated()
+                && let Some(piece) = arrived.pop_front()
+            {
+                let written = self.hashing.run(receiver.hasher.clone(), receiver.write(piece));
+                writing = written.boxed().fuse();
             }
-        };
-        drop(pieces);
-        receiver.written(writing.await)?;
-        whole
+            tokio::select! {
+                written = &mut writing, if !writing.is_terminated() => receiver.accept(written?),
+                Some(piece) = arriving.next() => match piece {
+                    Ok(Some(piece)) => {
+                        *bytes += piece.length;
+                        arrived.push_back(piece);
+                    }
+                    // What has arrived is written all the same, for the next run to take up.
+                    ended => {
+                        arriving.clear();
+                        outcome = ended.map(|_| false);
+                    }
+                },
+                else => return outcome,
+            }
+        }
     }
 
     /// Fetches one piece into memory, going on after every break where that is worth it.
@@ -315,102 +331,87 @@ struct Piece {
     _room: Room,
 }
 
-type Writing = tokio::task::JoinHandle<Result<(Sha256, u64)>>;
+/// A piece on its way into the blob's file, at its end.
+struct Writing {
+    file: Arc<File>,
+    digest: Digest,
+    chunks: std::vec::IntoIter<Bytes>,
+    current: Bytes,
+    length: u64,
+    _room: Room,
+}
+
+impl Feed for Writing {
+    fn advance(&mut self) -> Result<bool> {
+        self.current = match self.chunks.next() {
+            Some(chunk) => chunk,
+            None => return Ok(false),
+        };
+        let written = (&*self.file).write_all(&self.current);
+        written.with_context(|| format!("writing blob {} into the layout", self.digest))?;
+        Ok(true)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.current
+    }
+}
 
 /// The file that a blob grows in, and the digest of what it holds.
 struct Receiver {
     staged: Staged,
     size: u64,
     at: u64,
-    hasher: Sha256,
+    hasher: Hasher,
 }
 
 impl Receiver {
     /// Hashes what an earlier run left.
-    async fn take_up(mut staged: Staged, size: u64, blob: &Arc<Blob>) -> Result<Self> {
-        let have = staged.have;
-        if have == 0 {
-            return Ok(Receiver {
-                staged,
-                size,
-                at: 0,
-                hasher: Sha256::new(),
-            });
-        }
-        let digest = staged.digest;
-        let (staged, hasher) = blocking(move || {
-            let reading = || format!("reading what there is of blob {digest}");
-            let mut hasher = Sha256::new();
-            let mut buffer = vec![0; 256 << 10];
-            staged.file.seek(SeekFrom::Start(0)).with_context(reading)?;
-            let mut rest = (&staged.file).take(have);
-            loop {
-                match rest.read(&mut buffer).with_context(reading)? {
-                    0 => break,
-                    read => hasher.update(&buffer[..read]),
-                }
-            }
-            staged
-                .file
-                .seek(SeekFrom::Start(have))
-                .with_context(reading)?;
-            Ok((staged, hasher))
-        })
-        .await?;
-        blob.advance(have);
-        Ok(Receiver {
+    async fn take_up(
+        staged: Staged,
+        size: u64,
+        hashing: &Hashing,
+        blob: &Arc<Blob>,
+    ) -> Result<Self> {
+        let mut receiver = Receiver {
+            at: staged.have,
             staged,
             size,
-            at: have,
-            hasher,
-        })
+            hasher: Hasher::default(),
+        };
+        if receiver.at > 0 {
+            let digest = receiver.staged.digest;
+            let left = FileFeed::new(Arc::clone(&receiver.staged.file), 0..receiver.at);
+            let reading = || format!("reading what there is of blob {digest}");
+            (receiver.hasher, _) = hashing.run(Hasher::default(), left).await.with_context(reading)?;
+            blob.advance(receiver.at);
+        }
+        Ok(receiver)
     }
 
-    async fn accept(&mut self, piece: Piece) -> Result<()> {
-        let (pieces, writing) = self.writer()?;
-        let sent = pieces.send(piece).await;
-        drop(pieces);
-        self.written(writing.await)?;
-        sent.ok().context("the task that writes a blob has ended")
+    /// Puts `piece` behind what is there.
+    fn write(&self, piece: Piece) -> Writing {
+        Writing {
+            file: Arc::clone(&self.staged.file),
+            digest: self.staged.digest,
+            chunks: piece.chunks.into_iter(),
+            current: Bytes::new(),
+            length: piece.length,
+            _room: piece._room,
+        }
     }
 
-    /// A task that hashes and writes pieces in the order in which they are sent to it, until the
-    /// sender is gone. `written` takes over what it comes to.
-    fn writer(&mut self) -> Result<(mpsc::Sender<Piece>, Writing)> {
-        let digest = self.staged.digest;
-        let file = self.staged.file.try_clone();
-        let mut file = file.with_context(|| format!("writing blob {digest} into the layout"))?;
-        let mut hasher = std::mem::take(&mut self.hasher);
-        let mut at = self.at;
-        // Whoever sends goes on fetching: what waits here is bounded by the buffers' room.
-        let (sender, mut pieces) = mpsc::channel::<Piece>(2 * WINDOW);
-        let writing = tokio::task::spawn_blocking(move || {
-            while let Some(piece) = pieces.blocking_recv() {
-                for chunk in &piece.chunks {
-                    hasher.update(chunk);
-                    file.write_all(chunk)
-                        .with_context(|| format!("writing blob {digest} into the layout"))?;
-                }
-                at += piece.length;
-            }
-            Ok((hasher, at))
-        });
-        Ok((sender, writing))
-    }
-
-    fn written(
-        &mut self,
-        done: Result<Result<(Sha256, u64)>, tokio::task::JoinError>,
-    ) -> Result<()> {
-        (self.hasher, self.at) = done.context("writing a blob into the layout")??;
-        Ok(())
+    /// `write` has come to its end.
+    fn accept(&mut self, (hasher, written): (Hasher, Writing)) {
+        self.hasher = hasher;
+        self.at += written.length;
     }
 
     async fn begin_again(&mut self, blob: &Arc<Blob>) -> Result<()> {
         blob.take_back(self.at);
         self.staged.restart()?;
         self.at = 0;
-        self.hasher = Sha256::new();
+        self.hasher = Hasher::default();
         Ok(())
     }
 }

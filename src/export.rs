@@ -13,6 +13,7 @@ use crate::buffers::{Buffers, UPLOADS};
 use crate::cache_config::CacheConfig;
 use crate::config::{ExportConfig, ExportTask, Mode};
 use crate::digest::Digest;
+use crate::hashing::Hashing;
 use crate::layout::Layout;
 use crate::presence;
 use crate::progress::Progress;
@@ -196,6 +197,7 @@ async fn export_to(
         Arc::clone(&store),
         source.layout.clone(),
         Buffers::new(UPLOADS),
+        Hashing::default(),
         progress.clone(),
         limits,
     ));
@@ -269,12 +271,11 @@ async fn send(
         );
     }
     let mut absent = plan.absent;
-    let refreshed: Vec<_> = futures::stream::iter(&plan.old)
+    let refreshed: Vec<_> = futures::stream::iter(plan.old)
         .map(|(digest, info)| async move {
-            let there = uploader
-                .refresh(&target.s3.blob_key(digest), digest, info)
-                .await?;
-            Ok::<_, anyhow::Error>((!there).then_some((*digest, info.size)))
+            let key = target.s3.blob_key(&digest);
+            let there = uploader.refresh(&key, &digest, &info).await?;
+            Ok::<_, anyhow::Error>((!there).then_some((digest, info.size)))
         })
         .buffer_unordered(REFRESHES)
         .try_collect()

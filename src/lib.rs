@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, FutureExt};
 use tokio::sync::watch;
 
 pub mod args;
@@ -28,6 +28,7 @@ pub mod diff_id;
 pub mod digest;
 pub mod download;
 pub mod export;
+pub mod hashing;
 pub mod import;
 pub mod layout;
 pub mod oci;
@@ -129,8 +130,9 @@ impl Interrupt {
         tokio::select! {
             biased;
             signal = async {
-                match signal.wait_for(|signal| *signal != 0).await {
-                    Ok(signal) => *signal,
+                let came = signal.wait_for(|signal| *signal != 0).await.map(|signal| *signal);
+                match came {
+                    Ok(signal) => signal,
                     // Nobody is left to send one.
                     Err(_) => std::future::pending().await,
                 }
@@ -189,14 +191,21 @@ fn run_command(args: args::Args) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let done = runtime.block_on(async {
+    let watched = progress.clone();
+    // As a task, so that it runs on the threads that its connections are read by: woken from this one,
+    // each chunk of a download would cost a switch between threads.
+    let working = runtime.spawn(async move {
         let interrupt = Interrupt::listen()?;
-        perform(&task, &connect, &interrupt, &progress).await
+        perform(&task, &connect, &interrupt, &watched).await
     });
+    let done = runtime.block_on(working);
     // Work that a signal or a failure left behind ends with the process; nothing of it is needed.
     runtime.shutdown_background();
     progress.clear();
-    let reports = done?;
+    let reports = match done {
+        Ok(done) => done?,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    };
     for report in &reports {
         let _ = writeln!(std::io::stdout(), "{}", report.summary());
     }
@@ -243,15 +252,15 @@ pub async fn perform(
 ///
 /// # Errors
 /// Whatever made the task fail.
-pub async fn perform_within(
+pub fn perform_within<'a>(
     limits: Limits,
-    task: &Task,
-    connect: Connect<'_>,
-    interrupt: &Interrupt,
-    progress: &Progress,
-) -> Result<Vec<report::Report>> {
+    task: &'a Task,
+    connect: Connect<'a>,
+    interrupt: &'a Interrupt,
+    progress: &'a Progress,
+) -> BoxFuture<'a, Result<Vec<report::Report>>> {
     match task {
-        Task::Export(task) => export::export(task, connect, limits, interrupt, progress).await,
-        Task::Import(task) => import::import(task, connect, limits, interrupt, progress).await,
+        Task::Export(task) => export::export(task, connect, limits, interrupt, progress).boxed(),
+        Task::Import(task) => import::import(task, connect, limits, interrupt, progress).boxed(),
     }
 }

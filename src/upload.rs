@@ -3,9 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::Read;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,17 +12,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use futures::stream::{FuturesUnordered, StreamExt};
 use md5::{Digest as _, Md5};
-use sha2::Sha256;
 use tokio::sync::{Notify, mpsc};
 
-use crate::buffers::Buffers;
+use crate::buffers::{BUFFER, Buffers};
 use crate::digest::Digest;
+use crate::hashing::{Feed, Hasher, Hashing, read_into};
 use crate::layout::Layout;
 use crate::progress::{Activity, Blob, Progress};
 use crate::store::{ByteStream, Kind, ObjectInfo, Part, Store, StoreError, Upload, UploadBody};
-
-/// Bytes read from a file at a time when a blob goes out in one request.
-const CHUNK: u64 = 256 << 10;
 
 /// How often an upload starts over when another run took its multipart upload away.
 const RESTARTS: u32 = 5;
@@ -81,6 +76,7 @@ pub struct Uploader {
     store: Arc<dyn Store>,
     layout: Layout,
     buffers: Buffers,
+    hashing: Hashing,
     progress: Progress,
     limits: Limits,
     unfinished: Arc<Unfinished>,
@@ -170,6 +166,7 @@ impl Uploader {
         store: Arc<dyn Store>,
         layout: Layout,
         buffers: Buffers,
+        hashing: Hashing,
         progress: Progress,
         limits: Limits,
     ) -> Self {
@@ -177,6 +174,7 @@ impl Uploader {
             store,
             layout,
             buffers,
+            hashing,
             progress,
             limits,
             unfinished: Arc::default(),
@@ -199,6 +197,7 @@ impl Uploader {
             let body = WholeBlob {
                 source,
                 buffers: self.buffers.clone(),
+                hashing: self.hashing.clone(),
                 sent: Arc::default(),
             };
             self.store
@@ -297,7 +296,7 @@ impl Uploader {
     ) -> Result<(), Interrupted> {
         let there: BTreeMap<u32, Part> =
             there.into_iter().map(|part| (part.number, part)).collect();
-        let mut hasher = Sha256::new();
+        let mut hasher = Hasher::default();
         let mut sending = FuturesUnordered::new();
         let mut parts = Vec::new();
         for (number, range) in (1u32..).zip(ranges(source.size, self.limits.part_size(source.size)))
@@ -312,29 +311,30 @@ impl Uploader {
                     Some(part) = sending.next(), if !sending.is_empty() => parts.push(landed(part)?),
                 }
             };
-            let buffer = self.buffers.take((range.end - range.start) as usize);
+            let size = range.end - range.start;
             let known = there.get(&number).cloned();
-            let reader = source.clone();
-            let reading = blocking(move || {
-                let buffer = reader.read(range, buffer)?;
-                hasher.update(&buffer);
+            let reading = source.read(range, &self.buffers, hasher, &self.hashing);
+            let reading = async {
+                let (chunks, hasher) = reading.await?;
                 // A part that the store holds is trusted if its ETag is the MD5 of these bytes.
-                let held = known.map(|part| {
-                    let same = part.size == buffer.len() as u64
-                        && part.etag.trim_matches('"') == md5_hex(&buffer);
-                    same.then_some(part)
-                });
-                Ok((buffer, hasher, held))
-            });
+                let Some(part) = known else {
+                    return Ok((chunks, hasher, None));
+                };
+                blocking(move || {
+                    let same =
+                        part.size == size && part.etag.trim_matches('"') == md5_hex(&chunks);
+                    Ok((chunks, hasher, Some(same.then_some(part))))
+                })
+                .await
+            };
             tokio::pin!(reading);
-            let (buffer, hashed, held) = loop {
+            let (chunks, hashed, held) = loop {
                 tokio::select! {
                     read = &mut reading => break read?,
                     Some(part) = sending.next(), if !sending.is_empty() => parts.push(landed(part)?),
                 }
             };
             hasher = hashed;
-            let size = buffer.len() as u64;
             if let Some(part) = held {
                 let part = part.ok_or(Interrupted::Untrusted)?;
                 source.blob.advance(size);
@@ -342,7 +342,8 @@ impl Uploader {
                 continue;
             }
             let body: Arc<dyn UploadBody> = Arc::new(PartBody {
-                bytes: self.buffers.lend(buffer, room),
+                chunks: self.buffers.lend(chunks, &room).collect(),
+                size,
                 blob: Arc::clone(&source.blob),
                 sent: Arc::default(),
             });
@@ -354,7 +355,7 @@ impl Uploader {
         while let Some(part) = sending.next().await {
             parts.push(landed(part)?);
         }
-        source.check(Digest::from_hasher(hasher))?;
+        source.check(hasher.digest())?;
         parts.sort_by_key(|part| part.number);
         let completed = self.store.complete_upload(key, upload, &parts).await;
         completed.map_err(|error| match error.code.as_deref() {
@@ -525,12 +526,16 @@ impl Uploader {
                 created.await;
             }
             let uploads = self.unfinished.all();
-            futures::stream::iter(&uploads)
-                .for_each_concurrent(8, |(key, upload)| self.abort(key, upload))
+            futures::stream::iter(uploads)
+                .for_each_concurrent(8, |(key, upload)| async move {
+                    self.abort(&key, &upload).await;
+                })
                 .await;
             let unknown = self.unfinished.all_unknown();
-            futures::stream::iter(&unknown)
-                .for_each_concurrent(8, |(key, before)| self.abort_but(key, before))
+            futures::stream::iter(unknown)
+                .for_each_concurrent(8, |(key, before)| async move {
+                    self.abort_but(&key, &before).await;
+                })
                 .await;
         };
         let in_time = tokio::time::timeout(patience, aborting).await.is_ok();
@@ -568,11 +573,13 @@ fn explain_local(error: StoreError) -> anyhow::Error {
     }
 }
 
-fn md5_hex(bytes: &[u8]) -> String {
-    Md5::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+fn md5_hex(chunks: &[Vec<u8>]) -> String {
+    let mut hasher = Md5::new();
+    for chunk in chunks {
+        hasher.update(chunk);
+    }
+    let bytes = hasher.finalize();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A blob's open file.
@@ -585,24 +592,22 @@ struct Source {
 }
 
 impl Source {
-    /// Reads exactly `range` into `buffer`. Blocks.
-    fn read(&self, range: Range<u64>, mut buffer: Vec<u8>) -> Result<Vec<u8>> {
-        let wanted = range.end - range.start;
-        let read = At {
-            file: &self.file,
-            offset: range.start,
-        }
-        .take(wanted)
-        .read_to_end(&mut buffer)
-        .with_context(|| format!("reading blob {} of the layout", self.digest))?;
-        if (read as u64) < wanted {
-            bail!(
-                "blob {} of the layout shrank while it was read: {} bytes are missing",
-                self.digest,
-                wanted - read as u64
-            );
-        }
-        Ok(buffer)
+    /// Reads exactly `range`, and hashes it on the way.
+    async fn read(
+        &self,
+        range: Range<u64>,
+        buffers: &Buffers,
+        hasher: Hasher,
+        hashing: &Hashing,
+    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        let reading = Reading {
+            source: self.clone(),
+            rest: range,
+            buffers: buffers.clone(),
+            chunks: Vec::new(),
+        };
+        let (hasher, read) = hashing.run(hasher, reading).await?;
+        Ok((read.chunks, hasher))
     }
 
     fn check(&self, read: Digest) -> Result<()> {
@@ -616,17 +621,39 @@ impl Source {
     }
 }
 
-/// Reads a file from an offset on, without moving its position.
-struct At<'a> {
-    file: &'a File,
-    offset: u64,
+/// A range of a blob's file on its way into memory.
+struct Reading {
+    source: Source,
+    rest: Range<u64>,
+    buffers: Buffers,
+    /// What has been read.
+    chunks: Vec<Vec<u8>>,
 }
 
-impl Read for At<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.file.read_at(buffer, self.offset)?;
-        self.offset += read as u64;
-        Ok(read)
+impl Feed for Reading {
+    fn advance(&mut self) -> Result<bool> {
+        let missing = self.rest.end - self.rest.start;
+        if missing == 0 {
+            return Ok(false);
+        }
+        let digest = self.source.digest;
+        let wanted = missing.min(BUFFER);
+        let mut chunk = self.buffers.take(wanted as usize);
+        let read = read_into(&mut chunk, &self.source.file, self.rest.start, wanted)
+            .with_context(|| format!("reading blob {digest} of the layout"))?;
+        if read < wanted {
+            bail!(
+                "blob {digest} of the layout shrank while it was read: {} bytes are missing",
+                missing - read
+            );
+        }
+        self.rest.start += read;
+        self.chunks.push(chunk);
+        Ok(true)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.chunks.last().map_or(&[], Vec::as_slice)
     }
 }
 
@@ -636,26 +663,51 @@ impl Read for At<'_> {
 struct WholeBlob {
     source: Source,
     buffers: Buffers,
+    hashing: Hashing,
     /// Bytes that progress counts for the latest try.
     sent: Arc<Mutex<u64>>,
 }
 
 impl WholeBlob {
-    async fn chunk(&self, at: u64, mut hasher: Sha256) -> Result<(Bytes, Sha256)> {
-        let end = self.source.size.min(at + CHUNK);
+    /// The next bytes from `at` on, none of an empty blob.
+    async fn chunk(&self, at: u64, hasher: Hasher) -> Result<(Option<Bytes>, Hasher)> {
+        let end = self.source.size.min(at + BUFFER);
         let room = self.buffers.room(end - at).await;
-        let buffer = self.buffers.take((end - at) as usize);
-        let source = self.source.clone();
-        let (buffer, hasher) = blocking(move || {
-            let buffer = source.read(at..end, buffer)?;
-            hasher.update(&buffer);
-            if end == source.size {
-                source.check(Digest::from_hasher(hasher.clone()))?;
+        let reading = self
+            .source
+            .read(at..end, &self.buffers, hasher, &self.hashing);
+        let (chunks, hasher) = reading.await?;
+        if end == self.source.size {
+            self.source.check(hasher.digest())?;
+        }
+        Ok((self.buffers.lend(chunks, &room).next(), hasher))
+    }
+
+    async fn send(self, to: mpsc::Sender<std::io::Result<Bytes>>) {
+        if let Err(error) = self.send_chunks(&to).await {
+            let error =
+                std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{error:#}"));
+            let _ = to.send(Err(error)).await;
+        }
+    }
+
+    async fn send_chunks(&self, to: &mpsc::Sender<std::io::Result<Bytes>>) -> Result<()> {
+        let mut hasher = Hasher::default();
+        let mut at = 0;
+        loop {
+            let (chunk, hashed) = self.chunk(at, hasher).await?;
+            hasher = hashed;
+            let Some(bytes) = chunk else { return Ok(()) };
+            let length = bytes.len() as u64;
+            at += length;
+            if to.send(Ok(bytes)).await.is_err() {
+                return Ok(());
             }
-            Ok((buffer, hasher))
-        })
-        .await?;
-        Ok((self.buffers.lend(buffer, room), hasher))
+            count(&self.sent, &self.source.blob, length);
+            if at == self.source.size {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -673,52 +725,27 @@ impl UploadBody for WholeBlob {
         let body = WholeBlob {
             source: self.source.clone(),
             buffers: self.buffers.clone(),
+            hashing: self.hashing.clone(),
             sent: Arc::clone(&self.sent),
         };
         // One chunk is read ahead while the last one is on its way.
-        let (sender, mut receiver) = mpsc::channel::<std::io::Result<Bytes>>(1);
-        tokio::spawn(async move {
-            let mut hasher = Sha256::new();
-            let mut at = 0;
-            loop {
-                match body.chunk(at, hasher).await {
-                    Ok((bytes, hashed)) => {
-                        hasher = hashed;
-                        let length = bytes.len() as u64;
-                        at += length;
-                        if sender.send(Ok(bytes)).await.is_err() {
-                            return;
-                        }
-                        count(&body.sent, &body.source.blob, length);
-                        if at >= body.source.size {
-                            return;
-                        }
-                    }
-                    Err(error) => {
-                        let error = std::io::Error::new(
-                            std::io::ErrorKind::InvalidData,
-                            format!("{error:#}"),
-                        );
-                        let _ = sender.send(Err(error)).await;
-                        return;
-                    }
-                }
-            }
-        });
+        let (sender, mut receiver) = mpsc::channel(1);
+        tokio::spawn(body.send(sender));
         futures::stream::poll_fn(move |context| receiver.poll_recv(context)).boxed()
     }
 }
 
 /// A part already in memory.
 struct PartBody {
-    bytes: Bytes,
+    chunks: Vec<Bytes>,
+    size: u64,
     blob: Arc<Blob>,
     sent: Arc<Mutex<u64>>,
 }
 
 impl UploadBody for PartBody {
     fn len(&self) -> u64 {
-        self.bytes.len() as u64
+        self.size
     }
 
     fn sha256(&self) -> Option<Digest> {
@@ -727,17 +754,13 @@ impl UploadBody for PartBody {
 
     fn open(&self) -> ByteStream {
         restart(&self.sent, &self.blob);
-        let (bytes, blob, sent) = (
-            self.bytes.clone(),
-            Arc::clone(&self.blob),
-            Arc::clone(&self.sent),
-        );
-        // In slices, so that progress moves while a part goes out.
-        futures::stream::iter(ranges(bytes.len() as u64, CHUNK).map(move |range| {
-            count(&sent, &blob, range.end - range.start);
-            Ok(bytes.slice(range.start as usize..range.end as usize))
-        }))
-        .boxed()
+        let (blob, sent) = (Arc::clone(&self.blob), Arc::clone(&self.sent));
+        futures::stream::iter(self.chunks.clone())
+            .map(move |chunk| {
+                count(&sent, &blob, chunk.len() as u64);
+                Ok(chunk)
+            })
+            .boxed()
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -36,7 +36,7 @@ const SYNCS: usize = 8;
 pub struct Staged {
     pub digest: Digest,
     /// Positioned at `have`; open for reading and writing.
-    pub file: File,
+    pub file: Arc<File>,
     /// Bytes already there from an earlier run, not verified.
     pub have: u64,
     /// What the blob must have in the end, bytes.
@@ -49,7 +49,7 @@ impl Staged {
     pub fn restart(&mut self) -> Result<()> {
         self.file
             .set_len(0)
-            .and_then(|()| self.file.rewind())
+            .and_then(|()| (&*self.file).rewind())
             .with_context(|| format!("cannot empty {}", self.path.display()))?;
         self.have = 0;
         Ok(())
@@ -184,7 +184,7 @@ impl Layout {
         }
         Ok(Stage::Staged(Staged {
             digest: *digest,
-            file: held.file,
+            file: Arc::new(held.file),
             have,
             size,
             path,

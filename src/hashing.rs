@@ -1,0 +1,446 @@
+//! The threads that hash what goes up and what comes down, two blobs at a time on each where there
+//! are that many.
+//!
+//! SHA-256 is one long chain: each step waits for the one before, and a CPU with SHA instructions
+//! spends much of its time waiting. Two hashers that are fed by turns wait together: 1.36 times the
+//! bytes a second from one core (docs/performance.md). So bytes are brought (read, or written to
+//! where they belong) and hashed by a few threads that can take up two blobs each.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result};
+use rustix::buffer::spare_capacity;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::oneshot;
+
+use crate::digest::Digest;
+
+/// Bytes of SHA-256's block.
+const BLOCK: u64 = 64;
+
+/// Bytes given to one hasher before it is the other's turn. Two blocks: with more, the CPU no longer
+/// sees both chains at once.
+const TURN: usize = 128;
+
+/// The digest of what has been seen of a blob so far.
+#[derive(Debug, Clone, Default)]
+pub struct Hasher {
+    sha: Sha256,
+    /// Bytes seen.
+    length: u64,
+}
+
+impl Hasher {
+    /// Takes in the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.sha.update(bytes);
+        self.length += bytes.len() as u64;
+    }
+
+    /// The digest of the bytes seen.
+    pub fn digest(&self) -> Digest {
+        Digest::from_hasher(self.sha.clone())
+    }
+
+    /// Takes in what is missing of a begun block, so that whole blocks follow, which need no copying.
+    fn fill_block(&mut self, bytes: &[u8]) -> usize {
+        let missing = (BLOCK - self.length % BLOCK) % BLOCK;
+        let lead = bytes.len().min(missing as usize);
+        self.update(&bytes[..lead]);
+        lead
+    }
+}
+
+/// Feeds two hashers by turns, until one of them has had all its bytes. Returns how many of each were
+/// taken in.
+fn update_both(
+    (one, ones): (&mut Hasher, &[u8]),
+    (other, others): (&mut Hasher, &[u8]),
+) -> (usize, usize) {
+    let (lead, other_lead) = (one.fill_block(ones), other.fill_block(others));
+    let common = (ones.len() - lead).min(others.len() - other_lead);
+    let (end, other_end) = (lead + common, other_lead + common);
+    let turns = ones[lead..end]
+        .chunks(TURN)
+        .zip(others[other_lead..other_end].chunks(TURN));
+    for (bytes, other_bytes) in turns {
+        one.update(bytes);
+        other.update(other_bytes);
+    }
+    (end, other_end)
+}
+
+/// Where bytes to be hashed come from. Called on a thread that may block.
+pub trait Feed: Send + 'static {
+    /// Brings the next bytes, some hundred KiB at most: they are to be hashed while they are in the
+    /// CPU's cache. `false`: there are no more.
+    ///
+    /// # Errors
+    /// Whatever stands in the way; [`Hashing::run`] returns it.
+    fn advance(&mut self) -> Result<bool>;
+
+    /// The bytes that the latest `advance` brought.
+    fn bytes(&self) -> &[u8];
+}
+
+/// Reads a range of a file, without moving the file's position.
+pub struct FileFeed {
+    file: Arc<File>,
+    rest: Range<u64>,
+    buffer: Vec<u8>,
+}
+
+impl FileFeed {
+    /// Bytes read at a time.
+    const STRIDE: u64 = 256 << 10;
+
+    pub fn new(file: Arc<File>, range: Range<u64>) -> Self {
+        FileFeed {
+            file,
+            rest: range,
+            buffer: Vec::with_capacity(Self::STRIDE as usize),
+        }
+    }
+}
+
+impl Feed for FileFeed {
+    /// Ends early, and in no error, where the file does.
+    fn advance(&mut self) -> Result<bool> {
+        let stride = (self.rest.end - self.rest.start).min(Self::STRIDE);
+        self.buffer.clear();
+        let read = read_into(&mut self.buffer, &self.file, self.rest.start, stride)?;
+        self.rest.start += read;
+        Ok(read > 0)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.buffer
+    }
+}
+
+/// Fills the empty `buffer` with `length` bytes of `file` from `offset` on, fewer only where the file
+/// ends. Its capacity is at least `length`. Returns how many.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn read_into(
+    buffer: &mut Vec<u8>,
+    file: &File,
+    offset: u64,
+    length: u64,
+) -> std::io::Result<u64> {
+    while (buffer.len() as u64) < length {
+        let at = offset + buffer.len() as u64;
+        // Not zeroed first, as the standard library would have it.
+        let read = || rustix::io::pread(file, spare_capacity(buffer), at);
+        if rustix::io::retry_on_intr(read)? == 0 {
+            break;
+        }
+    }
+    buffer.truncate(length as usize);
+    Ok(buffer.len() as u64)
+}
+
+/// The threads, at most one a core. Cheap to clone; all clones share them.
+#[derive(Clone)]
+pub struct Hashing {
+    shared: Arc<Mutex<Shared>>,
+    most: usize,
+}
+
+#[derive(Default)]
+struct Shared {
+    waiting: VecDeque<Box<dyn Turns>>,
+    /// Threads at work or about to be.
+    threads: usize,
+    /// Of these, the ones that have not looked at `waiting` yet.
+    starting: usize,
+}
+
+impl Default for Hashing {
+    fn default() -> Self {
+        Hashing {
+            shared: Arc::default(),
+            most: std::thread::available_parallelism().map_or(2, usize::from),
+        }
+    }
+}
+
+impl Hashing {
+    /// Hashes all that `feed` brings, after what `hasher` has seen, and gives both back.
+    ///
+    /// # Errors
+    /// The feed's.
+    pub async fn run<F: Feed>(&self, hasher: Hasher, feed: F) -> Result<(Hasher, F)> {
+        let (answer, answered) = oneshot::channel();
+        let job = Job {
+            feed,
+            hasher,
+            at: 0,
+            answer,
+        };
+        if self.queue(Box::new(job)) {
+            let shared = Arc::clone(&self.shared);
+            tokio::task::spawn_blocking(move || Thread { shared }.work());
+        }
+        answered.await.context("a thread that hashes has ended")?
+    }
+
+    /// Whether another thread is to start.
+    fn queue(&self, job: Box<dyn Turns>) -> bool {
+        let mut shared = lock(&self.shared);
+        shared.waiting.push_back(job);
+        let start = shared.threads < self.most;
+        shared.threads += usize::from(start);
+        shared.starting += usize::from(start);
+        start
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One of the threads.
+struct Thread {
+    shared: Arc<Mutex<Shared>>,
+}
+
+impl Thread {
+    /// Works until nothing waits.
+    fn work(self) {
+        lock(&self.shared).starting -= 1;
+        let (mut one, mut other) = (None, None);
+        loop {
+            if one.is_none() {
+                one = other.take();
+            }
+            if !self.take_up(&mut one, &mut other) {
+                return;
+            }
+            one = one.and_then(Turns::ready);
+            other = other.and_then(Turns::ready);
+            match (&mut one, &mut other) {
+                (Some(one), Some(other)) => {
+                    let (taken, other_taken) = update_both(one.next(), other.next());
+                    one.took(taken);
+                    other.took(other_taken);
+                }
+                (Some(alone), None) | (None, Some(alone)) => {
+                    let (hasher, bytes) = alone.next();
+                    hasher.update(bytes);
+                    let taken = bytes.len();
+                    alone.took(taken);
+                }
+                (None, None) => {}
+            }
+        }
+    }
+
+    /// Takes up what waits. A second blob only if no other thread is coming for it: two cores do
+    /// more than one. `false`: there is nothing to do.
+    fn take_up(
+        &self,
+        one: &mut Option<Box<dyn Turns>>,
+        other: &mut Option<Box<dyn Turns>>,
+    ) -> bool {
+        let mut shared = lock(&self.shared);
+        if one.is_none() {
+            *one = shared.waiting.pop_front();
+        }
+        if other.is_none() && shared.waiting.len() > shared.starting {
+            *other = shared.waiting.pop_front();
+        }
+        // Here, because whoever adds to what waits looks at this under the same lock.
+        shared.threads -= usize::from(one.is_none());
+        one.is_some()
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut shared = lock(&self.shared);
+            shared.threads -= 1;
+            // Whoever waits for these learns that they are not done.
+            shared.waiting.clear();
+        }
+    }
+}
+
+/// A [`Job`], whatever feeds it.
+trait Turns: Send {
+    /// Sees to it that there are bytes to hash. `None`: it is done, and its owner knows.
+    fn ready(self: Box<Self>) -> Option<Box<dyn Turns>>;
+
+    fn next(&mut self) -> (&mut Hasher, &[u8]);
+
+    /// So many of these bytes have been hashed.
+    fn took(&mut self, bytes: usize);
+}
+
+struct Job<F> {
+    feed: F,
+    hasher: Hasher,
+    /// Bytes hashed of those that the feed brought last.
+    at: usize,
+    answer: oneshot::Sender<Result<(Hasher, F)>>,
+}
+
+impl<F: Feed> Turns for Job<F> {
+    fn ready(mut self: Box<Self>) -> Option<Box<dyn Turns>> {
+        while self.at == self.feed.bytes().len() {
+            if self.answer.is_closed() {
+                return None;
+            }
+            self.at = 0;
+            let outcome = match self.feed.advance() {
+                Ok(true) => continue,
+                Ok(false) => Ok((self.hasher, self.feed)),
+                Err(error) => Err(error),
+            };
+            let _ = self.answer.send(outcome);
+            return None;
+        }
+        Some(self)
+    }
+
+    fn next(&mut self) -> (&mut Hasher, &[u8]) {
+        (&mut self.hasher, &self.feed.bytes()[self.at..])
+    }
+
+    fn took(&mut self, bytes: usize) {
+        self.at += bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Chunks, or an error in place of one.
+    struct Chunks {
+        rest: VecDeque<Option<Vec<u8>>>,
+        current: Vec<u8>,
+    }
+
+    fn chunks(rest: impl IntoIterator<Item = Option<Vec<u8>>>) -> Chunks {
+        Chunks {
+            rest: rest.into_iter().collect(),
+            current: Vec::new(),
+        }
+    }
+
+    impl Feed for Chunks {
+        fn advance(&mut self) -> Result<bool> {
+            self.current.clear();
+            match self.rest.pop_front() {
+                Some(Some(bytes)) => {
+                    self.current = bytes;
+                    Ok(true)
+                }
+                Some(None) => bail!("broken"),
+                None => Ok(false),
+            }
+        }
+
+        fn bytes(&self) -> &[u8] {
+            &self.current
+        }
+    }
+
+    fn blob() -> impl Strategy<Value = Vec<Vec<u8>>> {
+        prop::collection::vec(prop::collection::vec(any::<u8>(), 0..700), 0..6)
+    }
+
+    proptest! {
+        #[test]
+        fn every_blob_gets_its_own_digest_however_many_are_hashed_at_once(
+            blobs in prop::collection::vec(blob(), 1..12),
+            most in 1usize..3,
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let hashing = Hashing { most, ..Hashing::default() };
+            let found = runtime.block_on(async {
+                let runs = blobs.iter().map(|blob| {
+                    hashing.run(Hasher::default(), chunks(blob.iter().cloned().map(Some)))
+                });
+                futures::future::join_all(runs).await
+            });
+            for (blob, found) in blobs.iter().zip(found) {
+                prop_assert_eq!(found.unwrap().0.digest(), Digest::of(&blob.concat()));
+            }
+            let shared = lock(&hashing.shared);
+            prop_assert_eq!((shared.threads, shared.starting), (0, 0));
+        }
+
+        #[test]
+        fn two_hashers_fed_by_turns_see_what_each_alone_would(
+            begun in prop::collection::vec(any::<u8>(), 0..200),
+            ones in prop::collection::vec(any::<u8>(), 0..2000),
+            others in prop::collection::vec(any::<u8>(), 0..2000),
+        ) {
+            let (mut one, mut other) = (Hasher::default(), Hasher::default());
+            one.update(&begun);
+            let (taken, other_taken) = update_both((&mut one, &ones), (&mut other, &others));
+            prop_assert!(taken == ones.len() || other_taken == others.len());
+            prop_assert_eq!(one.digest(), Digest::of(&[&begun, &ones[..taken]].concat()));
+            prop_assert_eq!(other.digest(), Digest::of(&others[..other_taken]));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_feed_that_fails_says_why_and_harms_no_other() {
+        let hashing = Hashing {
+            most: 1,
+            ..Hashing::default()
+        };
+        let good = || chunks([Some(vec![1; 5000]), Some(vec![2; 5000])]);
+        let bad = chunks([Some(vec![3; 100]), None]);
+        let (one, broken, other) = tokio::join!(
+            hashing.run(Hasher::default(), good()),
+            hashing.run(Hasher::default(), bad),
+            hashing.run(Hasher::default(), good()),
+        );
+        assert_eq!(broken.err().unwrap().to_string(), "broken");
+        let digest = Digest::of(&[[1; 5000], [2; 5000]].concat());
+        assert_eq!(one.unwrap().0.digest(), digest);
+        assert_eq!(other.unwrap().0.digest(), digest);
+    }
+
+    struct Panicking;
+
+    impl Feed for Panicking {
+        fn advance(&mut self) -> Result<bool> {
+            panic!("a feed that panics, for a test");
+        }
+
+        fn bytes(&self) -> &[u8] {
+            &[]
+        }
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_panics_leaves_no_one_waiting() {
+        let hashing = Hashing {
+            most: 1,
+            ..Hashing::default()
+        };
+        let (broken, behind) = tokio::join!(
+            hashing.run(Hasher::default(), Panicking),
+            hashing.run(Hasher::default(), Panicking),
+        );
+        assert!(broken.is_err() && behind.is_err());
+        let (hasher, _) = hashing
+            .run(Hasher::default(), chunks([Some(vec![1])]))
+            .await
+            .unwrap();
+        assert_eq!(hasher.digest(), Digest::of(&[1]));
+    }
+}
