@@ -118,10 +118,9 @@ mod tests {
     async fn room_comes_back_when_the_last_reader_of_a_buffer_is_gone() {
         let buffers = Buffers::new(8 << 10);
         let room = buffers.room(8 << 10).await;
-        let mut lent = buffers.lend(vec![vec![7; 3], vec![8; 3]], &room);
-        let (bytes, second) = (lent.next().unwrap(), lent.next().unwrap());
-        let second = second.clone();
-        drop((lent, room, bytes));
+        let lent: Vec<_> = buffers.lend(vec![vec![7; 3], vec![8; 3]], &room).collect();
+        let second = lent[1].clone();
+        drop((lent, room));
         assert_eq!(buffers.budget.available_permits(), 0);
         drop(second);
         assert_eq!(buffers.budget.available_permits(), 2);

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures::future::{FusedFuture, FutureExt};
 use futures::stream::{FuturesOrdered, StreamExt};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::buffers::{Buffers, Room};
 use crate::digest::Digest;
@@ -25,6 +25,9 @@ use crate::upload::{Limits, blocking, ranges};
 
 /// Pieces of one blob in flight.
 const WINDOW: usize = 10;
+
+/// Staging files opened at once: more would be as many threads, for an instant.
+const STAGINGS: usize = 4;
 
 /// Times a blob whose bytes are wrong is fetched again.
 const REFETCHES: u32 = 2;
@@ -48,6 +51,8 @@ pub struct Downloader {
     verified: mpsc::Sender<Staged>,
     replace: bool,
     limits: Limits,
+    /// Bounds the threads that open staging files.
+    staging: Arc<Semaphore>,
     /// Blobs of several pieces in flight.
     active: AtomicUsize,
 }
@@ -59,7 +64,6 @@ impl Downloader {
         store: Arc<dyn Store>,
         layout: Layout,
         buffers: Buffers,
-        hashing: Hashing,
         progress: Progress,
         verified: mpsc::Sender<Staged>,
         replace: bool,
@@ -69,11 +73,12 @@ impl Downloader {
             store,
             layout,
             buffers,
-            hashing,
+            hashing: Hashing::default(),
             progress,
             verified,
             replace,
             limits,
+            staging: Arc::new(Semaphore::new(STAGINGS)),
             active: AtomicUsize::new(0),
         }
     }
@@ -81,9 +86,12 @@ impl Downloader {
     /// Fetches a blob that the layout lacks.
     pub async fn fetch(&self, key: &str, digest: Digest, size: u64) -> Result<Fetched> {
         let (layout, replace) = (self.layout.clone(), self.replace);
+        // Given back by whoever has to wait for another process, so that others need not wait too.
+        let mut turn = Arc::clone(&self.staging).acquire_owned().await.ok();
+        let waiting = move || drop(turn.take());
         let stage = move || match replace {
-            true => layout.stage_replacement(&digest, size),
-            false => layout.stage(&digest, size),
+            true => layout.stage_replacement(&digest, size, waiting),
+            false => layout.stage(&digest, size, waiting),
         };
         let staged = match blocking(stage).await? {
             Stage::Present => return Ok(Fetched::Whole { bytes: 0 }),
@@ -164,7 +172,9 @@ impl Downloader {
                 return Ok(false);
             };
             *bytes += piece.length;
-            let written = self.hashing.run(receiver.hasher.clone(), receiver.write(piece));
+            let written = self
+                .hashing
+                .run(receiver.hasher.clone(), receiver.write(piece));
             receiver.accept(written.await?);
             return Ok(true);
         }
@@ -187,7 +197,9 @@ impl Downloader {
             if writing.is_terminated()
                 && let Some(piece) = arrived.pop_front()
             {
-                let written = self.hashing.run(receiver.hasher.clone(), receiver.write(piece));
+                let written = self
+                    .hashing
+                    .run(receiver.hasher.clone(), receiver.write(piece));
                 writing = written.boxed().fuse();
             }
             tokio::select! {
@@ -383,7 +395,10 @@ impl Receiver {
             let digest = receiver.staged.digest;
             let left = FileFeed::new(Arc::clone(&receiver.staged.file), 0..receiver.at);
             let reading = || format!("reading what there is of blob {digest}");
-            (receiver.hasher, _) = hashing.run(Hasher::default(), left).await.with_context(reading)?;
+            (receiver.hasher, _) = hashing
+                .run(Hasher::default(), left)
+                .await
+                .with_context(reading)?;
             blob.advance(receiver.at);
         }
         Ok(receiver)

@@ -13,7 +13,6 @@ use crate::buffers::{Buffers, UPLOADS};
 use crate::cache_config::CacheConfig;
 use crate::config::{ExportConfig, ExportTask, Mode};
 use crate::digest::Digest;
-use crate::hashing::Hashing;
 use crate::layout::Layout;
 use crate::presence;
 use crate::progress::Progress;
@@ -197,7 +196,6 @@ async fn export_to(
         Arc::clone(&store),
         source.layout.clone(),
         Buffers::new(UPLOADS),
-        Hashing::default(),
         progress.clone(),
         limits,
     ));

@@ -13,7 +13,6 @@ use crate::buffers::{Buffers, DOWNLOADS};
 use crate::cache_config::CacheConfig;
 use crate::config::{ImportConfig, ImportTask, Missing};
 use crate::digest::Digest;
-use crate::hashing::Hashing;
 use crate::download::{Downloader, Fetched, publish};
 use crate::layout::Layout;
 use crate::oci::Descriptor;
@@ -313,7 +312,6 @@ impl Import<'_> {
             Arc::clone(&self.store),
             self.layout.clone(),
             Buffers::new(DOWNLOADS),
-            Hashing::default(),
             self.progress.clone(),
             sender,
             self.task.verify,

@@ -332,7 +332,7 @@ impl Layout {
             return Ok(());
         }
         let root = self.open_root()?;
-        let mut held = Held::take(self, &root, &digest.hex())?;
+        let mut held = Held::take(self, &root, &digest.hex(), || {})?;
         if self.verify_blob(digest, size)? {
             return held.discard();
         }
@@ -355,7 +355,7 @@ impl Layout {
             let lock = IndexLock::exclusive(root, self.lock_wait)?;
             // First, because an index without it is no layout to most readers.
             if !check_version(root)? {
-                let mut held = Held::take(self, root, OCI_LAYOUT)?;
+                let mut held = Held::take(self, root, OCI_LAYOUT, || {})?;
                 held.fill(OCI_LAYOUT_JSON, None)?;
                 held.rename(root, OCI_LAYOUT)?;
             }
@@ -367,7 +367,7 @@ impl Layout {
             let mode = root
                 .stat(INDEX)?
                 .map(|stat| rustix::fs::Mode::from_raw_mode(stat.st_mode));
-            let mut held = Held::take(self, root, INDEX)?;
+            let mut held = Held::take(self, root, INDEX, || {})?;
             held.fill(&json, mode)?;
             if lock.holds()? {
                 return held.rename(root, INDEX);

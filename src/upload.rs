@@ -166,7 +166,6 @@ impl Uploader {
         store: Arc<dyn Store>,
         layout: Layout,
         buffers: Buffers,
-        hashing: Hashing,
         progress: Progress,
         limits: Limits,
     ) -> Self {
@@ -174,7 +173,7 @@ impl Uploader {
             store,
             layout,
             buffers,
-            hashing,
+            hashing: Hashing::default(),
             progress,
             limits,
             unfinished: Arc::default(),
@@ -321,8 +320,7 @@ impl Uploader {
                     return Ok((chunks, hasher, None));
                 };
                 blocking(move || {
-                    let same =
-                        part.size == size && part.etag.trim_matches('"') == md5_hex(&chunks);
+                    let same = part.size == size && part.etag.trim_matches('"') == md5_hex(&chunks);
                     Ok((chunks, hasher, Some(same.then_some(part))))
                 })
                 .await
@@ -685,8 +683,7 @@ impl WholeBlob {
 
     async fn send(self, to: mpsc::Sender<std::io::Result<Bytes>>) {
         if let Err(error) = self.send_chunks(&to).await {
-            let error =
-                std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{error:#}"));
+            let error = std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{error:#}"));
             let _ = to.send(Err(error)).await;
         }
     }

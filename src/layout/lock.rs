@@ -127,9 +127,14 @@ impl Drop for IndexLock<'_> {
 }
 
 /// Opens (or creates) the file `name` in `dir` and locks it exclusively. Who holds it may be
-/// downloading for hours: we give up only when nothing has been written to it for `wait`. `None`:
-/// `dir` has been removed meanwhile.
-pub(super) fn lock_file(dir: &Dir, name: &str, wait: Duration) -> Result<Option<File>> {
+/// downloading for hours: we give up only when nothing has been written to it for `wait`. Each time
+/// before it sleeps, `waiting` is called. `None`: `dir` has been removed meanwhile.
+pub(super) fn lock_file(
+    dir: &Dir,
+    name: &str,
+    wait: Duration,
+    waiting: &mut impl FnMut(),
+) -> Result<Option<File>> {
     let mut patience = Patience::new(wait);
     let mut seen = None;
     loop {
@@ -152,6 +157,7 @@ pub(super) fn lock_file(dir: &Dir, name: &str, wait: Duration) -> Result<Option<
         if seen.replace(now) != Some(now) {
             patience = Patience::new(wait);
         }
+        waiting();
         if !patience.pause() {
             bail!(
                 "another process holds {} and has written nothing to it for {wait:?}: end that process, or \

@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 
@@ -29,6 +29,9 @@ const ABANDONED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// So many files are synced at once.
 const SYNCS: usize = 8;
+
+/// But only from here on: where syncing takes no time, threads take more.
+const SLOW_SYNC: Duration = Duration::from_micros(200);
 
 /// A blob being downloaded into a layout. Its file is locked against other processes; dropped, it
 /// stays for the next run to take up.
@@ -76,12 +79,18 @@ pub(super) struct Held {
 }
 
 impl Held {
-    pub(super) fn take(layout: &Layout, root: &Dir, name: &str) -> Result<Held> {
+    /// Calls `waiting` when another process holds it and there is going to be a wait.
+    pub(super) fn take(
+        layout: &Layout,
+        root: &Dir,
+        name: &str,
+        mut waiting: impl FnMut(),
+    ) -> Result<Held> {
         let name = partial(name);
         loop {
             let (dir, _) = root.make_subdir(STAGING)?;
             // None: another process tidied the directory away between these two lines.
-            if let Some(file) = lock_file(&dir, &name, layout.lock_wait)? {
+            if let Some(file) = lock_file(&dir, &name, layout.lock_wait, &mut waiting)? {
                 let links = file
                     .metadata()
                     .with_context(|| format!("cannot look at {}", dir.path_of(&name).display()))?
@@ -132,26 +141,32 @@ impl Held {
 
 impl Layout {
     /// Opens (or takes up) the staging file of a blob, once no other process holds it. Blocks, as
-    /// long as the other one makes progress. Sets the blob's space aside, so that a full disk shows
-    /// before the download.
-    pub fn stage(&self, digest: &Digest, size: u64) -> Result<Stage> {
-        self.stage_unless(digest, size, || Ok(self.has_blob(digest, size)))
+    /// long as the other one makes progress, after it has called `waiting` (perhaps more than once).
+    /// Sets the blob's space aside, so that a full disk shows before the download.
+    pub fn stage(&self, digest: &Digest, size: u64, waiting: impl FnMut()) -> Result<Stage> {
+        self.stage_unless(digest, size, waiting, || Ok(self.has_blob(digest, size)))
     }
 
     /// As [`Layout::stage`], for a blob that [`Layout::verify_blob`] found damaged: the file that is
     /// there counts only if it has been replaced by a good one meanwhile.
-    pub fn stage_replacement(&self, digest: &Digest, size: u64) -> Result<Stage> {
-        self.stage_unless(digest, size, || self.verify_blob(digest, size))
+    pub fn stage_replacement(
+        &self,
+        digest: &Digest,
+        size: u64,
+        waiting: impl FnMut(),
+    ) -> Result<Stage> {
+        self.stage_unless(digest, size, waiting, || self.verify_blob(digest, size))
     }
 
     fn stage_unless(
         &self,
         digest: &Digest,
         size: u64,
+        waiting: impl FnMut(),
         present: impl Fn() -> Result<bool>,
     ) -> Result<Stage> {
         let root = self.open_root()?;
-        let mut held = Held::take(self, &root, &digest.hex())?;
+        let mut held = Held::take(self, &root, &digest.hex(), waiting)?;
         // Asked only under the lock: its last holder may have finished the blob.
         if present()? {
             held.discard()?;
@@ -322,21 +337,26 @@ fn preallocate(file: &File, from: u64, length: u64) -> std::io::Result<()> {
 fn sync_files(staged: &[Staged]) -> Result<()> {
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
-    let work = || {
-        while let Some(blob) = staged.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = blob.file.sync_data() {
-                let context = format!("cannot sync {}", blob.path.display());
-                let mut failed = failed.lock().unwrap_or_else(|poison| poison.into_inner());
-                failed.get_or_insert(anyhow::Error::new(error).context(context));
-            }
+    let sync_next = || {
+        let Some(blob) = staged.get(next.fetch_add(1, Ordering::Relaxed)) else {
+            return false;
+        };
+        if let Err(error) = blob.file.sync_data() {
+            let context = format!("cannot sync {}", blob.path.display());
+            let mut failed = failed.lock().unwrap_or_else(|poison| poison.into_inner());
+            failed.get_or_insert(anyhow::Error::new(error).context(context));
         }
+        true
     };
+    let began = Instant::now();
+    while began.elapsed() < SLOW_SYNC && sync_next() {}
     std::thread::scope(|scope| {
-        for _ in 1..staged.len().min(SYNCS) {
+        let left = staged.len().saturating_sub(next.load(Ordering::Relaxed));
+        for _ in 1..left.min(SYNCS) {
             // This thread works too, so one that cannot be started is only missed.
-            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+            let _ = std::thread::Builder::new().spawn_scoped(scope, || while sync_next() {});
         }
-        work();
+        while sync_next() {}
     });
     match failed
         .into_inner()

@@ -403,7 +403,7 @@ fn a_directory_that_leads_out_of_the_layout_is_refused_and_nothing_is_written_th
         assert_says(Layout::open_for_import(copy.path(), SHORT), &parts);
         assert_says(layout.prepare(), &parts);
         assert_says(layout.write_document(&digest, b"new"), &parts);
-        let outcome = layout.stage(&digest, 3).and_then(|stage| {
+        let outcome = layout.stage(&digest, 3, || {}).and_then(|stage| {
             let mut blob = staged(stage);
             blob.file.write_all(b"new")?;
             layout.publish(vec![blob])
@@ -424,11 +424,11 @@ fn a_staging_file_that_is_a_link_to_another_file_is_not_written_through() {
     let victim = dir.path().join("blobs/victim");
     fs::write(&victim, "precious").unwrap();
     symlink(&victim, partial_path(dir.path(), &digest)).unwrap();
-    assert_says(layout.stage(&digest, 3), &["a symlink", "refused"]);
+    assert_says(layout.stage(&digest, 3, || {}), &["a symlink", "refused"]);
 
     fs::remove_file(partial_path(dir.path(), &digest)).unwrap();
     fs::hard_link(&victim, partial_path(dir.path(), &digest)).unwrap();
-    let mut blob = staged(layout.stage(&digest, 3).unwrap());
+    let mut blob = staged(layout.stage(&digest, 3, || {}).unwrap());
     blob.file.write_all(b"new").unwrap();
     layout.publish(vec![blob]).unwrap();
     assert_eq!(fs::read(&victim).unwrap(), b"precious");
@@ -542,7 +542,7 @@ fn a_blob_gets_its_name_only_when_published_and_leaves_no_staging() {
     let mut blobs = Vec::new();
     for content in &contents {
         let digest = Digest::of(content);
-        let mut blob = staged(layout.stage(&digest, content.len() as u64).unwrap());
+        let mut blob = staged(layout.stage(&digest, content.len() as u64, || {}).unwrap());
         assert_eq!((blob.digest, blob.have), (digest, 0));
         blob.file.write_all(content).unwrap();
         blobs.push(blob);
@@ -563,11 +563,11 @@ fn a_blob_gets_its_name_only_when_published_and_leaves_no_staging() {
 fn an_interrupted_download_is_taken_up_where_it_stopped() {
     let (_dir, layout) = prepared();
     let digest = Digest::of(b"whole");
-    let mut first = staged(layout.stage(&digest, 5).unwrap());
+    let mut first = staged(layout.stage(&digest, 5, || {}).unwrap());
     first.file.write_all(b"who").unwrap();
     drop(first);
     layout.tidy();
-    let mut second = staged(layout.stage(&digest, 5).unwrap());
+    let mut second = staged(layout.stage(&digest, 5, || {}).unwrap());
     assert_eq!(second.have, 3);
     second.file.write_all(b"le").unwrap();
     layout.publish(vec![second]).unwrap();
@@ -579,7 +579,7 @@ fn left_over_bytes_beyond_the_blobs_size_or_found_wrong_are_thrown_away() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     fs::write(partial_path(dir.path(), &digest), "too long").unwrap();
-    let mut blob = staged(layout.stage(&digest, 5).unwrap());
+    let mut blob = staged(layout.stage(&digest, 5, || {}).unwrap());
     assert_eq!(blob.have, 0);
     assert_eq!(blob.file.metadata().unwrap().len(), 0);
 
@@ -596,7 +596,7 @@ fn left_over_bytes_beyond_the_blobs_size_or_found_wrong_are_thrown_away() {
 fn an_incomplete_blob_is_not_published() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
-    let mut blob = staged(layout.stage(&digest, 5).unwrap());
+    let mut blob = staged(layout.stage(&digest, 5, || {}).unwrap());
     blob.file.write_all(b"who").unwrap();
     assert_says(layout.publish(vec![blob]), &["has 3 bytes", "has 5"]);
     assert_eq!(names(&dir.path().join("blobs/sha256")), [""; 0]);
@@ -609,15 +609,18 @@ fn a_blob_of_the_wrong_size_is_replaced_and_one_of_the_right_size_on_request() {
     for damage in ["whol", "whale"] {
         fs::write(blob_path(dir.path(), &digest), damage).unwrap();
         if damage.len() == 5 {
-            assert!(matches!(layout.stage(&digest, 5).unwrap(), Stage::Present));
+            assert!(matches!(
+                layout.stage(&digest, 5, || {}).unwrap(),
+                Stage::Present
+            ));
         }
-        let mut blob = staged(layout.stage_replacement(&digest, 5).unwrap());
+        let mut blob = staged(layout.stage_replacement(&digest, 5, || {}).unwrap());
         blob.file.write_all(b"whole").unwrap();
         layout.publish(vec![blob]).unwrap();
         assert!(layout.verify_blob(&digest, 5).unwrap());
     }
     assert!(matches!(
-        layout.stage_replacement(&digest, 5).unwrap(),
+        layout.stage_replacement(&digest, 5, || {}).unwrap(),
         Stage::Present
     ));
     assert_eq!(names(&dir.path().join(".layercache")), [""; 0]);
@@ -627,9 +630,9 @@ fn a_blob_of_the_wrong_size_is_replaced_and_one_of_the_right_size_on_request() {
 fn who_waits_for_a_blob_finds_it_present_once_the_other_has_published_it() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
-    let mut first = staged(layout.stage(&digest, 5).unwrap());
+    let mut first = staged(layout.stage(&digest, 5, || {}).unwrap());
     std::thread::scope(|scope| {
-        let second = scope.spawn(|| layout.stage(&digest, 5).unwrap());
+        let second = scope.spawn(|| layout.stage(&digest, 5, || {}).unwrap());
         first.file.write_all(b"whole").unwrap();
         layout.publish(vec![first]).unwrap();
         assert!(matches!(second.join().unwrap(), Stage::Present));
@@ -641,14 +644,14 @@ fn who_waits_for_a_blob_finds_it_present_once_the_other_has_published_it() {
 fn a_staging_file_that_another_holds_without_progress_is_given_up() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
-    let _held = layout.stage(&digest, 5).unwrap();
+    let _held = layout.stage(&digest, 5, || {}).unwrap();
     let impatient = Layout {
         lock_wait: SHORT,
         ..layout.clone()
     };
     let path = partial_path(dir.path(), &digest);
     assert_says(
-        impatient.stage(&digest, 5),
+        impatient.stage(&digest, 5, || {}),
         &["another process holds", path.to_str().unwrap()],
     );
 }
@@ -659,7 +662,7 @@ fn a_size_that_no_disk_has_is_refused_when_the_blob_is_staged() {
     let digest = Digest::of(b"x");
     let size = 1 << 62;
     assert_says(
-        layout.stage(&digest, size),
+        layout.stage(&digest, size, || {}),
         &[
             "cannot set aside 4611686018427387904 bytes",
             &digest.to_string(),
@@ -672,10 +675,13 @@ fn a_size_that_no_disk_has_is_refused_when_the_blob_is_staged() {
 fn space_set_aside_does_not_count_as_downloaded() {
     let (_dir, layout) = prepared();
     let digest = Digest::of(b"x");
-    let first = staged(layout.stage(&digest, 8 << 20).unwrap());
+    let first = staged(layout.stage(&digest, 8 << 20, || {}).unwrap());
     assert_eq!(first.file.metadata().unwrap().len(), 0);
     drop(first);
-    assert_eq!(staged(layout.stage(&digest, 8 << 20).unwrap()).have, 0);
+    assert_eq!(
+        staged(layout.stage(&digest, 8 << 20, || {}).unwrap()).have,
+        0
+    );
 }
 
 #[test]
@@ -687,7 +693,7 @@ fn eight_threads_writing_the_same_blobs_leave_each_once_and_whole() {
             scope.spawn(|| {
                 for content in &contents {
                     let digest = Digest::of(content);
-                    if let Stage::Staged(mut blob) = layout.stage(&digest, 5000).unwrap() {
+                    if let Stage::Staged(mut blob) = layout.stage(&digest, 5000, || {}).unwrap() {
                         blob.restart().unwrap();
                         blob.file.write_all(content).unwrap();
                         layout.publish(vec![blob]).unwrap();
@@ -723,7 +729,7 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
     drop(file);
     fs::write(staging.join("index.json.partial"), "{").unwrap();
     fs::write(staging.join("notes"), "mine").unwrap();
-    let in_use = staged(layout.stage(&held, 9).unwrap());
+    let in_use = staged(layout.stage(&held, 9, || {}).unwrap());
     in_use.file.set_modified(age).unwrap();
 
     layout.tidy();

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, anyhow};
 use aws_config::Region;
 use aws_config::default_provider::credentials::DefaultCredentialsChain;
+use aws_config::environment::EnvironmentVariableCredentialsProvider;
 use aws_config::provider_config::ProviderConfig;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::ProvideCredentials;
@@ -186,6 +187,12 @@ fn replace_at(now: SystemTime, end: SystemTime) -> SystemTime {
 }
 
 async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials>> {
+    // The first link of the chain. Where it holds, the others and what they need (the system's
+    // certificates, the shared files) are not looked at, which took longer than a request.
+    let environment = EnvironmentVariableCredentialsProvider::new();
+    if environment.provide_credentials().await.is_ok() {
+        return Ok(Box::new(environment));
+    }
     let context = trust.context().context("cannot look for credentials")?;
     // Sign-in endpoints may lie behind a proxy; the metadata services, which are spoken to over
     // http on this machine's own link, never do.
