@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that an export may hold in buffers at once: eight parts of 5 MiB, enough to keep as many
+/// Bytes that an export may hold in buffers at once: eight parts of 5.25 MiB, enough to keep as many
 /// connections busy with one blob. Peak memory stays below 64 MiB.
-pub const UPLOADS: u64 = 40 << 20;
+pub const UPLOADS: u64 = 42 << 20;
 
 /// The same for an import: eight pieces of 4 MiB. Less, as what a connection reads comes on top.
 pub const DOWNLOADS: u64 = 32 << 20;

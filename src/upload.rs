@@ -6,7 +6,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
@@ -20,6 +20,15 @@ use crate::hashing::{Feed, Hasher, Hashing, read_into};
 use crate::layout::Layout;
 use crate::progress::{Activity, Blob, Progress};
 use crate::store::{ByteStream, Kind, ObjectInfo, Part, Store, StoreError, Upload, UploadBody};
+
+/// A multipart upload so old is nobody's any more.
+const FORSAKEN: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Nor is one that holds no part after so long.
+const NEVER_BEGUN: Duration = Duration::from_secs(60 * 60);
+
+/// Unfinished uploads of one blob that are looked into. There are rarely two.
+const LOOKED_INTO: usize = 16;
 
 /// How often an upload starts over when another run took its multipart upload away.
 const RESTARTS: u32 = 5;
@@ -44,7 +53,9 @@ impl Default for Limits {
     fn default() -> Self {
         Limits {
             multipart: 32 << 20,
-            part: 5 << 20,
+            // Not the 5 MiB of other clients, BuildKit's among them: by their parts' size, uploads of ours
+            // are told from theirs.
+            part: (5 << 20) + BUFFER,
             copy: 5 << 30,
             copy_part: 512 << 20,
             piece: 4 << 20,
@@ -57,8 +68,28 @@ impl Limits {
     /// 8 MiB rather than over 1,000 (Scaleway's limit).
     fn part_size(&self, size: u64) -> u64 {
         let wanted = size.div_ceil(1_000).min(8 << 20);
-        self.part.max(wanted).max(size.div_ceil(10_000))
+        let wanted = wanted.max(size.div_ceil(10_000));
+        if wanted <= self.part {
+            return self.part;
+        }
+        wanted.next_multiple_of(BUFFER)
     }
+
+    /// Bytes of a part of a blob of `size` that is copied.
+    fn copy_part_size(&self, size: u64) -> u64 {
+        self.copy_part.max(size.div_ceil(10_000))
+    }
+}
+
+/// Whether `parts` are some of those that a blob of `size` is cut into by `part` bytes.
+fn cut_by(part: u64, size: u64, parts: &[Part]) -> bool {
+    let last = size.div_ceil(part).max(1);
+    let one_of_them = |found: &Part| match u64::from(found.number) {
+        number if number < last => found.size == part,
+        number if number == last => found.size == size - (last - 1) * part,
+        _ => false,
+    };
+    !parts.is_empty() && parts.iter().all(one_of_them)
 }
 
 /// Cuts `size` bytes into ranges of `part`, the last one shorter. Half open: nothing here runs one
@@ -116,8 +147,10 @@ impl Unfinished {
         lock(&self.unknown).remove(key);
     }
 
-    fn may_hold_unknown(&self, key: &str) -> bool {
-        lock(&self.unknown).contains(key)
+    /// If `key` may hold an unknown upload of ours, the uploads that are not ours.
+    fn may_hold_unknown(&self, key: &str) -> Option<Vec<String>> {
+        let before = lock(&self.before).get(key).cloned().unwrap_or_default();
+        lock(&self.unknown).contains(key).then_some(before)
     }
 
     /// The keys that still may hold an unknown upload of ours, with the uploads that are not ours.
@@ -132,6 +165,13 @@ impl Unfinished {
     fn all(&self) -> Vec<(String, String)> {
         lock(&self.uploads).clone()
     }
+}
+
+/// A multipart upload that was there before ours.
+struct Abandoned {
+    /// Its id.
+    upload: String,
+    parts: Vec<Part>,
 }
 
 /// How a multipart upload ended short of success.
@@ -217,33 +257,22 @@ impl Uploader {
     }
 
     async fn upload_parts(&self, key: &str, source: &Source) -> Result<()> {
-        let abandoned = self.abandoned(key).await;
-        let mut taken_up = abandoned.iter().max_by_key(|upload| upload.initiated);
+        let abandoned = self.abandoned(key, source.size).await;
+        let part = self.limits.part_size(source.size);
+        let mut taken_up = abandoned
+            .iter()
+            .find(|found| cut_by(part, source.size, &found.parts));
         let mut spoiled = None;
         for _ in 0..RESTARTS {
             let (upload, there) = match taken_up.take() {
-                Some(upload) => {
-                    self.unfinished.add(key, &upload.id);
-                    let there = match self.store.list_parts(key, &upload.id).await {
-                        Ok(parts) => parts,
-                        Err(error) if error.kind == Kind::NoSuchUpload => {
-                            self.abort(key, &upload.id).await;
-                            continue;
-                        }
-                        // Its parts cannot be known, so none is trusted.
-                        Err(_) => Vec::new(),
-                    };
-                    // Nothing to save; and it may be another run's that has just begun.
-                    if there.is_empty() {
-                        self.unfinished.remove(key, &upload.id);
-                        continue;
-                    }
+                Some(Abandoned { upload, parts }) => {
+                    self.unfinished.add(key, upload);
                     self.progress.debug(&format!(
                         "{}: taking up an interrupted upload with {} parts",
                         source.digest,
-                        there.len()
+                        parts.len()
                     ));
-                    (upload.id.clone(), there)
+                    (upload.clone(), parts.clone())
                 }
                 None => (self.create(key, None).await?, Vec::new()),
             };
@@ -387,7 +416,7 @@ impl Uploader {
     }
 
     async fn copy_parts(&self, key: &str, info: &ObjectInfo) -> Result<bool, StoreError> {
-        let abandoned = self.abandoned(key).await;
+        let abandoned = self.abandoned(key, info.size).await;
         let upload = self.create(key, Some(info)).await?;
         let copied = self.copy_each_part(key, &upload, info).await;
         match copied {
@@ -415,7 +444,7 @@ impl Uploader {
         upload: &str,
         info: &ObjectInfo,
     ) -> Result<(), StoreError> {
-        let size = self.limits.copy_part.max(info.size.div_ceil(10_000));
+        let size = self.limits.copy_part_size(info.size);
         let mut copies = futures::stream::iter((1u32..).zip(ranges(info.size, size)))
             .map(|(number, range)| async move {
                 let size = range.end - range.start;
@@ -433,10 +462,11 @@ impl Uploader {
         self.store.complete_upload(key, upload, &parts).await
     }
 
-    /// The unfinished uploads to `key` before ours: those of runs that were killed, or that are
-    /// under way.
-    async fn abandoned(&self, key: &str) -> Vec<Upload> {
-        let uploads = match self.store.list_uploads(key).await {
+    /// The unfinished uploads to `key` that we may go on with or abort, the latest first: those of runs
+    /// of this program, killed or under way, and those that nobody can still be working on. BuildKit
+    /// exports to the same keys, and fails if its upload is taken away.
+    async fn abandoned(&self, key: &str, size: u64) -> Vec<Abandoned> {
+        let mut uploads = match self.store.list_uploads(key).await {
             Ok(uploads) => uploads,
             // Not every store can tell (OCI, Storj), and not every role may ask.
             Err(error) => {
@@ -446,7 +476,30 @@ impl Uploader {
             }
         };
         self.unfinished.begin(key, &uploads);
-        uploads
+        uploads.sort_by_key(|upload| std::cmp::Reverse(upload.initiated));
+        let (part, copied) = (
+            self.limits.part_size(size),
+            self.limits.copy_part_size(size),
+        );
+        let mut abandoned = Vec::new();
+        for upload in uploads.into_iter().take(LOOKED_INTO) {
+            let Ok(parts) = self.store.list_parts(key, &upload.id).await else {
+                continue;
+            };
+            let patience = match parts.is_empty() {
+                true => NEVER_BEGUN,
+                false => FORSAKEN,
+            };
+            let forsaken = upload
+                .initiated
+                .and_then(|then| SystemTime::now().duration_since(then).ok())
+                .is_some_and(|age| age > patience);
+            if forsaken || cut_by(part, size, &parts) || cut_by(copied, size, &parts) {
+                let upload = upload.id;
+                abandoned.push(Abandoned { upload, parts });
+            }
+        }
+        abandoned
     }
 
     /// Creates an upload so that it is known here even if nobody waits for the answer any more.
@@ -487,17 +540,18 @@ impl Uploader {
     /// Aborts uploads that a finished blob has made pointless: those that were there before `ours`,
     /// and those of ours that we were never told the id of. A run that one of them belongs to finds
     /// the blob whole.
-    async fn forget(&self, key: &str, abandoned: &[Upload], ours: &str) {
-        for upload in abandoned.iter().filter(|upload| upload.id != ours) {
-            self.abort(key, &upload.id).await;
+    async fn forget(&self, key: &str, abandoned: &[Abandoned], ours: &str) {
+        for found in abandoned.iter().filter(|found| found.upload != ours) {
+            self.abort(key, &found.upload).await;
         }
-        if self.unfinished.may_hold_unknown(key) {
-            self.abort_but(key, &[]).await;
+        if let Some(before) = self.unfinished.may_hold_unknown(key) {
+            self.abort_but(key, &before).await;
         }
         self.unfinished.end(key);
     }
 
-    /// Aborts the uploads to `key` that are not among `spared`.
+    /// Aborts the uploads to `key` that are not among `spared` and hold nothing: no part was ever sent to
+    /// one whose id we do not know.
     async fn abort_but(&self, key: &str, spared: &[String]) {
         let found = match self.store.list_uploads(key).await {
             Ok(found) => found,
@@ -509,7 +563,10 @@ impl Uploader {
             }
         };
         for upload in found.iter().filter(|upload| !spared.contains(&upload.id)) {
-            self.abort(key, &upload.id).await;
+            let parts = self.store.list_parts(key, &upload.id).await;
+            if parts.is_ok_and(|parts| parts.is_empty()) {
+                self.abort(key, &upload.id).await;
+            }
         }
     }
 

@@ -10,7 +10,8 @@ use layercache::config::{RetryMode, S3Config, StaticCredentials};
 use layercache::digest::Digest;
 use layercache::layout::{Layout, Selection};
 use layercache::progress::Progress;
-use layercache::upload::Document;
+use layercache::store::{Part, Store};
+use layercache::upload::{Document, Limits};
 
 use crate::aftermath::{
     assert_layout_is_sound, assert_store_is_sound, layout_of, noise, put_cache, soak,
@@ -308,10 +309,8 @@ fn a_lock_that_is_never_let_go_of_is_named_in_the_end() {
     assert_eq!(files(directory.path()).len(), before.len());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_upload_that_holds_other_bytes_is_not_taken_up_and_aborted_in_the_end() {
-    let layout = layout_of(&[40 * MIB]);
-    let server = Server::start();
+/// A store for a test's own requests to `server`, and the key there of a blob.
+async fn another_client(server: &Server, blob: &[u8]) -> (Arc<dyn Store>, String) {
     let config = S3Config {
         region: "us-east-1".into(),
         bucket: BUCKET.into(),
@@ -333,9 +332,18 @@ async fn an_upload_that_holds_other_bytes_is_not_taken_up_and_aborted_in_the_end
     let store = layercache::s3::connect(&config, Progress::silent())
         .await
         .expect("a store");
-    let key = config.blob_key(&Digest::of(&noise(1, 40 * MIB)));
+    let key = config.blob_key(&Digest::of(blob));
+    (store, key)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_holds_other_bytes_is_not_taken_up_and_aborted_in_the_end() {
+    let layout = layout_of(&[40 * MIB]);
+    let server = Server::start();
+    let (store, key) = another_client(&server, &noise(1, 40 * MIB)).await;
     let upload = store.create_upload(&key, None).await.expect("an upload");
-    let other = Document(noise(2, 5 * MIB).into());
+    let part = usize::try_from(Limits::default().part).expect("it fits");
+    let other = Document(noise(2, part).into());
     store
         .upload_part(&key, &upload, 1, Arc::new(other))
         .await
@@ -346,4 +354,40 @@ async fn an_upload_that_holds_other_bytes_is_not_taken_up_and_aborted_in_the_end
     assert_store_is_sound(&server, "at the end");
     assert_eq!(server.count("CreateMultipartUpload"), 2);
     assert_eq!(server.uploads(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_uploads_of_another_client_are_left_alone_until_they_are_a_day_old() {
+    let layout = layout_of(&[40 * MIB]);
+    let blob = noise(1, 40 * MIB);
+    let server = Server::start();
+    let (store, key) = another_client(&server, &blob).await;
+    // As BuildKit does it: parts of 5 MiB, some of them there already; and one just begun.
+    let theirs = store.create_upload(&key, None).await.expect("an upload");
+    let begun = store.create_upload(&key, None).await.expect("an upload");
+    let mut parts = Vec::new();
+    for (number, bytes) in (1..).zip(blob.chunks(5 * MIB)) {
+        if number == 5 {
+            Program::export(&server.spec("mode=max"), layout.path())
+                .run()
+                .succeeds();
+            assert_store_is_sound(&server, "beside another client");
+        }
+        let body = Arc::new(Document(bytes.to_vec().into()));
+        let etag = store.upload_part(&key, &theirs, number, body).await;
+        let (size, etag) = (bytes.len() as u64, etag.expect("a part"));
+        parts.push(Part { number, size, etag });
+    }
+    let completed = store.complete_upload(&key, &theirs, &parts).await;
+    completed.expect("it is still theirs");
+    assert_store_is_sound(&server, "after the other client");
+
+    server.age_uploads(Duration::from_secs(25 * 60 * 60));
+    server.remove(&key);
+    Program::export(&server.spec("mode=max"), layout.path())
+        .run()
+        .succeeds();
+    assert_store_is_sound(&server, "at the end");
+    let listed = store.list_uploads(&key).await.expect("a list");
+    assert!(listed.is_empty(), "{begun} is still there");
 }
