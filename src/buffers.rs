@@ -33,7 +33,7 @@ pub struct Buffers {
 /// Room for some bytes, given back when the last clone is dropped.
 #[derive(Clone)]
 pub struct Room {
-    _permit: Arc<OwnedSemaphorePermit>,
+    permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// A filled buffer that goes back to the pool when its last reader is through with it.
@@ -41,6 +41,20 @@ struct Lent {
     bytes: Vec<u8>,
     pool: Buffers,
     _room: Room,
+}
+
+impl Room {
+    /// Gives back what is more than room for `bytes`, unless there are clones.
+    pub fn shrink(&mut self, bytes: u64) {
+        if let Some(permit) = Arc::get_mut(&mut self.permit) {
+            let more = permit.num_permits().saturating_sub(units(bytes) as usize);
+            drop(permit.split(more));
+        }
+    }
+}
+
+fn units(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX)
 }
 
 impl AsRef<[u8]> for Lent {
@@ -75,12 +89,10 @@ impl Buffers {
     /// Waits for room for `bytes`, in the order of asking. More than the whole bound counts as the
     /// whole bound, so that one huge part is slow and not stuck.
     pub async fn room(&self, bytes: u64) -> Room {
-        let units = u32::try_from(bytes.div_ceil(UNIT))
-            .unwrap_or(u32::MAX)
-            .clamp(1, self.capacity);
+        let units = units(bytes).clamp(1, self.capacity);
         let permit = Arc::clone(&self.budget).acquire_many_owned(units).await;
         Room {
-            _permit: Arc::new(permit.expect("the budget's semaphore is never closed")),
+            permit: Arc::new(permit.expect("the budget's semaphore is never closed")),
         }
     }
 
@@ -124,6 +136,21 @@ mod tests {
         assert_eq!(buffers.budget.available_permits(), 0);
         drop(second);
         assert_eq!(buffers.budget.available_permits(), 2);
+    }
+
+    #[tokio::test]
+    async fn room_that_shrinks_comes_back_in_part() {
+        let buffers = Buffers::new(16 << 10);
+        let mut room = buffers.room(16 << 10).await;
+        room.shrink(5 << 10);
+        assert_eq!(buffers.budget.available_permits(), 2);
+        room.shrink(16 << 10);
+        assert_eq!(buffers.budget.available_permits(), 2);
+        let clone = room.clone();
+        room.shrink(1);
+        assert_eq!(buffers.budget.available_permits(), 2);
+        drop((room, clone));
+        assert_eq!(buffers.budget.available_permits(), 4);
     }
 
     #[tokio::test]

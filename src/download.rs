@@ -5,14 +5,14 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures::future::{FusedFuture, FutureExt};
-use futures::stream::{FuturesOrdered, StreamExt};
-use tokio::sync::{Semaphore, mpsc};
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::buffers::{Buffers, Room};
 use crate::digest::Digest;
@@ -21,10 +21,16 @@ use crate::layout::{Layout, Stage, Staged};
 use crate::progress::{Activity, Blob, Progress};
 use crate::retry::Trouble;
 use crate::store::{Kind, Store};
-use crate::upload::{Limits, blocking, ranges};
+use crate::upload::{Limits, blocking};
 
 /// Pieces of one blob in flight.
 const WINDOW: usize = 10;
+
+/// Bytes of a blob that are hashed and written at a time, if so many have come.
+const BATCH: u64 = 256 << 10;
+
+/// Bytes that may wait of a piece whose turn it is to be written.
+const AHEAD: u64 = 2 * BATCH;
 
 /// Staging files opened at once: more would be as many threads, for an instant.
 const STAGINGS: usize = 4;
@@ -166,72 +172,92 @@ impl Downloader {
         if from == size && size > 0 {
             return Ok(true);
         }
-        if size - from <= self.limits.piece {
-            // An empty blob is asked for all the same: it may not be there.
-            let Some(piece) = self.fetch_piece(key, from..size, size, blob).await? else {
-                return Ok(false);
-            };
-            *bytes += piece.length;
-            let written = self
-                .hashing
-                .run(receiver.hasher.clone(), receiver.write(piece));
-            receiver.accept(written.await?);
-            return Ok(true);
-        }
-        // Not collected: a size that is a lie can make them very many.
-        let mut ranges =
-            ranges(size - from, self.limits.piece).map(|r| from + r.start..from + r.end);
-        let active = Active::new(&self.active);
-        let mut arriving = FuturesOrdered::new();
-        // Pieces that wait for those before them to be written; the buffers' room bounds them.
-        let mut arrived = VecDeque::new();
+        // Not collected: a size that is a lie can make them very many. An empty blob is asked for all
+        // the same: it may not be there.
+        let count = (size - from).div_ceil(self.limits.piece).max(1);
+        let mut ranges = (0..count).map(|nth| {
+            let start = from + nth * self.limits.piece;
+            start..size.min(start + self.limits.piece)
+        });
+        let active = (count > 1).then(|| Active::new(&self.active));
+        let mut fetching = FuturesUnordered::new();
+        // Those that are not written yet, in order.
+        let mut pieces: VecDeque<Arc<Piece>> = VecDeque::new();
         let mut writing = futures::future::Fuse::terminated();
         let mut outcome = Ok(true);
         loop {
             while outcome.as_ref().is_ok_and(|there| *there)
-                && arriving.len() < active.share()
+                && pieces.len() < active.as_ref().map_or(1, Active::share)
                 && let Some(range) = ranges.next()
             {
-                arriving.push_back(self.fetch_piece(key, range, size, blob));
+                let piece = Arc::new(Piece::new(range, pieces.is_empty()));
+                pieces.push_back(Arc::clone(&piece));
+                fetching.push(self.fetch_piece(key, piece, size, blob));
             }
             if writing.is_terminated()
-                && let Some(piece) = arrived.pop_front()
+                && let Some(first) = pieces.front()
             {
-                let written = self
-                    .hashing
-                    .run(receiver.hasher.clone(), receiver.write(piece));
-                writing = written.boxed().fuse();
-            }
-            tokio::select! {
-                written = &mut writing, if !writing.is_terminated() => receiver.accept(written?),
-                Some(piece) = arriving.next() => match piece {
-                    Ok(Some(piece)) => {
-                        *bytes += piece.length;
-                        arrived.push_back(piece);
+                match first.take() {
+                    Taken::Chunks(chunks) => {
+                        let written = receiver.write(chunks);
+                        let written = self.hashing.run(receiver.hasher.clone(), written);
+                        writing = written.boxed().fuse();
                     }
-                    // What has arrived is written all the same, for the next run to take up.
+                    Taken::End => {
+                        pieces.pop_front();
+                        if let Some(next) = pieces.front() {
+                            next.begin_turn();
+                        }
+                        continue;
+                    }
+                    // What comes after it has no place.
+                    Taken::Break => pieces.clear(),
+                    Taken::TooLittle => {}
+                }
+            }
+            let came = async {
+                match pieces.front() {
+                    Some(first) => first.came.notified().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                written = &mut writing, if !writing.is_terminated() => {
+                    receiver.accept(written?);
+                    if let Some(first) = pieces.front() {
+                        first.written();
+                    }
+                }
+                Some(fetched) = fetching.next() => match fetched {
+                    Ok(Some(length)) => *bytes += length,
+                    // What has come is written all the same, for the next run to take up.
                     ended => {
-                        arriving.clear();
+                        fetching.clear();
+                        pieces.iter().for_each(|piece| piece.end(false));
                         outcome = ended.map(|_| false);
                     }
                 },
+                () = came, if !pieces.is_empty() && !fetching.is_empty() => {}
                 else => return outcome,
             }
         }
     }
 
-    /// Fetches one piece into memory, going on after every break where that is worth it.
+    /// Fetches one piece, going on after every break where that is worth it. Returns its bytes; `None`
+    /// if the object is not there.
     async fn fetch_piece(
         &self,
         key: &str,
-        range: Range<u64>,
+        piece: Arc<Piece>,
         size: u64,
         blob: &Arc<Blob>,
-    ) -> Result<Option<Piece>> {
+    ) -> Result<Option<u64>> {
+        let range = piece.range.clone();
         let length = range.end - range.start;
-        let room = self.buffers.room(length).await;
+        // A piece whose turn has not come may have to wait as a whole.
+        let most = if piece.has_turn() { AHEAD } else { length };
+        piece.settle(self.buffers.room(length.min(most)).await);
         let mut tries = self.store.retries().tries();
-        let mut chunks: Vec<Bytes> = Vec::new();
         let mut have = 0;
         let mut etag: Option<String> = None;
         loop {
@@ -283,18 +309,15 @@ impl Downloader {
                         };
                         have += chunk.len() as u64;
                         blob.advance(chunk.len() as u64);
-                        chunks.push(chunk);
+                        piece.add(chunk).await;
                     }
                     Some(Err(error)) => break Some(error),
                     None => break None,
                 }
             };
             if have == length {
-                return Ok(Some(Piece {
-                    chunks,
-                    length,
-                    _room: room,
-                }));
+                piece.end(true);
+                return Ok(Some(length));
             }
             let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
             self.progress.debug(&format!(
@@ -336,21 +359,125 @@ impl Drop for Active<'_> {
     }
 }
 
-/// Bytes that have arrived, and the room they take up.
+/// A range of a blob on its way into memory, and from there into the blob's file. Its turn has come
+/// when all before it has been written: from then on it is written while it comes.
 struct Piece {
-    chunks: Vec<Bytes>,
-    length: u64,
-    _room: Room,
+    range: Range<u64>,
+    waiting: Mutex<Waiting>,
+    /// There is more to write.
+    came: Notify,
+    /// There is room for more.
+    went: Notify,
 }
 
-/// A piece on its way into the blob's file, at its end.
+/// What has come of a piece and has not been written.
+#[derive(Default)]
+struct Waiting {
+    chunks: Vec<Bytes>,
+    bytes: u64,
+    has_turn: bool,
+    /// Nothing more comes; and whether all has.
+    ended: Option<bool>,
+    room: Option<Room>,
+}
+
+/// What [`Piece::take`] found.
+enum Taken {
+    Chunks(Vec<Bytes>),
+    /// All of the piece has been taken.
+    End,
+    /// All that has come has been taken, and the rest does not come.
+    Break,
+    /// Less than is worth a turn of the hashing threads.
+    TooLittle,
+}
+
+impl Piece {
+    fn new(range: Range<u64>, has_turn: bool) -> Self {
+        Piece {
+            range,
+            waiting: Mutex::new(Waiting {
+                has_turn,
+                ..Waiting::default()
+            }),
+            came: Notify::new(),
+            went: Notify::new(),
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_turn(&self) -> bool {
+        self.waiting().has_turn
+    }
+
+    fn begin_turn(&self) {
+        self.waiting().has_turn = true;
+    }
+
+    /// Takes over the room that it was given.
+    fn settle(&self, room: Room) {
+        self.waiting().room = Some(room);
+    }
+
+    /// Adds what has come; then waits until it is worth going on.
+    async fn add(&self, chunk: Bytes) {
+        {
+            let mut waiting = self.waiting();
+            waiting.bytes += chunk.len() as u64;
+            waiting.chunks.push(chunk);
+            if waiting.has_turn && waiting.bytes >= BATCH {
+                self.came.notify_one();
+            }
+        }
+        while self.is_full() {
+            self.went.notified().await;
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        let waiting = self.waiting();
+        waiting.has_turn && waiting.bytes >= AHEAD
+    }
+
+    fn end(&self, whole: bool) {
+        self.waiting().ended.get_or_insert(whole);
+        self.came.notify_one();
+    }
+
+    fn take(&self) -> Taken {
+        let mut waiting = self.waiting();
+        match waiting.ended {
+            Some(true) if waiting.bytes == 0 => return Taken::End,
+            Some(false) if waiting.bytes == 0 => return Taken::Break,
+            None if waiting.bytes < BATCH => return Taken::TooLittle,
+            _ => {}
+        }
+        waiting.bytes = 0;
+        self.went.notify_one();
+        Taken::Chunks(std::mem::take(&mut waiting.chunks))
+    }
+
+    /// What was taken is out of memory: the room for it is given back, but for what may still come
+    /// before the next turn.
+    fn written(&self) {
+        let mut waiting = self.waiting();
+        let needed = waiting.bytes.max(AHEAD);
+        if let Some(room) = &mut waiting.room {
+            room.shrink(needed);
+        }
+    }
+}
+
+/// Chunks on their way into the blob's file, at its end.
 struct Writing {
     file: Arc<File>,
     digest: Digest,
     chunks: std::vec::IntoIter<Bytes>,
     current: Bytes,
     length: u64,
-    _room: Room,
 }
 
 impl Feed for Writing {
@@ -359,6 +486,7 @@ impl Feed for Writing {
             Some(chunk) => chunk,
             None => return Ok(false),
         };
+        self.length += self.current.len() as u64;
         let written = (&*self.file).write_all(&self.current);
         written.with_context(|| format!("writing blob {} into the layout", self.digest))?;
         Ok(true)
@@ -404,15 +532,14 @@ impl Receiver {
         Ok(receiver)
     }
 
-    /// Puts `piece` behind what is there.
-    fn write(&self, piece: Piece) -> Writing {
+    /// Puts `chunks` behind what is there.
+    fn write(&self, chunks: Vec<Bytes>) -> Writing {
         Writing {
             file: Arc::clone(&self.staged.file),
             digest: self.staged.digest,
-            chunks: piece.chunks.into_iter(),
+            chunks: chunks.into_iter(),
             current: Bytes::new(),
-            length: piece.length,
-            _room: piece._room,
+            length: 0,
         }
     }
 
