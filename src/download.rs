@@ -192,7 +192,11 @@ impl Downloader {
             {
                 let piece = Arc::new(Piece::new(range, pieces.is_empty()));
                 pieces.push_back(Arc::clone(&piece));
-                fetching.push(self.fetch_piece(key, piece, size, blob));
+                fetching.push(async move {
+                    let fetched = self.fetch_piece(key, &piece, size, blob).await;
+                    piece.end(matches!(fetched, Ok(Some(_))));
+                    fetched
+                });
             }
             if writing.is_terminated()
                 && let Some(first) = pieces.front()
@@ -211,7 +215,10 @@ impl Downloader {
                         continue;
                     }
                     // What comes after it has no place.
-                    Taken::Break => pieces.clear(),
+                    Taken::Break => {
+                        fetching.clear();
+                        pieces.clear();
+                    }
                     Taken::TooLittle => {}
                 }
             }
@@ -230,12 +237,8 @@ impl Downloader {
                 }
                 Some(fetched) = fetching.next() => match fetched {
                     Ok(Some(length)) => *bytes += length,
-                    // What has come is written all the same, for the next run to take up.
-                    ended => {
-                        fetching.clear();
-                        pieces.iter().for_each(|piece| piece.end(false));
-                        outcome = ended.map(|_| false);
-                    }
+                    // What comes before it is written all the same, for the next run to take up.
+                    ended => outcome = outcome.and(ended.map(|_| false)),
                 },
                 () = came, if !pieces.is_empty() && !fetching.is_empty() => {}
                 else => return outcome,
@@ -248,7 +251,7 @@ impl Downloader {
     async fn fetch_piece(
         &self,
         key: &str,
-        piece: Arc<Piece>,
+        piece: &Piece,
         size: u64,
         blob: &Arc<Blob>,
     ) -> Result<Option<u64>> {
@@ -316,7 +319,6 @@ impl Downloader {
                 }
             };
             if have == length {
-                piece.end(true);
                 return Ok(Some(length));
             }
             let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());

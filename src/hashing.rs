@@ -183,8 +183,7 @@ impl Hashing {
             answer,
         };
         if self.queue(Box::new(job)) {
-            let shared = Arc::clone(&self.shared);
-            tokio::task::spawn_blocking(move || Thread { shared }.work());
+            start(Arc::clone(&self.shared));
         }
         answered.await.context("a thread that hashes has ended")?
     }
@@ -264,11 +263,19 @@ impl Drop for Thread {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let mut shared = lock(&self.shared);
-            shared.threads -= 1;
-            // Whoever waits for these learns that they are not done.
-            shared.waiting.clear();
+            if shared.waiting.is_empty() {
+                shared.threads -= 1;
+            } else {
+                // What waits in the queue is not to blame.
+                shared.starting += 1;
+                start(Arc::clone(&self.shared));
+            }
         }
     }
+}
+
+fn start(shared: Arc<Mutex<Shared>>) {
+    tokio::task::spawn_blocking(move || Thread { shared }.work());
 }
 
 /// A [`Job`], whatever feeds it.

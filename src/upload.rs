@@ -139,7 +139,8 @@ impl Unfinished {
 
     fn begin(&self, key: &str, before: &[Upload]) {
         let ids = before.iter().map(|upload| upload.id.clone()).collect();
-        lock(&self.before).insert(key.to_owned(), ids);
+        // The first look counts: a refresh that failed may have left one since.
+        lock(&self.before).entry(key.to_owned()).or_insert(ids);
     }
 
     fn end(&self, key: &str) {

@@ -211,6 +211,8 @@ impl Case<'_> {
         }
 
         server.reset_faults();
+        // An upload that holds nothing yet could be anybody's: it is left alone for an hour.
+        server.age_uploads(Duration::from_secs(2 * 60 * 60));
         let mut again = Inside::fast();
         again.limits = self.scenario.limits;
         runtime
