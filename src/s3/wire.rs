@@ -43,7 +43,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The pool of connections to one endpoint.
 pub(super) struct Wire {
-    pub(super) client: Client<HttpsConnector<Connector>, Outgoing>,
+    pub(super) client: Client<InTime<HttpsConnector<Connector>>, Outgoing>,
     /// For a proxy that is not tunnelled through, and asks who we are.
     pub(super) proxy_authorization: Option<HeaderValue>,
 }
@@ -74,11 +74,11 @@ impl Wire {
             .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
-            .wrap_connector(Connector {
-                tcp,
-                proxy,
-                ready: timing.ready,
-            });
+            .wrap_connector(Connector { tcp, proxy });
+        let connector = InTime {
+            connector,
+            limit: timing.ready,
+        };
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
@@ -89,6 +89,40 @@ impl Wire {
         Ok(Wire {
             client,
             proxy_authorization,
+        })
+    }
+}
+
+/// A connector that is given only so long until requests can be sent. It lies around all others: a
+/// peer may as well stay silent when it is greeted over TLS, and nothing else would notice, as
+/// [`idle`] begins with a connection that is ready.
+#[derive(Clone)]
+pub(super) struct InTime<C> {
+    connector: C,
+    limit: Duration,
+}
+
+impl<C> Service<Uri> for InTime<C>
+where
+    C: Service<Uri, Error = BoxError>,
+    C::Future: Send + 'static,
+{
+    type Response = C::Response;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<C::Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.connector.poll_ready(cx)
+    }
+
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let limit = self.limit;
+        let connecting = tokio::time::timeout(limit, self.connector.call(to));
+        Box::pin(async move {
+            connecting.await.unwrap_or_else(|_| {
+                let why = format!("no connection that is ready within {limit:?}");
+                Err(io::Error::new(io::ErrorKind::TimedOut, why).into())
+            })
         })
     }
 }
@@ -127,7 +161,6 @@ impl Service<Name> for Resolver {
 pub(super) struct Connector {
     tcp: HttpConnector<Resolver>,
     proxy: Option<Arc<Matcher>>,
-    ready: Duration,
 }
 
 impl Service<Uri> for Connector {
@@ -141,9 +174,8 @@ impl Service<Uri> for Connector {
 
     fn call(&mut self, to: Uri) -> Self::Future {
         let mut tcp = self.tcp.clone();
-        let ready = self.ready;
         let proxy = self.proxy.as_ref().and_then(|proxy| proxy.intercept(&to));
-        let connecting = async move {
+        Box::pin(async move {
             let Some(proxy) = proxy else {
                 return Ok(Watched::new(tcp.call(to).await?, false));
             };
@@ -159,12 +191,6 @@ impl Service<Uri> for Connector {
                 let connected = tcp.call(proxy.uri().clone()).await;
                 let stream = connected.map_err(|e| format!("proxy {}: {e}", host(proxy.uri())))?;
                 Ok(Watched::new(stream, true))
-            }
-        };
-        Box::pin(async move {
-            match tokio::time::timeout(ready, connecting).await {
-                Ok(connected) => connected,
-                Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }
         })
     }
