@@ -10,17 +10,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use http::{HeaderValue, Uri};
 use hyper::rt::{Read, ReadBufCursor, Write};
-use hyper_rustls::HttpsConnector;
+use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::client::legacy::connect::{
     CaptureConnection, Connected, Connection, HttpConnector,
 };
-use hyper_util::client::proxy::matcher::Matcher;
+use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -50,31 +50,36 @@ pub(super) struct Wire {
 
 impl Wire {
     pub(super) fn new(endpoint: &Endpoint, trust: &Trust, timing: &Timing) -> Result<Self> {
-        let tls = if endpoint.is_https() {
+        // As Go does, and so BuildKit: what is on this machine needs no proxy.
+        let proxy = match endpoint.is_loopback() {
+            true => None,
+            false => proxy_to(&endpoint.uri(None, "").parse()?)?,
+        };
+        let proxy_is_https = proxy.as_ref().is_some_and(|proxy| is_https(proxy.uri()));
+        let tls = if endpoint.is_https() || proxy_is_https {
             trust.client()?
         } else {
             Trust::nobody()?
         };
-        // As Go does, and so BuildKit: what is on this machine needs no proxy.
-        let proxy = (!endpoint.is_loopback()).then(|| Arc::new(Matcher::from_env()));
-        let mut proxy_authorization = None;
-        if let (Some(proxy), false) = (&proxy, endpoint.is_https())
-            && let Ok(uri) = endpoint.uri(None, "").parse::<Uri>()
-        {
-            proxy_authorization = proxy
-                .intercept(&uri)
-                .and_then(|found| found.basic_auth().cloned());
-        }
+        let proxy_authorization = proxy
+            .as_ref()
+            .filter(|_| !endpoint.is_https())
+            .and_then(|proxy| proxy.basic_auth().cloned());
         let mut tcp = HttpConnector::new_with_resolver(Resolver);
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_keepalive(Some(Duration::from_secs(30)));
         tcp.set_connect_timeout(Some(timing.connect));
-        let connector = hyper_rustls::HttpsConnectorBuilder::new()
-            .with_tls_config(tls)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(Connector { tcp, proxy });
+        let connector = over_tls(
+            Connector {
+                direct: tcp.clone(),
+                proxy: proxy.map(|intercept| Proxy {
+                    intercept,
+                    connector: over_tls(tcp, &tls),
+                }),
+            },
+            &tls,
+        );
         let connector = InTime {
             connector,
             limit: timing.ready,
@@ -156,11 +161,25 @@ impl Service<Name> for Resolver {
     }
 }
 
+fn over_tls<C>(connector: C, tls: &rustls::ClientConfig) -> HttpsConnector<C> {
+    hyper_rustls::HttpsConnectorBuilder::new()
+        .with_tls_config(tls.clone())
+        .https_or_http()
+        .enable_http1()
+        .wrap_connector(connector)
+}
+
 /// TCP, directly or by way of a proxy.
 #[derive(Clone)]
 pub(super) struct Connector {
-    tcp: HttpConnector<Resolver>,
-    proxy: Option<Arc<Matcher>>,
+    direct: HttpConnector<Resolver>,
+    proxy: Option<Proxy>,
+}
+
+#[derive(Clone)]
+struct Proxy {
+    intercept: Intercept,
+    connector: HttpsConnector<HttpConnector<Resolver>>,
 }
 
 impl Service<Uri> for Connector {
@@ -169,36 +188,99 @@ impl Service<Uri> for Connector {
     type Future = Pin<Box<dyn Future<Output = Result<Watched, BoxError>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.tcp.poll_ready(cx).map_err(Into::into)
+        self.direct.poll_ready(cx).map_err(Into::into)
     }
 
     fn call(&mut self, to: Uri) -> Self::Future {
-        let mut tcp = self.tcp.clone();
-        let proxy = self.proxy.as_ref().and_then(|proxy| proxy.intercept(&to));
+        let Some(proxy) = self.proxy.clone() else {
+            let connecting = self.direct.call(to);
+            return Box::pin(async move {
+                Ok(Watched::new(
+                    MaybeHttpsStream::Http(connecting.await?),
+                    false,
+                ))
+            });
+        };
         Box::pin(async move {
-            let Some(proxy) = proxy else {
-                return Ok(Watched::new(tcp.call(to).await?, false));
+            let failed = |source: BoxError| ProxyError {
+                proxy: host_and_port(proxy.intercept.uri()),
+                source,
             };
-            if to.scheme() == Some(&http::uri::Scheme::HTTPS) {
-                let mut tunnel = Tunnel::new(proxy.uri().clone(), tcp);
-                if let Some(auth) = proxy.basic_auth() {
+            let mut connector = proxy.connector;
+            let address = proxy.intercept.uri().clone();
+            if is_https(&to) {
+                let mut tunnel = Tunnel::new(address, connector);
+                if let Some(auth) = proxy.intercept.basic_auth() {
                     tunnel = tunnel.with_auth(auth.clone());
                 }
-                let tunnelled = tunnel.call(to).await;
-                let stream = tunnelled.map_err(|e| format!("proxy {}: {e}", host(proxy.uri())))?;
+                let stream = tunnel.call(to).await.map_err(|e| failed(e.into()))?;
                 Ok(Watched::new(stream, false))
             } else {
-                let connected = tcp.call(proxy.uri().clone()).await;
-                let stream = connected.map_err(|e| format!("proxy {}: {e}", host(proxy.uri())))?;
+                let stream = connector.call(address).await.map_err(failed)?;
                 Ok(Watched::new(stream, true))
             }
         })
     }
 }
 
-/// A proxy's name without the password that its URI may hold.
-fn host(uri: &Uri) -> &str {
-    uri.host().unwrap_or("without a name")
+/// The proxy that the environment names for requests to `to`.
+fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
+    let Some(proxy) = Matcher::from_env().intercept(to) else {
+        return Ok(None);
+    };
+    let scheme = proxy.uri().scheme_str().unwrap_or_default();
+    // The others that the matcher knows are SOCKS.
+    if !matches!(scheme, "http" | "https") {
+        let own = match is_https(to) {
+            true => ["HTTPS_PROXY", "https_proxy"],
+            false => ["HTTP_PROXY", "http_proxy"],
+        };
+        let start = format!("{scheme}://");
+        let variable = own
+            .into_iter()
+            .chain(["ALL_PROXY", "all_proxy"])
+            .find(|name| std::env::var(name).is_ok_and(|value| value.starts_with(&start)))
+            .unwrap_or("the environment");
+        bail!(
+            "{variable} names a {scheme}:// proxy, and only http:// and https:// proxies are spoken to: \
+             set another, or NO_PROXY to reach {} directly",
+            to.host().unwrap_or_default()
+        );
+    }
+    Ok(Some(proxy))
+}
+
+fn is_https(uri: &Uri) -> bool {
+    uri.scheme() == Some(&http::uri::Scheme::HTTPS)
+}
+
+/// Where a proxy is, without the password that its URI may hold.
+fn host_and_port(uri: &Uri) -> String {
+    let host = uri.host().unwrap_or("without a name");
+    let port = uri
+        .port_u16()
+        .unwrap_or(if is_https(uri) { 443 } else { 80 });
+    format!("{host}:{port}")
+}
+
+/// Why there is no way through a proxy.
+#[derive(Debug)]
+pub(super) struct ProxyError {
+    /// Host and port.
+    pub(super) proxy: String,
+    source: BoxError,
+}
+
+impl std::fmt::Display for ProxyError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "proxy {}", self.proxy)
+    }
+}
+
+impl std::error::Error for ProxyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.source)
+    }
 }
 
 /// When a byte last moved on a connection, either way.
@@ -247,9 +329,9 @@ pub(super) async fn idle(mut capture: CaptureConnection, limit: Duration) {
     }
 }
 
-/// A TCP stream that notes when it moves.
+/// A stream that notes when it moves. It is plain TCP, but for TLS to a proxy.
 pub(super) struct Watched {
-    stream: TokioIo<TcpStream>,
+    stream: MaybeHttpsStream<TokioIo<TcpStream>>,
     activity: Activity,
     proxied: bool,
     /// Writing failed. A server that answers early closes before it has read our body: what it said
@@ -259,7 +341,7 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    fn new(stream: TokioIo<TcpStream>, proxied: bool) -> Self {
+    fn new(stream: MaybeHttpsStream<TokioIo<TcpStream>>, proxied: bool) -> Self {
         Watched {
             stream,
             activity: Activity::new(),

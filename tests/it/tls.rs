@@ -387,6 +387,95 @@ fn a_proxy_s_refusal_is_an_error_that_names_the_proxy_and_not_its_password() {
     )
     .run()
     .ends_with(1)
-    .says("proxy 127.0.0.1");
+    .says(&format!(
+        "(proxy 127.0.0.1:{}: tunnel error: proxy authorization required)",
+        front.port
+    ));
     assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+}
+
+#[test]
+fn a_proxy_that_is_not_there_is_named_with_its_port_and_the_reason() {
+    let nobody = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .and_then(|listener| listener.local_addr())
+        .expect("a port of 127.0.0.1");
+    for (scheme, variable) in [("https", "HTTPS_PROXY"), ("http", "HTTP_PROXY")] {
+        let run = export(&spec(
+            &format!("{scheme}://s3.example.test"),
+            "cache",
+            ",retry_max_attempts=1",
+        ))
+        .env(variable, format!("http://me:secretpass@{nobody}"))
+        .run()
+        .ends_with(1)
+        .says(&format!("(proxy {nobody}: "))
+        .says("tcp connect error: Connection refused");
+        assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let store = authority.front(&["s3.example.test"], server.addr());
+    for (scheme, variable, to) in [
+        (
+            "https",
+            "HTTPS_PROXY",
+            (Ipv4Addr::LOCALHOST, store.port).into(),
+        ),
+        ("http", "HTTP_PROXY", server.addr()),
+    ] {
+        let asked = Asked::default();
+        let proxy = proxy(to, &asked);
+        let front = authority.front(&["127.0.0.1"], (Ipv4Addr::LOCALHOST, proxy.port).into());
+        let exported = |bundle: &str| {
+            export(&spec(
+                &format!("{scheme}://s3.example.test"),
+                "cache",
+                ",use_path_style=true",
+            ))
+            .env("AWS_CA_BUNDLE", bundle)
+            .env(
+                variable,
+                format!("https://me:secretpass@127.0.0.1:{}", front.port),
+            )
+            .run()
+        };
+        exported(authority.bundle().to_str().expect("a path in ASCII")).succeeds();
+        let seen = taken(&asked);
+        assert!(!seen.is_empty());
+        for (_, authorization) in &seen {
+            // "me:secretpass"
+            assert_eq!(authorization.as_deref(), Some("Basic bWU6c2VjcmV0cGFzcw=="));
+        }
+        let run = exported("").ends_with(1).says(&format!(
+            "no trust in the certificate of the proxy 127.0.0.1:{}",
+            front.port
+        ));
+        assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+        assert_eq!(taken(&asked), seen);
+    }
+}
+
+#[test]
+fn a_proxy_that_cannot_be_spoken_to_is_refused_before_it_gets_a_byte() {
+    let asked = Asked::default();
+    let proxy = proxy((Ipv4Addr::LOCALHOST, 1).into(), &asked);
+    for (endpoint, variable, scheme) in [
+        ("https://s3.example.test", "HTTPS_PROXY", "socks5"),
+        ("http://s3.example.test", "http_proxy", "socks4"),
+        ("https://s3.example.test", "ALL_PROXY", "socks5h"),
+    ] {
+        let run = export(&spec(endpoint, "cache", ""))
+            .env(
+                variable,
+                format!("{scheme}://me:secretpass@127.0.0.1:{}", proxy.port),
+            )
+            .run()
+            .ends_with(1)
+            .says(&format!("{variable} names a {scheme}:// proxy"));
+        assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+    }
+    assert_eq!(taken(&asked), []);
 }
