@@ -141,6 +141,7 @@ fn aws_host(region: &str) -> Result<String> {
         ("us-isof-", "csp.hci.ic.gov"),
         ("us-iso-", "c2s.ic.gov"),
         ("eu-isoe-", "cloud.adc-e.uk"),
+        ("eusc-", "amazonaws.eu"),
     ]
     .into_iter()
     .find(|(start, _)| region.starts_with(start))
@@ -187,6 +188,7 @@ mod tests {
             ("us-isob-east-1", "s3.us-isob-east-1.sc2s.sgov.gov"),
             ("us-isof-south-1", "s3.us-isof-south-1.csp.hci.ic.gov"),
             ("eu-isoe-west-1", "s3.eu-isoe-west-1.cloud.adc-e.uk"),
+            ("eusc-de-east-1", "s3.eusc-de-east-1.amazonaws.eu"),
         ] {
             assert_eq!(
                 uri(None, region, "cache", false),
