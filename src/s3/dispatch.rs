@@ -21,6 +21,7 @@ use rusoto_core::request::{
     DispatchSignedRequest, DispatchSignedRequestFuture, HttpDispatchError, HttpResponse,
 };
 use rusoto_core::signature::{SignedRequest, SignedRequestPayload};
+use rustls::CertificateError;
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
@@ -31,7 +32,7 @@ use super::outgoing::{Fate, Outgoing};
 use super::sign::{self, Payload};
 use super::timing::Timing;
 use super::tls::Trust;
-use super::wire::{self, ProxyError, Wire};
+use super::wire::{self, ProxyError, Unresolved, Wire};
 use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{ByteStream, Kind, StoreError, UploadBody};
 
@@ -354,7 +355,7 @@ fn warn_of_open_token(shared: &Shared, credentials: &Credentials) {
     {
         (shared.say.warn)(&format!(
             "the session token is sent to {} over plain http, where others can read it: use https",
-            shared.endpoint.name()
+            shared.endpoint.authority()
         ));
     }
 }
@@ -557,7 +558,7 @@ fn refused(shared: &Shared, call: &Call, refusal: &Refusal) -> Failure {
 fn too_quiet(shared: &Shared, call: &Call, limit: Duration) -> Failure {
     let why = format!(
         "nothing came from or went to {} for {} s",
-        shared.endpoint.name(),
+        shared.endpoint.authority(),
         limit.as_secs()
     );
     Failure::passing(call.error(Kind::Unavailable, shared, &why), true)
@@ -580,10 +581,10 @@ fn broken(
     if let Fate::Local(e) = fate {
         return local(shared, call, e);
     }
-    let peer = shared.endpoint.name();
+    let peer = shared.endpoint.authority();
     let causes = Causes::of(e);
     let reasons = &causes.text;
-    let why = if causes.certificate {
+    let mut why = if causes.certificate {
         let peer = match &causes.proxy {
             Some(proxy) => format!("the proxy {proxy}"),
             None => peer.to_owned(),
@@ -597,6 +598,10 @@ fn broken(
     } else {
         format!("the connection to {peer} broke ({reasons})")
     };
+    // A name that only AWS would know, or vouch for. A proxy's own name is another matter.
+    if shared.endpoint.is_prefixed() && causes.proxy.is_none() && causes.wrong_name {
+        why.push_str("; the bucket is part of that name: try use_path_style=true");
+    }
     let error = call.error(Kind::Unavailable, shared, &why);
     if causes.certificate {
         Failure::last(StoreError {
@@ -615,6 +620,8 @@ struct Causes {
     text: String,
     /// A certificate is not trusted.
     certificate: bool,
+    /// DNS does not know the name, or the certificate is for another.
+    wrong_name: bool,
     timed_out: bool,
     /// The proxy that it went wrong at.
     proxy: Option<String>,
@@ -640,6 +647,14 @@ impl Causes {
                     rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented
                 );
             }
+            causes.wrong_name |= e.is::<Unresolved>()
+                || matches!(
+                    e.downcast_ref::<rustls::Error>(),
+                    Some(rustls::Error::InvalidCertificate(
+                        CertificateError::NotValidForName
+                            | CertificateError::NotValidForNameContext { .. }
+                    ))
+                );
             if let Some(e) = e.downcast_ref::<ProxyError>() {
                 causes.proxy = Some(e.proxy.clone());
             }

@@ -98,6 +98,22 @@ impl Wire {
     }
 }
 
+/// A name that DNS does not know, or could not be asked for.
+#[derive(Debug)]
+pub(super) struct Unresolved(io::Error);
+
+impl std::fmt::Display for Unresolved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Unresolved {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source()
+    }
+}
+
 /// A connector that is given only so long until requests can be sent. It lies around all others: a
 /// peer may as well stay silent when it is greeted over TLS, and nothing else would notice, as
 /// [`idle`] begins with a connection that is ready.
@@ -138,10 +154,10 @@ pub(super) struct Resolver;
 
 impl Service<Name> for Resolver {
     type Response = std::vec::IntoIter<SocketAddr>;
-    type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+    type Error = Unresolved;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Unresolved>> + Send>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Unresolved>> {
         Poll::Ready(Ok(()))
     }
 
@@ -154,7 +170,8 @@ impl Service<Name> for Resolver {
                     SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
                 ]
             } else {
-                tokio::net::lookup_host((name, 0)).await?.collect()
+                let found = tokio::net::lookup_host((name, 0)).await;
+                found.map_err(Unresolved)?.collect()
             };
             Ok(found.into_iter())
         })

@@ -177,6 +177,41 @@ fn a_certificate_for_another_host_is_an_error_that_says_which() {
 }
 
 #[test]
+fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_failed() {
+    // No DNS knows anything below .invalid.
+    let run = |extra: &str| {
+        let spec = spec("http://minio.invalid:9000", "cache", extra);
+        export(&spec).run().ends_with(1)
+    };
+    run(",retry_max_attempts=1")
+        .says("cannot connect to cache.minio.invalid:9000 (dns error: ")
+        .says("try use_path_style=true");
+    let by_path = run(",retry_max_attempts=1,use_path_style=true")
+        .says("cannot connect to minio.invalid:9000 (dns error: ");
+    assert!(
+        !by_path.stderr.contains("try use_path_style"),
+        "{}",
+        by_path.stderr
+    );
+
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["s3.localhost"], server.addr());
+    export(&spec(
+        &format!("https://s3.localhost:{}", front.port),
+        "cache",
+        "",
+    ))
+    .env("AWS_CA_BUNDLE", authority.bundle())
+    .run()
+    .ends_with(1)
+    .says(&format!(
+        "no trust in the certificate of cache.s3.localhost:{}",
+        front.port
+    ))
+    .says("try use_path_style=true");
+}
+
+#[test]
 fn a_bundle_that_cannot_be_used_is_named() {
     let (server, authority) = (Server::start(), Authority::new());
     let front = authority.front(&["127.0.0.1"], server.addr());
