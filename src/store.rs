@@ -90,7 +90,8 @@ pub enum Kind {
     Unsupported,
     /// Still failing in a way that passes, after the last try.
     Unavailable,
-    /// The body to send could not be read, or is not what it should be. The store is not at fault.
+    /// The body to send could not be read, or is not what it should be here already. The store is not
+    /// at fault.
     LocalBody,
     /// Anything else, an answer that makes no sense included.
     Other,

@@ -58,6 +58,8 @@ fn what_may_pass_is_tried_up_to_retry_max_attempts_and_what_will_not_once() {
         Fault::StatusEmpty(504),
         Fault::Status(503, "SlowDown"),
         Fault::Status(400, "RequestTimeout"),
+        Fault::Status(400, "XAmzContentSHA256Mismatch"),
+        Fault::Status(400, "BadDigest"),
         Fault::ErrorIn200("InternalError"),
         Fault::ErrorIn200("SlowDown"),
         Fault::ErrorIn200("RequestTimeout"),
@@ -277,6 +279,28 @@ fn an_upload_that_began_without_an_answer_is_aborted() {
         assert_eq!(done.is_ok(), works, "{done:?}");
         server.settle();
         assert_eq!(server.uploads(), 0);
+    }
+}
+
+#[test]
+fn bytes_that_were_damaged_on_the_way_are_sent_again() {
+    for (times, works) in [(2, true), (usize::MAX, false)] {
+        let (server, inside, runtime) = ready(Limits::default());
+        let damaged = Fault::Status(400, "XAmzContentSHA256Mismatch");
+        server.fail_first(times, "PutObject", damaged);
+        let spec = server.spec("mode=max,upload_parallelism=1");
+        let task = inside::export(&spec, &fixture("local-multiarch"));
+        match runtime.block_on(inside.run(&task)) {
+            Ok(_) => assert!(works),
+            Err(error) => {
+                assert!(!works, "{error}");
+                assert!(
+                    error.contains("something on the way damages them (3 tries)"),
+                    "{error}"
+                );
+            }
+        }
+        assert_eq!(server.objects().is_empty(), !works);
     }
 }
 
