@@ -287,7 +287,6 @@ impl Refusal {
             (_, "NoSuchBucket") => Kind::NoBucket,
             (_, "NoSuchUpload") => Kind::NoSuchUpload,
             (304 | 412, _) | (_, "PreconditionFailed") => Kind::Changed,
-            (416, _) | (_, "InvalidRange") => Kind::Range,
             (405 | 501, _) | (_, "NotImplemented" | "MethodNotAllowed") => Kind::Unsupported,
             (_, "InvalidObjectState" | "RequestTimeTooSkewed") => Kind::Other,
             (401 | 403, _)
@@ -593,7 +592,7 @@ mod tests {
             (405, "", Kind::Unsupported),
             (501, "NotImplemented", Kind::Unsupported),
             (412, "", Kind::Changed),
-            (416, "InvalidRange", Kind::Range),
+            (416, "InvalidRange", Kind::Other),
             (403, "RequestTimeTooSkewed", Kind::Other),
         ] {
             let verdict = refused(status, code).verdict();

@@ -456,7 +456,7 @@ async fn attempt(
     };
     let nonsense = |what: &str| {
         let error = call.error(
-            Kind::Other,
+            Kind::Nonsense,
             shared,
             &format!("the store's answer makes no sense: {what}"),
         );
@@ -517,7 +517,7 @@ fn hand_over(
         answer::kept_headers(headers).into_iter().collect();
     let wrong = || {
         Failure::last(call.error(
-            Kind::Other,
+            Kind::Nonsense,
             shared,
             "the store's answer makes no sense: malformed headers",
         ))

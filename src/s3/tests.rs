@@ -457,13 +457,13 @@ async fn a_range_must_be_answered_with_that_range() {
     };
     for (reply, kind) in [
         (ok(TAG, "hello"), Kind::Unsupported),
-        (ranged("0-2/5", "hel"), Kind::Other),
-        (ranged("1-2/5", "el"), Kind::Other),
-        (ranged("1-3/*", "ell"), Kind::Other),
-        (ranged("1-3/5", "el"), Kind::Other),
+        (ranged("0-2/5", "hel"), Kind::Nonsense),
+        (ranged("1-2/5", "el"), Kind::Nonsense),
+        (ranged("1-3/*", "ell"), Kind::Nonsense),
+        (ranged("1-3/5", "el"), Kind::Nonsense),
         (
             error("416 Range Not Satisfiable", "InvalidRange"),
-            Kind::Range,
+            Kind::Other,
         ),
         (
             error("412 Precondition Failed", "PreconditionFailed"),
@@ -559,7 +559,7 @@ async fn touch_copies_the_object_onto_itself() {
     assert!(store.touch("a", &info()).await.unwrap());
     assert_eq!(
         store.touch("a", &info()).await.unwrap_err().kind,
-        Kind::Other
+        Kind::Nonsense
     );
     let request = server.requests()[1].clone();
     for line in [
@@ -630,7 +630,7 @@ async fn a_success_that_lacks_what_it_should_bring_is_a_failure() {
     ] {
         let server = Server::new(vec![ok("", body); 3]).await;
         let e = server.store().create_upload("a", None).await.unwrap_err();
-        assert_eq!(e.kind, Kind::Other, "{body}");
+        assert_eq!(e.kind, Kind::Nonsense, "{body}");
         assert!(e.message.contains("makes no sense"), "{e}");
     }
 }
@@ -667,10 +667,10 @@ async fn a_page_lists_what_has_the_prefix() {
     assert_eq!(found.objects[1].1.last_modified, None);
     assert_eq!(found.next.as_deref(), Some("t/1"));
     let e = store.list("p/", None, Some("t/2")).await.unwrap_err();
-    assert_eq!(e.kind, Kind::Other);
+    assert_eq!(e.kind, Kind::Nonsense);
     assert_eq!(
         store.list("p/", None, None).await.unwrap_err().kind,
-        Kind::Other
+        Kind::Nonsense
     );
     assert_eq!(
         store.list("", None, None).await.unwrap_err().kind,

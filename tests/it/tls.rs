@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
 /// A listener on a runtime of its own, which ends with it.
 struct Front {
     port: u16,
+    /// Connections so far.
+    accepted: Arc<AtomicUsize>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -34,13 +37,17 @@ impl Front {
             .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
             .expect("bind a port of 127.0.0.1");
         let port = listener.local_addr().expect("the listener's port").port();
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&accepted);
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(serve(stream));
             }
         });
         Front {
             port,
+            accepted,
             runtime: Some(runtime),
         }
     }
@@ -157,6 +164,34 @@ fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() 
         .says("no trust in the certificate of 127.0.0.1:")
         .says("AWS_CA_BUNDLE");
     assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
+    assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["127.0.0.1"], server.addr());
+    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let spec = spec.replace(",mode=max", "");
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let absent = directory.path().join("absent.pem");
+    for (bundle, connections, complaint) in [
+        ("", 1, "no trust in the certificate of 127.0.0.1:"),
+        (
+            absent.to_str().expect("a path in ASCII"),
+            0,
+            "cannot read AWS_CA_BUNDLE",
+        ),
+    ] {
+        front.accepted.store(0, Ordering::SeqCst);
+        let run = Program::import(&spec, &directory.path().join("layout"))
+            .env("AWS_CA_BUNDLE", bundle)
+            .run()
+            .ends_with(1)
+            .says(complaint);
+        assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
+        assert_eq!(front.accepted.load(Ordering::SeqCst), connections);
+    }
     assert_eq!(server.log().len(), 0);
 }
 
