@@ -339,8 +339,8 @@ async fn send(shared: &Shared, call: &Call, ready: &Ready) -> Result<HttpRespons
                 continue;
             }
         }
-        if made > 1 {
-            failure.error.message.push_str(&format!(" ({made} tries)"));
+        if let Some(tries) = tries.summary() {
+            failure.error.message.push_str(&format!(" ({tries})"));
         }
         return Err(failure.error);
     }

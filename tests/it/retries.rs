@@ -314,9 +314,13 @@ fn all_requests_of_a_run_share_one_budget_of_retries() {
     let mut inside = inside;
     inside.timing.backoff = std::time::Duration::ZERO;
     let task = inside::import(&server.spec("retry_max_attempts=1000000"), layout.path());
-    runtime
+    let error = runtime
         .block_on(inside.run(&task))
         .expect_err("no blob can be fetched");
+    assert!(
+        error.ends_with("; the run's budget of retries is used up)"),
+        "{error}"
+    );
     server.settle();
     let sent = server.count("GetObject");
     assert!((100..=105).contains(&sent), "{sent} requests");
