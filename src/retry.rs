@@ -38,6 +38,8 @@ pub struct Tries<'a> {
     made: u32,
     /// What the last retry cost, given back when it turns out well.
     cost: u32,
+    /// There would have been another try, had the run's budget had something left.
+    over_budget: bool,
 }
 
 /// What was wrong with a try that may be worth repeating.
@@ -74,6 +76,7 @@ impl RetryPolicy {
             policy: self,
             made: 1,
             cost: 0,
+            over_budget: false,
         }
     }
 
@@ -131,7 +134,8 @@ impl Tries<'_> {
         } else {
             RETRY_COST
         };
-        if !self.policy.spend(cost) {
+        self.over_budget = !self.policy.spend(cost);
+        if self.over_budget {
             return false;
         }
         self.cost = cost;
@@ -153,6 +157,21 @@ impl Tries<'_> {
         }
         self.cost = 0;
         self.made = 1;
+        self.over_budget = false;
+    }
+
+    /// What is worth saying of the tries once the last has failed: how many there were, unless it is
+    /// one of one, and why there were no more, unless it is their limit.
+    pub fn summary(&self) -> Option<String> {
+        let tries = match self.made {
+            1 => "1 try".to_owned(),
+            made => format!("{made} tries"),
+        };
+        if self.over_budget {
+            let why = "the run's budget of retries is used up";
+            return Some(format!("{tries}; {why}"));
+        }
+        (self.made > 1).then_some(tries)
     }
 
     /// Tries made so far, the one under way included.
@@ -360,6 +379,24 @@ mod tests {
             policy.tries().progressed();
         }
         assert!(policy.tries().again(TROUBLE).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_summary_says_how_many_tries_there_were_and_whether_the_budget_ended_them() {
+        let policy = RetryPolicy::new(RetryMode::Standard, 3);
+        let mut tries = policy.tries();
+        assert_eq!(tries.summary(), None);
+        while tries.again(TROUBLE).await {}
+        assert_eq!(tries.summary().as_deref(), Some("3 tries"));
+
+        assert!(policy.spend(BUDGET - 3 * RETRY_COST));
+        let over = "the run's budget of retries is used up";
+        let mut tries = policy.tries();
+        while tries.again(TROUBLE).await {}
+        assert_eq!(tries.summary(), Some(format!("2 tries; {over}")));
+        let mut late = policy.tries();
+        assert!(!late.again(TROUBLE).await);
+        assert_eq!(late.summary(), Some(format!("1 try; {over}")));
     }
 
     #[tokio::test(start_paused = true)]

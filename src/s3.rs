@@ -138,14 +138,14 @@ impl S3Store {
         };
         Err(call.failure().unwrap_or_else(|| {
             let why = format!("the store's answer makes no sense: {}", why.escape_debug());
-            call.error(Kind::Other, &self.shared, &why)
+            call.error(Kind::Nonsense, &self.shared, &why)
         }))
     }
 
     /// An answer without something that belongs into it.
     fn lacks(&self, doing: &'static str, key: &str, what: &str) -> StoreError {
         Call::new(doing, Some(key), Expect::Nothing).error(
-            Kind::Other,
+            Kind::Nonsense,
             &self.shared,
             &format!("the store's answer makes no sense: {what}"),
         )
@@ -313,7 +313,7 @@ impl Store for S3Store {
             None => None,
             Some(range) => match range.end.checked_sub(1) {
                 Some(last) if range.start <= last => Some(format!("bytes={}-{last}", range.start)),
-                _ => return Err(call.error(Kind::Range, &self.shared, "an empty range")),
+                _ => return Err(call.error(Kind::Other, &self.shared, "an empty range")),
             },
         };
         let request = GetObjectRequest {
@@ -491,7 +491,7 @@ impl Store for S3Store {
         if stuck {
             let call = Call::new("list the objects of", None, LISTED);
             return Err(call.error(
-                Kind::Other,
+                Kind::Nonsense,
                 &self.shared,
                 "the store's answer makes no sense: a page that does not say where the next begins",
             ));
@@ -557,7 +557,7 @@ impl Store for S3Store {
         // The last byte is part of the range (BuildKit's own arithmetic was one off here).
         let last = match range.end.checked_sub(1) {
             Some(last) if range.start <= last => last,
-            _ => return Err(call.error(Kind::Range, &self.shared, "an empty range")),
+            _ => return Err(call.error(Kind::Other, &self.shared, "an empty range")),
         };
         let request = UploadPartCopyRequest {
             bucket: self.bucket(),

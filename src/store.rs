@@ -82,17 +82,18 @@ pub enum Kind {
     NoBucket,
     /// 412: the object is no longer the one that If-Match named.
     Changed,
-    /// 416: the range lies outside the object.
-    Range,
     /// 404 NoSuchUpload (some stores: 403).
     NoSuchUpload,
     /// 501 or 405: the store does not do this operation.
     Unsupported,
     /// Still failing in a way that passes, after the last try.
     Unavailable,
-    /// The body to send could not be read, or is not what it should be. The store is not at fault.
+    /// The body to send could not be read, or is not what it should be here already. The store is not
+    /// at fault.
     LocalBody,
-    /// Anything else, an answer that makes no sense included.
+    /// An answer that no store gives: a proxy's page, or one that lacks what belongs into it.
+    Nonsense,
+    /// Anything else: a refusal, or a request that cannot be sent.
     Other,
 }
 
@@ -112,7 +113,7 @@ pub struct StoreError {
 impl StoreError {
     /// Whether what came was no answer that a store gives, rather than a refusal.
     pub fn is_nonsense(&self) -> bool {
-        self.kind == Kind::Other && self.status.is_none()
+        self.kind == Kind::Nonsense
     }
 }
 

@@ -6,11 +6,16 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
 use aws_config::Region;
-use aws_config::default_provider::credentials::DefaultCredentialsChain;
+use aws_config::ecs::EcsCredentialsProvider;
 use aws_config::environment::EnvironmentVariableCredentialsProvider;
+use aws_config::imds::credentials::ImdsCredentialsProvider;
+use aws_config::meta::credentials::CredentialsProviderChain;
+use aws_config::profile::ProfileFileCredentialsProvider;
 use aws_config::provider_config::ProviderConfig;
+use aws_config::web_identity_token::WebIdentityTokenCredentialsProvider;
 use aws_credential_types::Credentials;
-use aws_credential_types::provider::ProvideCredentials;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{ProvideCredentials, future};
 use aws_smithy_http_client::proxy::ProxyConfig;
 use aws_smithy_http_client::{Builder, Connector, tls};
 use tokio::sync::{Mutex, OnceCell};
@@ -157,7 +162,7 @@ impl Keyring {
             chain
                 .provide_credentials()
                 .await
-                .map_err(|e| anyhow!("{}", explain(&e, std::env::var("AWS_PROFILE").ok())))
+                .map_err(|e| anyhow!("{}", explain(&e, &|name| std::env::var(name).ok())))
         };
         match loaded.await {
             Ok(credentials) => {
@@ -215,27 +220,146 @@ async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials
         .read_timeout(METADATA_TIMEOUT)
         .max_attempts(2)
         .build();
-    let chain = DefaultCredentialsChain::builder()
-        .configure(config)
-        .region(Region::new(region.to_owned()))
+    // The default chain, link by link, so that one that fails can be named.
+    let profile = ProfileFileCredentialsProvider::builder()
+        .configure(&config)
+        .build();
+    let web_identity = WebIdentityTokenCredentialsProvider::builder()
+        .configure(&config)
+        .build();
+    let container = EcsCredentialsProvider::builder().configure(&config).build();
+    let instance = ImdsCredentialsProvider::builder()
+        .configure(&config)
         .imds_client(metadata)
-        .build()
-        .await;
+        .build();
+    let chain = CredentialsProviderChain::first_try("Environment", environment)
+        .or_else("Profile", Link::new(Origin::Profile, profile))
+        .or_else(
+            "WebIdentityToken",
+            Link::new(Origin::WebIdentity, web_identity),
+        )
+        .or_else("EcsContainer", Link::new(Origin::Container, container))
+        // When this one fails, all have been tried, and no one may have meant it to be asked.
+        .or_else("Ec2InstanceMetadata", instance);
     Ok(Box::new(chain))
 }
 
+/// Where a link of the chain gets credentials.
+#[derive(Debug, Clone, Copy)]
+enum Origin {
+    Profile,
+    WebIdentity,
+    Container,
+}
+
+/// A link of the chain that says which it is when it fails. The chain goes on after one that has
+/// nothing set, and ends with one that fails.
+#[derive(Debug)]
+struct Link<P> {
+    origin: Origin,
+    provider: P,
+}
+
+impl<P> Link<P> {
+    fn new(origin: Origin, provider: P) -> Self {
+        Link { origin, provider }
+    }
+}
+
+impl<P: ProvideCredentials> ProvideCredentials for Link<P> {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(async {
+            match self.provider.provide_credentials().await {
+                Err(why) if !matches!(why, CredentialsError::CredentialsNotLoaded(_)) => {
+                    let origin = self.origin;
+                    Err(CredentialsError::provider_error(Broken { origin, why }))
+                }
+                other => other,
+            }
+        })
+    }
+}
+
+/// A link of the chain that failed.
+#[derive(Debug)]
+struct Broken {
+    origin: Origin,
+    why: CredentialsError,
+}
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.why.fmt(f)
+    }
+}
+
+impl Error for Broken {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.why.source()
+    }
+}
+
+impl Broken {
+    /// What was asked, by what the environment says of it, and what to look at. A container's URI is
+    /// not shown: that of a task is as good as a key.
+    fn explain(&self, env: &dyn Fn(&str) -> Option<String>, reasons: &str) -> String {
+        let set = |name: &str| env(name).filter(|value| !value.is_empty());
+        let (from, remedy) = match self.origin {
+            Origin::Profile => {
+                let profile = set("AWS_PROFILE").unwrap_or_else(|| "default".into());
+                let files: Vec<_> = [
+                    ("AWS_CONFIG_FILE", "~/.aws/config"),
+                    ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+                ]
+                .into_iter()
+                .map(|(name, usual)| set(name).unwrap_or_else(|| usual.into()))
+                .collect();
+                (
+                    format!("profile {profile:?} of {}", files.join(" and ")),
+                    "correct it, or set another AWS_PROFILE",
+                )
+            }
+            Origin::WebIdentity => {
+                let value = |name: &str| set(name).unwrap_or_else(|| "none".into());
+                (
+                    format!(
+                        "web identity (AWS_WEB_IDENTITY_TOKEN_FILE {}, AWS_ROLE_ARN {})",
+                        value("AWS_WEB_IDENTITY_TOKEN_FILE"),
+                        value("AWS_ROLE_ARN")
+                    ),
+                    "correct these two, or whom the role trusts",
+                )
+            }
+            Origin::Container => {
+                let name = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
+                let token = set(name).map(|file| format!(" ({name} {file})"));
+                (
+                    format!("the container endpoint{}", token.unwrap_or_default()),
+                    "correct the AWS_CONTAINER_ variables, or see what the endpoint logs",
+                )
+            }
+        };
+        format!("credentials from {from} failed ({reasons}); {remedy}")
+    }
+}
+
 /// What was tried, and what the chain itself says.
-fn explain(error: &dyn Error, profile: Option<String>) -> String {
+fn explain(error: &(dyn Error + 'static), env: &dyn Fn(&str) -> Option<String>) -> String {
     let mut reasons: Vec<String> = Vec::new();
+    let mut broken = None;
     let mut next = Some(error);
     while let Some(error) = next {
-        // The chain lists its links on lines of their own.
-        let reason: Vec<_> = error
+        broken = broken.or(error.downcast_ref::<Broken>());
+        // The chain lists its links on lines of their own, which `one_line` takes apart.
+        let lines: Vec<_> = error
             .to_string()
-            .split_whitespace()
-            .map(str::to_owned)
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
             .collect();
-        let mut reason = reason.join(" ");
+        let mut reason = lines.join("\n");
         // What a credential_process printed before it failed may be the credentials themselves.
         if let Some(at) = reason.find("Stderr:").or_else(|| reason.find("Stdout:")) {
             reason.truncate(at);
@@ -246,7 +370,11 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
         }
         next = error.source();
     }
-    let profile = profile.filter(|name| !name.is_empty());
+    let reasons = one_line(&reasons.join(": "));
+    if let Some(broken) = broken {
+        return broken.explain(env, &reasons);
+    }
+    let profile = env("AWS_PROFILE").filter(|name| !name.is_empty());
     let remedy = match &profile {
         Some(name) => {
             format!("see whether there is a profile {name:?}, or set another AWS_PROFILE")
@@ -256,9 +384,8 @@ fn explain(error: &dyn Error, profile: Option<String>) -> String {
     let profile = profile.as_deref().unwrap_or("default");
     format!(
         "no AWS credentials: tried the environment, profile {profile:?} of the shared config and \
-         credentials files, web identity, the container endpoint and EC2's metadata service ({}); \
-         {remedy}",
-        one_line(&reasons.join(": "))
+         credentials files, web identity, the container endpoint and EC2's metadata service \
+         ({reasons}); {remedy}"
     )
 }
 
@@ -291,9 +418,6 @@ fn one_line(reasons: &str) -> String {
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
-
-    use aws_credential_types::provider::error::CredentialsError;
-    use aws_credential_types::provider::future;
 
     use super::*;
 

@@ -21,6 +21,7 @@ use rusoto_core::request::{
     DispatchSignedRequest, DispatchSignedRequestFuture, HttpDispatchError, HttpResponse,
 };
 use rusoto_core::signature::{SignedRequest, SignedRequestPayload};
+use rustls::CertificateError;
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
@@ -31,7 +32,7 @@ use super::outgoing::{Fate, Outgoing};
 use super::sign::{self, Payload};
 use super::timing::Timing;
 use super::tls::Trust;
-use super::wire::{self, Wire};
+use super::wire::{self, ProxyError, Unresolved, Wire};
 use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{ByteStream, Kind, StoreError, UploadBody};
 
@@ -338,8 +339,8 @@ async fn send(shared: &Shared, call: &Call, ready: &Ready) -> Result<HttpRespons
                 continue;
             }
         }
-        if made > 1 {
-            failure.error.message.push_str(&format!(" ({made} tries)"));
+        if let Some(tries) = tries.summary() {
+            failure.error.message.push_str(&format!(" ({tries})"));
         }
         return Err(failure.error);
     }
@@ -354,7 +355,7 @@ fn warn_of_open_token(shared: &Shared, credentials: &Credentials) {
     {
         (shared.say.warn)(&format!(
             "the session token is sent to {} over plain http, where others can read it: use https",
-            shared.endpoint.name()
+            shared.endpoint.authority()
         ));
     }
 }
@@ -455,7 +456,7 @@ async fn attempt(
     };
     let nonsense = |what: &str| {
         let error = call.error(
-            Kind::Other,
+            Kind::Nonsense,
             shared,
             &format!("the store's answer makes no sense: {what}"),
         );
@@ -516,7 +517,7 @@ fn hand_over(
         answer::kept_headers(headers).into_iter().collect();
     let wrong = || {
         Failure::last(call.error(
-            Kind::Other,
+            Kind::Nonsense,
             shared,
             "the store's answer makes no sense: malformed headers",
         ))
@@ -557,7 +558,7 @@ fn refused(shared: &Shared, call: &Call, refusal: &Refusal) -> Failure {
 fn too_quiet(shared: &Shared, call: &Call, limit: Duration) -> Failure {
     let why = format!(
         "nothing came from or went to {} for {} s",
-        shared.endpoint.name(),
+        shared.endpoint.authority(),
         limit.as_secs()
     );
     Failure::passing(call.error(Kind::Unavailable, shared, &why), true)
@@ -580,59 +581,94 @@ fn broken(
     if let Fate::Local(e) = fate {
         return local(shared, call, e);
     }
-    let endpoint = shared.endpoint.name();
-    let (reasons, tls, timed_out) = causes(e);
-    let why = if tls {
+    let peer = shared.endpoint.authority();
+    let causes = Causes::of(e);
+    let reasons = &causes.text;
+    let mut why = if causes.certificate {
+        let peer = match &causes.proxy {
+            Some(proxy) => format!("the proxy {proxy}"),
+            None => peer.to_owned(),
+        };
         format!(
-            "no trust in the certificate of {endpoint} ({reasons}); if it is signed by a CA of your \
-             own, set AWS_CA_BUNDLE to its PEM file"
+            "no trust in the certificate of {peer} ({reasons}); if it is signed by a CA of your own, \
+             set AWS_CA_BUNDLE to its PEM file"
         )
     } else if e.is_connect() {
-        format!("cannot connect to {endpoint} ({reasons})")
+        format!("cannot connect to {peer} ({reasons})")
     } else {
-        format!("the connection to {endpoint} broke ({reasons})")
+        format!("the connection to {peer} broke ({reasons})")
     };
+    // A name that only AWS would know, or vouch for. A proxy's own name is another matter.
+    if shared.endpoint.is_prefixed() && causes.proxy.is_none() && causes.wrong_name {
+        why.push_str("; the bucket is part of that name: try use_path_style=true");
+    }
     let error = call.error(Kind::Unavailable, shared, &why);
-    if tls {
+    if causes.certificate {
         Failure::last(StoreError {
             kind: Kind::Other,
             ..error
         })
     } else {
-        Failure::passing(error, timed_out)
+        Failure::passing(error, causes.timed_out)
     }
 }
 
-/// The chain of an error's causes in one line, whether a certificate is among them, and whether a
-/// timeout is.
-fn causes(e: &(dyn std::error::Error + 'static)) -> (String, bool, bool) {
-    let mut reasons: Vec<String> = Vec::new();
-    let (mut tls, mut timed_out) = (false, false);
-    let mut next = Some(e);
-    while let Some(e) = next {
-        let mut cause = e.source();
-        if let Some(io) = e.downcast_ref::<io::Error>() {
-            timed_out |= io.kind() == io::ErrorKind::TimedOut;
-            // An io::Error shows what it wraps, but does not give it as its source.
-            if let Some(inner) = io.get_ref() {
-                cause = Some(inner as &(dyn std::error::Error + 'static));
+/// What the chain of an error's causes says.
+#[derive(Default)]
+struct Causes {
+    /// All of it in one line.
+    text: String,
+    /// A certificate is not trusted.
+    certificate: bool,
+    /// DNS does not know the name, or the certificate is for another.
+    wrong_name: bool,
+    timed_out: bool,
+    /// The proxy that it went wrong at.
+    proxy: Option<String>,
+}
+
+impl Causes {
+    fn of(e: &(dyn std::error::Error + 'static)) -> Self {
+        let mut causes = Causes::default();
+        let mut reasons: Vec<String> = Vec::new();
+        let mut next = Some(e);
+        while let Some(e) = next {
+            let mut cause = e.source();
+            if let Some(io) = e.downcast_ref::<io::Error>() {
+                causes.timed_out |= io.kind() == io::ErrorKind::TimedOut;
+                // An io::Error shows what it wraps, but does not give it as its source.
+                if let Some(inner) = io.get_ref() {
+                    cause = Some(inner as &(dyn std::error::Error + 'static));
+                }
             }
+            if let Some(e) = e.downcast_ref::<rustls::Error>() {
+                causes.certificate |= matches!(
+                    e,
+                    rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented
+                );
+            }
+            causes.wrong_name |= e.is::<Unresolved>()
+                || matches!(
+                    e.downcast_ref::<rustls::Error>(),
+                    Some(rustls::Error::InvalidCertificate(
+                        CertificateError::NotValidForName
+                            | CertificateError::NotValidForNameContext { .. }
+                    ))
+                );
+            if let Some(e) = e.downcast_ref::<ProxyError>() {
+                causes.proxy = Some(e.proxy.clone());
+            }
+            let reason = e.to_string();
+            // hyper's own layers say nothing that a reader could use.
+            let empty = reason.starts_with("client error");
+            if !empty && !reasons.iter().any(|earlier| earlier.contains(&reason)) {
+                reasons.push(reason);
+            }
+            next = cause;
         }
-        if let Some(e) = e.downcast_ref::<rustls::Error>() {
-            tls |= matches!(
-                e,
-                rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented
-            );
-        }
-        let reason = e.to_string();
-        // hyper's own layers say nothing that a reader could use.
-        let empty = reason.starts_with("client error");
-        if !empty && !reasons.iter().any(|earlier| earlier.contains(&reason)) {
-            reasons.push(reason);
-        }
-        next = cause;
+        causes.text = reasons.join(": ");
+        causes
     }
-    (reasons.join(": "), tls, timed_out)
 }
 
 /// The whole body, if it is not too long and does not stop for `limit`.
@@ -645,7 +681,7 @@ async fn buffer(mut body: Incoming, limit: Duration) -> io::Result<Bytes> {
         let Some(frame) = frame else {
             return Ok(whole.freeze());
         };
-        let frame = frame.map_err(|e| io::Error::other(causes(&e).0))?;
+        let frame = frame.map_err(|e| io::Error::other(Causes::of(&e).text))?;
         if let Ok(data) = frame.into_data() {
             if whole.len().saturating_add(data.len()) > LARGEST_ANSWER {
                 return Err(io::Error::new(
@@ -692,7 +728,7 @@ fn incoming(body: Incoming, timing: Timing) -> ByteStream {
                     _ => continue,
                 },
                 Err(e) => {
-                    let (reasons, _, _) = causes(&e);
+                    let reasons = Causes::of(&e).text;
                     let kind = if e.is_incomplete_message() {
                         io::ErrorKind::UnexpectedEof
                     } else {

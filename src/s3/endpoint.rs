@@ -32,10 +32,10 @@ pub(super) fn encode_query(text: &str) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Endpoint {
     https: bool,
-    /// The endpoint's host with its port, as people would name it.
-    name: String,
-    /// Value of the Host header.
+    /// Host and port that are connected to: value of the Host header.
     authority: String,
+    /// The bucket stands before the host of an endpoint_url: not every store is reached so.
+    prefixed: bool,
     /// Path before the key, without a slash at its end: the endpoint's own, and in path style the
     /// bucket.
     base: String,
@@ -72,15 +72,15 @@ impl Endpoint {
             None => host.clone(),
         };
         let (authority, base) = if path_style {
-            (name.clone(), format!("{prefix}/{}", encode_query(bucket)))
+            (name, format!("{prefix}/{}", encode_query(bucket)))
         } else {
             (format!("{bucket}.{name}"), prefix)
         };
         Ok(Endpoint {
             https,
             loopback: ip.map_or_else(|| is_localhost(&host), |ip| ip.is_loopback()),
-            name,
             authority,
+            prefixed: !path_style && config.endpoint_url.is_some(),
             base,
         })
     }
@@ -94,14 +94,14 @@ impl Endpoint {
         self.loopback
     }
 
-    /// Host and port of the endpoint, for messages.
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// What the Host header says.
+    /// Host and port that are connected to: what the Host header says, and what messages name.
     pub(super) fn authority(&self) -> &str {
         &self.authority
+    }
+
+    /// Whether use_path_style would make another host of it, and perhaps one that is there.
+    pub(super) fn is_prefixed(&self) -> bool {
+        self.prefixed
     }
 
     /// The URI of an object, or of the bucket; `query` is encoded already.
@@ -141,6 +141,7 @@ fn aws_host(region: &str) -> Result<String> {
         ("us-isof-", "csp.hci.ic.gov"),
         ("us-iso-", "c2s.ic.gov"),
         ("eu-isoe-", "cloud.adc-e.uk"),
+        ("eusc-", "amazonaws.eu"),
     ]
     .into_iter()
     .find(|(start, _)| region.starts_with(start))
@@ -187,6 +188,7 @@ mod tests {
             ("us-isob-east-1", "s3.us-isob-east-1.sc2s.sgov.gov"),
             ("us-isof-south-1", "s3.us-isof-south-1.csp.hci.ic.gov"),
             ("eu-isoe-west-1", "s3.eu-isoe-west-1.cloud.adc-e.uk"),
+            ("eusc-de-east-1", "s3.eusc-de-east-1.amazonaws.eu"),
         ] {
             assert_eq!(
                 uri(None, region, "cache", false),

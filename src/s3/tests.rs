@@ -75,20 +75,32 @@ impl Server {
     fn store_as(&self, change: impl FnOnce(&mut S3Config)) -> S3Store {
         let mut config = config(&self.url);
         change(&mut config);
-        let say = Say {
-            warn: Box::new(|_| {}),
-            debug: Box::new(|_| {}),
-        };
-        let timing = Timing {
-            backoff: Duration::from_millis(1),
-            ..Timing::default()
-        };
-        S3Store::new(&config, say, timing).unwrap()
+        store_of(&config, soon())
+    }
+
+    fn store_at(&self, timing: Timing) -> S3Store {
+        store_of(&config(&self.url), timing)
     }
 
     fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap().clone()
     }
+}
+
+/// Retries follow at once.
+fn soon() -> Timing {
+    Timing {
+        backoff: Duration::from_millis(1),
+        ..Timing::default()
+    }
+}
+
+fn store_of(config: &S3Config, timing: Timing) -> S3Store {
+    let say = Say {
+        warn: Box::new(|_| {}),
+        debug: Box::new(|_| {}),
+    };
+    S3Store::new(config, say, timing).unwrap()
 }
 
 async fn serve(
@@ -445,13 +457,13 @@ async fn a_range_must_be_answered_with_that_range() {
     };
     for (reply, kind) in [
         (ok(TAG, "hello"), Kind::Unsupported),
-        (ranged("0-2/5", "hel"), Kind::Other),
-        (ranged("1-2/5", "el"), Kind::Other),
-        (ranged("1-3/*", "ell"), Kind::Other),
-        (ranged("1-3/5", "el"), Kind::Other),
+        (ranged("0-2/5", "hel"), Kind::Nonsense),
+        (ranged("1-2/5", "el"), Kind::Nonsense),
+        (ranged("1-3/*", "ell"), Kind::Nonsense),
+        (ranged("1-3/5", "el"), Kind::Nonsense),
         (
             error("416 Range Not Satisfiable", "InvalidRange"),
-            Kind::Range,
+            Kind::Other,
         ),
         (
             error("412 Precondition Failed", "PreconditionFailed"),
@@ -547,7 +559,7 @@ async fn touch_copies_the_object_onto_itself() {
     assert!(store.touch("a", &info()).await.unwrap());
     assert_eq!(
         store.touch("a", &info()).await.unwrap_err().kind,
-        Kind::Other
+        Kind::Nonsense
     );
     let request = server.requests()[1].clone();
     for line in [
@@ -618,7 +630,7 @@ async fn a_success_that_lacks_what_it_should_bring_is_a_failure() {
     ] {
         let server = Server::new(vec![ok("", body); 3]).await;
         let e = server.store().create_upload("a", None).await.unwrap_err();
-        assert_eq!(e.kind, Kind::Other, "{body}");
+        assert_eq!(e.kind, Kind::Nonsense, "{body}");
         assert!(e.message.contains("makes no sense"), "{e}");
     }
 }
@@ -655,10 +667,10 @@ async fn a_page_lists_what_has_the_prefix() {
     assert_eq!(found.objects[1].1.last_modified, None);
     assert_eq!(found.next.as_deref(), Some("t/1"));
     let e = store.list("p/", None, Some("t/2")).await.unwrap_err();
-    assert_eq!(e.kind, Kind::Other);
+    assert_eq!(e.kind, Kind::Nonsense);
     assert_eq!(
         store.list("p/", None, None).await.unwrap_err().kind,
-        Kind::Other
+        Kind::Nonsense
     );
     assert_eq!(
         store.list("", None, None).await.unwrap_err().kind,
@@ -738,6 +750,40 @@ async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
     let e = head.await.unwrap().unwrap_err();
     assert_eq!(e.kind, Kind::Unavailable);
     assert!(e.message.ends_with("for 30 s"), "{e}");
+}
+
+#[tokio::test]
+async fn a_peer_that_says_nothing_when_it_is_greeted_over_tls_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = Server {
+        url: format!("https://{}", listener.local_addr().unwrap()),
+        requests: Arc::default(),
+    };
+    let store = server.store_at(Timing {
+        ready: Duration::from_millis(200),
+        ..soon()
+    });
+    let accepted = async {
+        let mut silent = Vec::new();
+        loop {
+            silent.push(listener.accept().await.unwrap());
+            assert!(silent.len() <= 3, "one connection too many");
+        }
+    };
+    let e = tokio::select! {
+        found = store.head("a") => found.unwrap_err(),
+        never = accepted => never,
+        () = tokio::time::sleep(Duration::from_secs(20)) => panic!("it waits for ever"),
+    };
+    assert_eq!(e.kind, Kind::Unavailable);
+    let host = server.url.trim_start_matches("https://");
+    assert_eq!(
+        e.message,
+        format!(
+            "cannot look for s3://cache/a: cannot connect to {host} (no connection that is ready \
+             within 200ms) (3 tries)"
+        )
+    );
 }
 
 #[tokio::test]

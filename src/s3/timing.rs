@@ -10,7 +10,7 @@ use crate::retry;
 pub struct Timing {
     /// For a TCP connection to come about.
     pub connect: Duration,
-    /// For the same with DNS, proxy and TLS.
+    /// For the same with DNS, proxy and TLS: until a request can be sent.
     pub ready: Duration,
     /// No byte either way for so long, and a connection is given up.
     pub idle: Duration,

@@ -34,7 +34,7 @@ impl Trust {
 
     /// For our own connections.
     pub(super) fn client(&self) -> Result<rustls::ClientConfig> {
-        let (mut roots, _) = system();
+        let mut roots = system();
         if let Some(path) = &self.bundle {
             add(&mut roots, &read(path)?, path)?;
         }
@@ -48,7 +48,7 @@ impl Trust {
     /// For aws-config's connections.
     pub(super) fn context(&self) -> Result<TlsContext> {
         // Asking for the system's certificates where there are none would be a panic.
-        let mut store = TrustStore::empty().with_native_roots(!system().0.is_empty());
+        let mut store = TrustStore::empty().with_native_roots(!system().is_empty());
         if let Some(path) = &self.bundle {
             let pem = read(path)?;
             add(&mut RootCertStore::empty(), &pem, path)?;
@@ -61,12 +61,11 @@ impl Trust {
     }
 }
 
-/// The system's certificates, and how many of them no one can read (some systems carry such).
-fn system() -> (RootCertStore, usize) {
+/// The system's certificates. Some systems carry a few that no one can read: the others do.
+fn system() -> RootCertStore {
     let mut roots = RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    let (_, unreadable) = roots.add_parsable_certificates(found.certs);
-    (roots, unreadable + found.errors.len())
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    roots
 }
 
 fn client(roots: RootCertStore) -> Result<rustls::ClientConfig> {

@@ -10,17 +10,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use http::{HeaderValue, Uri};
 use hyper::rt::{Read, ReadBufCursor, Write};
-use hyper_rustls::HttpsConnector;
+use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::client::legacy::connect::{
     CaptureConnection, Connected, Connection, HttpConnector,
 };
-use hyper_util::client::proxy::matcher::Matcher;
+use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -43,42 +43,47 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The pool of connections to one endpoint.
 pub(super) struct Wire {
-    pub(super) client: Client<HttpsConnector<Connector>, Outgoing>,
+    pub(super) client: Client<InTime<HttpsConnector<Connector>>, Outgoing>,
     /// For a proxy that is not tunnelled through, and asks who we are.
     pub(super) proxy_authorization: Option<HeaderValue>,
 }
 
 impl Wire {
     pub(super) fn new(endpoint: &Endpoint, trust: &Trust, timing: &Timing) -> Result<Self> {
-        let tls = if endpoint.is_https() {
+        // As Go does, and so BuildKit: what is on this machine needs no proxy.
+        let proxy = match endpoint.is_loopback() {
+            true => None,
+            false => proxy_to(&endpoint.uri(None, "").parse()?)?,
+        };
+        let proxy_is_https = proxy.as_ref().is_some_and(|proxy| is_https(proxy.uri()));
+        let tls = if endpoint.is_https() || proxy_is_https {
             trust.client()?
         } else {
             Trust::nobody()?
         };
-        // As Go does, and so BuildKit: what is on this machine needs no proxy.
-        let proxy = (!endpoint.is_loopback()).then(|| Arc::new(Matcher::from_env()));
-        let mut proxy_authorization = None;
-        if let (Some(proxy), false) = (&proxy, endpoint.is_https())
-            && let Ok(uri) = endpoint.uri(None, "").parse::<Uri>()
-        {
-            proxy_authorization = proxy
-                .intercept(&uri)
-                .and_then(|found| found.basic_auth().cloned());
-        }
+        let proxy_authorization = proxy
+            .as_ref()
+            .filter(|_| !endpoint.is_https())
+            .and_then(|proxy| proxy.basic_auth().cloned());
         let mut tcp = HttpConnector::new_with_resolver(Resolver);
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_keepalive(Some(Duration::from_secs(30)));
         tcp.set_connect_timeout(Some(timing.connect));
-        let connector = hyper_rustls::HttpsConnectorBuilder::new()
-            .with_tls_config(tls)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(Connector {
-                tcp,
-                proxy,
-                ready: timing.ready,
-            });
+        let connector = over_tls(
+            Connector {
+                direct: tcp.clone(),
+                proxy: proxy.map(|intercept| Proxy {
+                    intercept,
+                    connector: over_tls(tcp, &tls),
+                }),
+            },
+            &tls,
+        );
+        let connector = InTime {
+            connector,
+            limit: timing.ready,
+        };
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
@@ -93,16 +98,66 @@ impl Wire {
     }
 }
 
+/// A name that DNS does not know, or could not be asked for.
+#[derive(Debug)]
+pub(super) struct Unresolved(io::Error);
+
+impl std::fmt::Display for Unresolved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Unresolved {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source()
+    }
+}
+
+/// A connector that is given only so long until requests can be sent. It lies around all others: a
+/// peer may as well stay silent when it is greeted over TLS, and nothing else would notice, as
+/// [`idle`] begins with a connection that is ready.
+#[derive(Clone)]
+pub(super) struct InTime<C> {
+    connector: C,
+    limit: Duration,
+}
+
+impl<C> Service<Uri> for InTime<C>
+where
+    C: Service<Uri, Error = BoxError>,
+    C::Future: Send + 'static,
+{
+    type Response = C::Response;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<C::Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.connector.poll_ready(cx)
+    }
+
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let limit = self.limit;
+        let connecting = tokio::time::timeout(limit, self.connector.call(to));
+        Box::pin(async move {
+            connecting.await.unwrap_or_else(|_| {
+                let why = format!("no connection that is ready within {limit:?}");
+                Err(io::Error::new(io::ErrorKind::TimedOut, why).into())
+            })
+        })
+    }
+}
+
 /// DNS, but for `localhost` and all below it, which resolvers often do not know.
 #[derive(Clone)]
 pub(super) struct Resolver;
 
 impl Service<Name> for Resolver {
     type Response = std::vec::IntoIter<SocketAddr>;
-    type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+    type Error = Unresolved;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Unresolved>> + Send>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Unresolved>> {
         Poll::Ready(Ok(()))
     }
 
@@ -115,19 +170,33 @@ impl Service<Name> for Resolver {
                     SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
                 ]
             } else {
-                tokio::net::lookup_host((name, 0)).await?.collect()
+                let found = tokio::net::lookup_host((name, 0)).await;
+                found.map_err(Unresolved)?.collect()
             };
             Ok(found.into_iter())
         })
     }
 }
 
+fn over_tls<C>(connector: C, tls: &rustls::ClientConfig) -> HttpsConnector<C> {
+    hyper_rustls::HttpsConnectorBuilder::new()
+        .with_tls_config(tls.clone())
+        .https_or_http()
+        .enable_http1()
+        .wrap_connector(connector)
+}
+
 /// TCP, directly or by way of a proxy.
 #[derive(Clone)]
 pub(super) struct Connector {
-    tcp: HttpConnector<Resolver>,
-    proxy: Option<Arc<Matcher>>,
-    ready: Duration,
+    direct: HttpConnector<Resolver>,
+    proxy: Option<Proxy>,
+}
+
+#[derive(Clone)]
+struct Proxy {
+    intercept: Intercept,
+    connector: HttpsConnector<HttpConnector<Resolver>>,
 }
 
 impl Service<Uri> for Connector {
@@ -136,43 +205,99 @@ impl Service<Uri> for Connector {
     type Future = Pin<Box<dyn Future<Output = Result<Watched, BoxError>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.tcp.poll_ready(cx).map_err(Into::into)
+        self.direct.poll_ready(cx).map_err(Into::into)
     }
 
     fn call(&mut self, to: Uri) -> Self::Future {
-        let mut tcp = self.tcp.clone();
-        let ready = self.ready;
-        let proxy = self.proxy.as_ref().and_then(|proxy| proxy.intercept(&to));
-        let connecting = async move {
-            let Some(proxy) = proxy else {
-                return Ok(Watched::new(tcp.call(to).await?, false));
-            };
-            if to.scheme() == Some(&http::uri::Scheme::HTTPS) {
-                let mut tunnel = Tunnel::new(proxy.uri().clone(), tcp);
-                if let Some(auth) = proxy.basic_auth() {
-                    tunnel = tunnel.with_auth(auth.clone());
-                }
-                let tunnelled = tunnel.call(to).await;
-                let stream = tunnelled.map_err(|e| format!("proxy {}: {e}", host(proxy.uri())))?;
-                Ok(Watched::new(stream, false))
-            } else {
-                let connected = tcp.call(proxy.uri().clone()).await;
-                let stream = connected.map_err(|e| format!("proxy {}: {e}", host(proxy.uri())))?;
-                Ok(Watched::new(stream, true))
-            }
+        let Some(proxy) = self.proxy.clone() else {
+            let connecting = self.direct.call(to);
+            return Box::pin(async move {
+                Ok(Watched::new(
+                    MaybeHttpsStream::Http(connecting.await?),
+                    false,
+                ))
+            });
         };
         Box::pin(async move {
-            match tokio::time::timeout(ready, connecting).await {
-                Ok(connected) => connected,
-                Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
+            let failed = |source: BoxError| ProxyError {
+                proxy: host_and_port(proxy.intercept.uri()),
+                source,
+            };
+            let mut connector = proxy.connector;
+            let address = proxy.intercept.uri().clone();
+            if is_https(&to) {
+                let mut tunnel = Tunnel::new(address, connector);
+                if let Some(auth) = proxy.intercept.basic_auth() {
+                    tunnel = tunnel.with_auth(auth.clone());
+                }
+                let stream = tunnel.call(to).await.map_err(|e| failed(e.into()))?;
+                Ok(Watched::new(stream, false))
+            } else {
+                let stream = connector.call(address).await.map_err(failed)?;
+                Ok(Watched::new(stream, true))
             }
         })
     }
 }
 
-/// A proxy's name without the password that its URI may hold.
-fn host(uri: &Uri) -> &str {
-    uri.host().unwrap_or("without a name")
+/// The proxy that the environment names for requests to `to`.
+fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
+    let Some(proxy) = Matcher::from_env().intercept(to) else {
+        return Ok(None);
+    };
+    let scheme = proxy.uri().scheme_str().unwrap_or_default();
+    // The others that the matcher knows are SOCKS.
+    if !matches!(scheme, "http" | "https") {
+        let own = match is_https(to) {
+            true => ["HTTPS_PROXY", "https_proxy"],
+            false => ["HTTP_PROXY", "http_proxy"],
+        };
+        let start = format!("{scheme}://");
+        let variable = own
+            .into_iter()
+            .chain(["ALL_PROXY", "all_proxy"])
+            .find(|name| std::env::var(name).is_ok_and(|value| value.starts_with(&start)))
+            .unwrap_or("the environment");
+        bail!(
+            "{variable} names a {scheme}:// proxy, and only http:// and https:// proxies are spoken to: \
+             set another, or NO_PROXY to reach {} directly",
+            to.host().unwrap_or_default()
+        );
+    }
+    Ok(Some(proxy))
+}
+
+fn is_https(uri: &Uri) -> bool {
+    uri.scheme() == Some(&http::uri::Scheme::HTTPS)
+}
+
+/// Where a proxy is, without the password that its URI may hold.
+fn host_and_port(uri: &Uri) -> String {
+    let host = uri.host().unwrap_or("without a name");
+    let port = uri
+        .port_u16()
+        .unwrap_or(if is_https(uri) { 443 } else { 80 });
+    format!("{host}:{port}")
+}
+
+/// Why there is no way through a proxy.
+#[derive(Debug)]
+pub(super) struct ProxyError {
+    /// Host and port.
+    pub(super) proxy: String,
+    source: BoxError,
+}
+
+impl std::fmt::Display for ProxyError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "proxy {}", self.proxy)
+    }
+}
+
+impl std::error::Error for ProxyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.source)
+    }
 }
 
 /// When a byte last moved on a connection, either way.
@@ -221,9 +346,9 @@ pub(super) async fn idle(mut capture: CaptureConnection, limit: Duration) {
     }
 }
 
-/// A TCP stream that notes when it moves.
+/// A stream that notes when it moves. It is plain TCP, but for TLS to a proxy.
 pub(super) struct Watched {
-    stream: TokioIo<TcpStream>,
+    stream: MaybeHttpsStream<TokioIo<TcpStream>>,
     activity: Activity,
     proxied: bool,
     /// Writing failed. A server that answers early closes before it has read our body: what it said
@@ -233,7 +358,7 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    fn new(stream: TokioIo<TcpStream>, proxied: bool) -> Self {
+    fn new(stream: MaybeHttpsStream<TokioIo<TcpStream>>, proxied: bool) -> Self {
         Watched {
             stream,
             activity: Activity::new(),

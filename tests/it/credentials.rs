@@ -406,7 +406,7 @@ fn names_the_sources(run: Run) {
         "profile \"default\"",
         "web identity",
         "the container endpoint",
-        "EC2's metadata service",
+        "EC2's metadata service (",
     ] {
         assert!(run.stderr.contains(source), "{source}: {}", run.stderr);
     }
@@ -441,13 +441,70 @@ fn a_source_that_fails_is_named_in_the_error() {
         .env("AWS_ENDPOINT_URL_STS", sts.url())
         .run()
         .ends_with(1)
-        .says("Not authorized to perform sts:AssumeRoleWithWebIdentity");
+        .says("Not authorized to perform sts:AssumeRoleWithWebIdentity")
+        .says("credentials from web identity (")
+        .says(ROLE);
     assert!(!run.stderr.contains("header.claims.signature"));
+    assert!(!run.stderr.contains("tried the environment"));
     let run = export(&server)
         .env("AWS_PROFILE", "absent")
         .run()
         .ends_with(1);
     names_absent_profile(&run, Path::new("absent"));
+    run.says("(Environment: environment variable not set; Profile: ");
+}
+
+#[test]
+fn what_broke_the_chain_is_named_and_not_what_was_never_asked() {
+    let server = Server::start();
+    let endpoint = Scripted::start(|_, _| status(500));
+    let home = home_with(&[("config", "[profile ci]\ncredential_process = false\n")]);
+    let config = home.path().join("config");
+    let token = "/nope/token".to_owned();
+    let cases = [
+        (
+            vec![
+                ("AWS_WEB_IDENTITY_TOKEN_FILE", token.clone()),
+                ("AWS_ROLE_ARN", ROLE.to_owned()),
+            ],
+            format!(
+                "credentials from web identity (AWS_WEB_IDENTITY_TOKEN_FILE /nope/token, \
+                 AWS_ROLE_ARN {ROLE}) failed (No such file or directory (os error 2)); correct these two"
+            ),
+        ),
+        (
+            vec![
+                ("AWS_CONTAINER_CREDENTIALS_FULL_URI", endpoint.url()),
+                ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", token),
+            ],
+            "credentials from the container endpoint (AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE \
+             /nope/token) failed (No such file or directory (os error 2)); correct the AWS_CONTAINER_"
+                .to_owned(),
+        ),
+        (
+            vec![("AWS_CONTAINER_CREDENTIALS_FULL_URI", endpoint.url())],
+            "credentials from the container endpoint failed (".to_owned(),
+        ),
+        (
+            vec![
+                ("AWS_CONFIG_FILE", config.display().to_string()),
+                ("AWS_PROFILE", "ci".to_owned()),
+            ],
+            format!(
+                "credentials from profile \"ci\" of {} and ~/.aws/credentials failed (",
+                config.display()
+            ),
+        ),
+    ];
+    for (environment, expected) in cases {
+        let mut program = export(&server);
+        for (name, value) in environment {
+            program = program.env(name, value);
+        }
+        let run = program.run().ends_with(1).says(&expected);
+        assert!(!run.stderr.contains("metadata service"), "{}", run.stderr);
+    }
+    assert_eq!(server.log().len(), 0);
 }
 
 fn names_absent_profile(run: &Run, profile: &Path) {

@@ -718,11 +718,11 @@ fn whatever_a_store_does_with_one_call_or_with_all_from_one_on_leaves_nothing_wr
         Kind::Denied,
         Kind::NoBucket,
         Kind::Changed,
-        Kind::Range,
         Kind::NoSuchUpload,
         Kind::Unsupported,
         Kind::Unavailable,
         Kind::LocalBody,
+        Kind::Nonsense,
         Kind::Other,
     ];
     let bodies = [BodyBreaks, BodyEnds, BodyGoesOn, BodyWrong, SizeWrong];

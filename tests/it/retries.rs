@@ -58,6 +58,8 @@ fn what_may_pass_is_tried_up_to_retry_max_attempts_and_what_will_not_once() {
         Fault::StatusEmpty(504),
         Fault::Status(503, "SlowDown"),
         Fault::Status(400, "RequestTimeout"),
+        Fault::Status(400, "XAmzContentSHA256Mismatch"),
+        Fault::Status(400, "BadDigest"),
         Fault::ErrorIn200("InternalError"),
         Fault::ErrorIn200("SlowDown"),
         Fault::ErrorIn200("RequestTimeout"),
@@ -281,6 +283,28 @@ fn an_upload_that_began_without_an_answer_is_aborted() {
 }
 
 #[test]
+fn bytes_that_were_damaged_on_the_way_are_sent_again() {
+    for (times, works) in [(2, true), (usize::MAX, false)] {
+        let (server, inside, runtime) = ready(Limits::default());
+        let damaged = Fault::Status(400, "XAmzContentSHA256Mismatch");
+        server.fail_first(times, "PutObject", damaged);
+        let spec = server.spec("mode=max,upload_parallelism=1");
+        let task = inside::export(&spec, &fixture("local-multiarch"));
+        match runtime.block_on(inside.run(&task)) {
+            Ok(_) => assert!(works),
+            Err(error) => {
+                assert!(!works, "{error}");
+                assert!(
+                    error.contains("something on the way damages them (3 tries)"),
+                    "{error}"
+                );
+            }
+        }
+        assert_eq!(server.objects().is_empty(), !works);
+    }
+}
+
+#[test]
 fn all_requests_of_a_run_share_one_budget_of_retries() {
     // 500 tokens, 5 a retry: with attempts without end, every request failing, 100 retries.
     let (server, inside, runtime) = ready(Limits::default());
@@ -290,9 +314,13 @@ fn all_requests_of_a_run_share_one_budget_of_retries() {
     let mut inside = inside;
     inside.timing.backoff = std::time::Duration::ZERO;
     let task = inside::import(&server.spec("retry_max_attempts=1000000"), layout.path());
-    runtime
+    let error = runtime
         .block_on(inside.run(&task))
         .expect_err("no blob can be fetched");
+    assert!(
+        error.ends_with("; the run's budget of retries is used up)"),
+        "{error}"
+    );
     server.settle();
     let sent = server.count("GetObject");
     assert!((100..=105).contains(&sent), "{sent} requests");

@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
 /// A listener on a runtime of its own, which ends with it.
 struct Front {
     port: u16,
+    /// Connections so far.
+    accepted: Arc<AtomicUsize>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -34,13 +37,17 @@ impl Front {
             .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
             .expect("bind a port of 127.0.0.1");
         let port = listener.local_addr().expect("the listener's port").port();
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&accepted);
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(serve(stream));
             }
         });
         Front {
             port,
+            accepted,
             runtime: Some(runtime),
         }
     }
@@ -161,6 +168,34 @@ fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() 
 }
 
 #[test]
+fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["127.0.0.1"], server.addr());
+    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let spec = spec.replace(",mode=max", "");
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let absent = directory.path().join("absent.pem");
+    for (bundle, connections, complaint) in [
+        ("", 1, "no trust in the certificate of 127.0.0.1:"),
+        (
+            absent.to_str().expect("a path in ASCII"),
+            0,
+            "cannot read AWS_CA_BUNDLE",
+        ),
+    ] {
+        front.accepted.store(0, Ordering::SeqCst);
+        let run = Program::import(&spec, &directory.path().join("layout"))
+            .env("AWS_CA_BUNDLE", bundle)
+            .run()
+            .ends_with(1)
+            .says(complaint);
+        assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
+        assert_eq!(front.accepted.load(Ordering::SeqCst), connections);
+    }
+    assert_eq!(server.log().len(), 0);
+}
+
+#[test]
 fn a_certificate_for_another_host_is_an_error_that_says_which() {
     let (server, authority) = (Server::start(), Authority::new());
     let front = authority.front(&["s3.example"], server.addr());
@@ -174,6 +209,41 @@ fn a_certificate_for_another_host_is_an_error_that_says_which() {
     .ends_with(1)
     .says("s3.example");
     assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_failed() {
+    // No DNS knows anything below .invalid.
+    let run = |extra: &str| {
+        let spec = spec("http://minio.invalid:9000", "cache", extra);
+        export(&spec).run().ends_with(1)
+    };
+    run(",retry_max_attempts=1")
+        .says("cannot connect to cache.minio.invalid:9000 (dns error: ")
+        .says("try use_path_style=true");
+    let by_path = run(",retry_max_attempts=1,use_path_style=true")
+        .says("cannot connect to minio.invalid:9000 (dns error: ");
+    assert!(
+        !by_path.stderr.contains("try use_path_style"),
+        "{}",
+        by_path.stderr
+    );
+
+    let (server, authority) = (Server::start(), Authority::new());
+    let front = authority.front(&["s3.localhost"], server.addr());
+    export(&spec(
+        &format!("https://s3.localhost:{}", front.port),
+        "cache",
+        "",
+    ))
+    .env("AWS_CA_BUNDLE", authority.bundle())
+    .run()
+    .ends_with(1)
+    .says(&format!(
+        "no trust in the certificate of cache.s3.localhost:{}",
+        front.port
+    ))
+    .says("try use_path_style=true");
 }
 
 #[test]
@@ -387,6 +457,95 @@ fn a_proxy_s_refusal_is_an_error_that_names_the_proxy_and_not_its_password() {
     )
     .run()
     .ends_with(1)
-    .says("proxy 127.0.0.1");
+    .says(&format!(
+        "(proxy 127.0.0.1:{}: tunnel error: proxy authorization required)",
+        front.port
+    ));
     assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+}
+
+#[test]
+fn a_proxy_that_is_not_there_is_named_with_its_port_and_the_reason() {
+    let nobody = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .and_then(|listener| listener.local_addr())
+        .expect("a port of 127.0.0.1");
+    for (scheme, variable) in [("https", "HTTPS_PROXY"), ("http", "HTTP_PROXY")] {
+        let run = export(&spec(
+            &format!("{scheme}://s3.example.test"),
+            "cache",
+            ",retry_max_attempts=1",
+        ))
+        .env(variable, format!("http://me:secretpass@{nobody}"))
+        .run()
+        .ends_with(1)
+        .says(&format!("(proxy {nobody}: "))
+        .says("tcp connect error: Connection refused");
+        assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
+    let (server, authority) = (Server::start(), Authority::new());
+    let store = authority.front(&["s3.example.test"], server.addr());
+    for (scheme, variable, to) in [
+        (
+            "https",
+            "HTTPS_PROXY",
+            (Ipv4Addr::LOCALHOST, store.port).into(),
+        ),
+        ("http", "HTTP_PROXY", server.addr()),
+    ] {
+        let asked = Asked::default();
+        let proxy = proxy(to, &asked);
+        let front = authority.front(&["127.0.0.1"], (Ipv4Addr::LOCALHOST, proxy.port).into());
+        let exported = |bundle: &str| {
+            export(&spec(
+                &format!("{scheme}://s3.example.test"),
+                "cache",
+                ",use_path_style=true",
+            ))
+            .env("AWS_CA_BUNDLE", bundle)
+            .env(
+                variable,
+                format!("https://me:secretpass@127.0.0.1:{}", front.port),
+            )
+            .run()
+        };
+        exported(authority.bundle().to_str().expect("a path in ASCII")).succeeds();
+        let seen = taken(&asked);
+        assert!(!seen.is_empty());
+        for (_, authorization) in &seen {
+            // "me:secretpass"
+            assert_eq!(authorization.as_deref(), Some("Basic bWU6c2VjcmV0cGFzcw=="));
+        }
+        let run = exported("").ends_with(1).says(&format!(
+            "no trust in the certificate of the proxy 127.0.0.1:{}",
+            front.port
+        ));
+        assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+        assert_eq!(taken(&asked), seen);
+    }
+}
+
+#[test]
+fn a_proxy_that_cannot_be_spoken_to_is_refused_before_it_gets_a_byte() {
+    let asked = Asked::default();
+    let proxy = proxy((Ipv4Addr::LOCALHOST, 1).into(), &asked);
+    for (endpoint, variable, scheme) in [
+        ("https://s3.example.test", "HTTPS_PROXY", "socks5"),
+        ("http://s3.example.test", "http_proxy", "socks4"),
+        ("https://s3.example.test", "ALL_PROXY", "socks5h"),
+    ] {
+        let run = export(&spec(endpoint, "cache", ""))
+            .env(
+                variable,
+                format!("{scheme}://me:secretpass@127.0.0.1:{}", proxy.port),
+            )
+            .run()
+            .ends_with(1)
+            .says(&format!("{variable} names a {scheme}:// proxy"));
+        assert!(!run.stderr.contains("secretpass"), "{}", run.stderr);
+    }
+    assert_eq!(taken(&asked), []);
 }
