@@ -98,7 +98,7 @@ pub struct ExportArgs {
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, name, prefix, endpoint_url and so on.
 Credentials are best left to the environment; the AWS default chain finds them.
-A cache that is not there yet is a warning, unless --require is given.
+Where there is no cache yet it is a warning, unless --require is given.
 
 Example:
   layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache")]
@@ -111,7 +111,7 @@ pub struct ImportArgs {
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
     pub tag: Option<String>,
 
-    /// Fail if a cache does not exist
+    /// Fail if no cache is found
     #[arg(long)]
     pub require: bool,
 

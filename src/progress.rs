@@ -389,6 +389,11 @@ impl Progress {
         self.shared.say_text("warning", "warning: ", text);
     }
 
+    /// What made the run fail: shown in every mode.
+    pub fn error(&self, text: &str) {
+        self.shared.say_text("error", "layercache: ", text);
+    }
+
     /// Takes the bars away, so that what follows is printed on a clean line; the next stage brings
     /// them back. Later calls on this or any clone are no error.
     pub fn clear(&self) {
@@ -559,7 +564,7 @@ impl Shared {
                         self.write(ascii_controls(json));
                     }
                 }
-                Format::Quiet if event.event != "warning" => {}
+                Format::Quiet if !matches!(event.event, "warning" | "error") => {}
                 Format::Plain | Format::Quiet => self.line(&plain()),
             },
             // There the bars show how the blobs fare, and errors come from the caller.

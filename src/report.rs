@@ -46,12 +46,51 @@ pub struct Report {
     /// HTTP requests, retries included.
     pub requests: u64,
     pub seconds: f64,
-    /// Set when the export failed under `ignore-error`.
+    /// Why it failed. What was moved until then is not counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// It failed under `ignore-error`, which is no failure of the run.
+    #[serde(skip_serializing_if = "is_false")]
+    pub error_ignored: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// What came of a run.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// One for each spec, in their order, of those that failed too.
+    pub reports: Vec<Report>,
+    /// What went wrong and is not ignored: with any, the run has failed.
+    pub errors: Vec<anyhow::Error>,
 }
 
 impl Report {
+    /// The same place and nothing done there.
+    pub fn failed(self, error: &anyhow::Error) -> Self {
+        Report {
+            command: self.command,
+            bucket: self.bucket,
+            names: self.names,
+            keys: self.keys,
+            layout: self.layout,
+            manifest: self.manifest,
+            dry_run: self.dry_run,
+            requests: self.requests,
+            seconds: self.seconds,
+            error: Some(format!("{error:#}")),
+            ..Report::default()
+        }
+    }
+
+    /// Whether this is what the run failed of.
+    pub fn is_failure(&self) -> bool {
+        self.error.is_some() && !self.error_ignored
+    }
+
     /// The closing summary for people: one or two lines, the last without a line end. What came
     /// from the network or the user is escaped.
     pub fn summary(&self) -> String {
@@ -65,7 +104,11 @@ impl Report {
         if let Some(error) = &self.error {
             let error = progress::printable(error);
             let action = if import { "import from" } else { "export to" };
-            return format!("{action} {remote} failed, which is ignored: {error}; {cost}");
+            let ignored = match self.error_ignored {
+                true => ", which is ignored",
+                false => "",
+            };
+            return format!("{action} {remote} failed{ignored}: {error}; {cost}");
         }
         if self.not_found {
             return format!("nothing is stored at {remote}: nothing imported; {cost}");
@@ -315,6 +358,7 @@ mod tests {
         );
         let failed = Report {
             error: Some("access denied\x1b[2J".into()),
+            error_ignored: true,
             ..export()
         };
         assert_eq!(
