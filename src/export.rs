@@ -14,7 +14,7 @@ use crate::cache_config::CacheConfig;
 use crate::config::{ExportConfig, ExportTask, Mode};
 use crate::digest::Digest;
 use crate::layout::Layout;
-use crate::presence;
+use crate::presence::{self, Bucket};
 use crate::progress::Progress;
 use crate::report::{Outcome, Report};
 use crate::snapshot::{Snapshot, blobs_of};
@@ -258,7 +258,12 @@ async fn send(
 ) -> Result<()> {
     let manifest = Bytes::from(cache.to_s3()?);
     progress.stage("looking for blobs on s3", 0, 0);
-    let found = presence::survey(store, &target.s3, blobs.keys().copied(), progress).await?;
+    let bucket = match report.dry_run {
+        true => Bucket::Unseen,
+        false => Bucket::Sure,
+    };
+    let digests = blobs.keys().copied();
+    let found = presence::survey(store, &target.s3, digests, bucket, progress).await?;
     let plan = Plan::new(blobs, found, target.touch_refresh, SystemTime::now());
     report.transferred = plan.absent.len() as u64;
     report.present = plan.present as u64;

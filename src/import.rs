@@ -16,6 +16,7 @@ use crate::digest::Digest;
 use crate::download::{Downloader, Fetched, publish};
 use crate::layout::Layout;
 use crate::oci::Descriptor;
+use crate::presence::{self, Bucket};
 use crate::progress::{Activity, Progress};
 use crate::report::{Outcome, Report};
 use crate::retry::Trouble;
@@ -272,12 +273,9 @@ impl Import<'_> {
         report.present = (blobs.len() - absent.len()) as u64;
         report.transferred = absent.len() as u64;
         if self.task.dry_run {
-            for (digest, size) in &absent {
-                self.progress.note(&format!(
-                    "would fetch {digest} ({})",
-                    crate::progress::bytes(*size)
-                ));
-                report.bytes += size;
+            let missing = self.would_fetch(&absent, report).await?;
+            if !missing.is_empty() {
+                self.without(&cache, &missing, report)?;
             }
             report.tag = Some(tag);
             return Ok(());
@@ -287,8 +285,7 @@ impl Import<'_> {
         blocking(move || layout.prepare()).await?;
         let missing = self.fetch(absent, report).await?;
         if !missing.is_empty() {
-            report.transferred -= missing.len() as u64;
-            cache = self.without(cache, &missing, report)?;
+            cache = self.without(&cache, &missing, report)?;
         }
 
         let (layout, tag_name) = (self.layout.clone(), tag.clone());
@@ -336,6 +333,39 @@ impl Import<'_> {
         };
         absent.sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
         Ok(absent)
+    }
+
+    /// Says what would be fetched; returns what S3 does not have.
+    async fn would_fetch(
+        &self,
+        absent: &[(Digest, u64)],
+        report: &mut Report,
+    ) -> Result<BTreeSet<Digest>> {
+        let config = &self.source.s3;
+        self.progress.stage("looking for blobs on s3", 0, 0);
+        let digests = absent.iter().map(|(digest, _)| *digest);
+        let found =
+            presence::survey(&*self.store, config, digests, Bucket::Sure, self.progress).await?;
+        let mut missing = BTreeSet::new();
+        for (digest, size) in absent {
+            let Some(info) = found.get(digest) else {
+                missing.insert(*digest);
+                continue;
+            };
+            if info.size != *size {
+                bail!(
+                    "blob {} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
+                    config.blob_key(digest),
+                    info.size
+                );
+            }
+            self.progress.note(&format!(
+                "would fetch {digest} ({})",
+                crate::progress::bytes(*size)
+            ));
+            report.bytes += size;
+        }
+        Ok(missing)
     }
 
     /// Fetches what is absent; returns what S3 does not have either.
@@ -403,7 +433,7 @@ impl Import<'_> {
     /// The cache without what S3 no longer has.
     fn without(
         &self,
-        cache: CacheConfig,
+        cache: &CacheConfig,
         missing: &BTreeSet<Digest>,
         report: &mut Report,
     ) -> Result<CacheConfig> {
@@ -420,29 +450,21 @@ impl Import<'_> {
                 }
             );
         }
+        report.transferred -= missing.len() as u64;
         for digest in missing {
             self.progress
                 .note(&format!("{digest} is not on s3 any more"));
         }
-        let had_image = cache.image.is_some();
-        let (mut kept, dropped) = cache.without_blobs(missing);
-        let image_broken = kept.image.as_ref().is_some_and(|image| {
-            image
-                .contents
-                .iter()
-                .any(|blob| missing.contains(&blob.digest))
-        });
-        if image_broken {
-            kept.image = None;
-        }
+        let (kept, dropped) = cache.without_blobs(missing);
         report.dropped_layers = dropped.layers as u64;
         report.dropped_results = dropped.results as u64;
         self.progress.warn(&format!(
-            "{} blob(s) that the manifest names are not on s3 (expired?): {} result(s) and {} layer(s) were left out{}",
+            "{} blob(s) that the manifest names are not on s3 (expired?): {} result(s) and {} layer(s) {} left out{}",
             missing.len(),
             dropped.results,
             dropped.layers,
-            if had_image && kept.image.is_none() { ", and the image cannot be given back" } else { "" }
+            if self.task.dry_run { "would be" } else { "were" },
+            if cache.image.is_some() && kept.image.is_none() { ", and the image cannot be given back" } else { "" }
         ));
         Ok(kept)
     }

@@ -152,7 +152,12 @@ impl Report {
         if !dropped.is_empty() {
             let _ = write!(
                 summary,
-                "\nleft out {} because blobs are missing",
+                "\n{} {} because blobs are missing",
+                if self.dry_run {
+                    "would leave out"
+                } else {
+                    "left out"
+                },
                 dropped.join(" and ")
             );
         }

@@ -268,6 +268,42 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
 }
 
 #[test]
+fn a_dry_run_of_an_export_notices_that_there_is_no_such_bucket() {
+    let server = Server::start();
+    let spec = server
+        .spec("mode=max")
+        .replace("bucket=cache", "bucket=absent");
+    Program::export(&spec, &fixture("local-max"))
+        .arg("--dry-run")
+        .run()
+        .ends_with(1)
+        .says("absent");
+    assert!(server.log().iter().all(|logged| logged.method != "PUT"));
+}
+
+#[test]
+fn a_dry_run_of_an_export_asks_for_each_blob_where_it_may_not_list() {
+    let server = Server::builder().no_list().start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .arg("--dry-run")
+        .run()
+        .succeeds()
+        .says("would upload 10");
+    assert_eq!(server.count("HeadObject"), BLOBS_OF_MAX);
+}
+
+#[test]
+fn an_export_of_few_blobs_asks_for_them_without_a_listing() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    let listings = server.log().into_iter();
+    let listings = listings.filter(|logged| logged.operation.starts_with("ListObjects"));
+    assert_eq!(listings.count(), 0);
+}
+
+#[test]
 fn a_second_import_asks_for_the_manifest_alone_and_changes_nothing() {
     let server = Server::start();
     Program::export(&server.spec("mode=max"), &fixture("local-max"))
