@@ -322,7 +322,7 @@ impl Specs {
     }
 }
 
-fn usage(text: String) -> anyhow::Error {
+pub(crate) fn usage(text: String) -> anyhow::Error {
     anyhow::Error::new(UsageError(text))
 }
 

@@ -192,6 +192,11 @@ fn run_command(
     for warning in warnings {
         progress.warn(&warning);
     }
+    // At the end of hours of work it would be too late.
+    if let Some(file) = &metadata_file {
+        report::check_metadata(file)
+            .map_err(|error| args::usage(format!("--metadata-file: {error:#}")))?;
+    }
     allow_many_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(
