@@ -328,7 +328,7 @@ pub(crate) fn usage(text: String) -> anyhow::Error {
 
 /// A forgotten flag makes a spec the layout, and later errors would show it as a path.
 fn check_layout(layout: &Path, flag: &str) -> Result<()> {
-    if looks_like_spec(&layout.to_string_lossy()) {
+    if spec::is_spec(&layout.to_string_lossy()) {
         return Err(usage(format!(
             "LAYOUT looks like a spec (put {flag} before the spec, and the directory last)"
         )));
@@ -336,7 +336,7 @@ fn check_layout(layout: &Path, flag: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether a text holds something that could be a spec, and so a credential.
+/// Whether a message holds something that could be a piece of a spec, and so of a credential.
 fn looks_like_spec(text: &str) -> bool {
     text.to_lowercase().contains("type=") || spec::may_hold_credentials(text)
 }
@@ -676,6 +676,20 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_with_an_odd_name_is_no_spec() {
+        for layout in [
+            "./cache-key=1",
+            "/var/jenkins/job@2//cache",
+            "/data/type=local/token=1",
+            "out,key=2",
+            "prototype=3",
+        ] {
+            let (task, _) = export(&["--cache-to", SPEC, layout]);
+            assert_eq!(task.layout, PathBuf::from(layout));
+        }
+    }
+
+    #[test]
     fn no_message_shows_a_spec_that_stands_in_the_wrong_place() {
         let spec = format!("{SPEC},access_key_id=a,secret_access_key=hidden");
         for words in [
@@ -690,10 +704,19 @@ mod tests {
             assert_eq!(error.exit_code(), 2);
             assert!(!error.to_string().contains("hidden"), "{error}");
         }
-        assert_eq!(
-            usage_error(&["export", &spec], &no_env),
-            "LAYOUT looks like a spec (put --cache-to before the spec, and the directory last)"
-        );
+        for spec in [
+            &*spec,
+            "Bucket=cache",
+            "a b, type=s3",
+            "region=a;secret_access_key=hidden",
+            "./session_token=hidden",
+            "http://me:hidden@host/",
+        ] {
+            assert_eq!(
+                usage_error(&["export", spec], &no_env),
+                "LAYOUT looks like a spec (put --cache-to before the spec, and the directory last)"
+            );
+        }
         let args = typed(&["export", "--cache-to", &spec, "dir"]);
         assert!(!format!("{args:?}").contains("hidden"));
     }

@@ -772,6 +772,25 @@ fn quoted(value: &str) -> String {
     format!("{start:?}{more}")
 }
 
+/// Whether a text that should be something else is a spec, or holds a credential as one does.
+/// Directories, too, can have `=`, `@` and commas in their names.
+pub(crate) fn is_spec(text: &str) -> bool {
+    let text = text.to_lowercase();
+    let has_attribute = text.split(',').any(|field| {
+        let key = field.split_once('=').map(|(key, _)| key.trim());
+        key.is_some_and(|key| BOTH.contains(&key) || TO_ONLY.contains(&key))
+    });
+    // Wherever it stands: with other separators a spec is one field.
+    let has_secret = text.match_indices('=').any(|(at, _)| {
+        let before = text.get(..at).unwrap_or_default().trim_end();
+        SECRETS.iter().any(|secret| before.ends_with(secret))
+    });
+    let has_password = text
+        .split_once("://")
+        .is_some_and(|(_, rest)| authority(rest).contains('@'));
+    has_attribute || has_secret || has_password
+}
+
 /// Whether a text holds what could be a credential's attribute, or a URL with a password in it.
 pub(crate) fn may_hold_credentials(text: &str) -> bool {
     let text = text.to_lowercase();
