@@ -203,8 +203,6 @@ impl Global {
         }
         match env("BUILDKIT_PROGRESS").as_deref() {
             None | Some("") => Ok(Mode::Auto),
-            // buildx has this one too.
-            Some("none") => Ok(Mode::Quiet),
             Some(value) => Mode::from_str(value, false).map_err(|_| {
                 usage(format!(
                     "BUILDKIT_PROGRESS: {value:?} is not a mode (accepted: auto, plain, tty, \
@@ -500,6 +498,8 @@ mod tests {
         assert_eq!(none.progress(&empty).unwrap(), Mode::Auto);
         let buildx = env_of(&[("BUILDKIT_PROGRESS", "none")]);
         assert_eq!(none.progress(&buildx).unwrap(), Mode::Quiet);
+        let flag = typed(&["--progress=none", "export", "dir"]).global;
+        assert_eq!(flag.progress(&no_env).unwrap(), Mode::Quiet);
         let error = none
             .progress(&env_of(&[("BUILDKIT_PROGRESS", "fancy")]))
             .unwrap_err();

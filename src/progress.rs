@@ -41,6 +41,8 @@ pub enum Mode {
     /// bars
     Tty,
     /// errors and warnings only
+    // buildx has it by this name too.
+    #[value(alias = "none")]
     Quiet,
     /// one JSON object a line
     Rawjson,
@@ -993,7 +995,7 @@ mod tests {
     }
 
     #[test]
-    fn quiet_shows_warnings_only() {
+    fn quiet_shows_warnings_and_errors_only() {
         let rig = Rig::new(Mode::Quiet, true);
         rig.progress.stage("exporting", 1, 159);
         let blob = rig.progress.blob(Activity::Upload, &digest(), 159);
@@ -1005,7 +1007,8 @@ mod tests {
         rig.progress.note("a note");
         rig.progress.debug("a debug line");
         rig.progress.warn("a warning");
-        assert_eq!(rig.output(), "warning: a warning\n");
+        rig.progress.error("an error");
+        assert_eq!(rig.output(), "warning: a warning\nlayercache: an error\n");
     }
 
     #[test]
@@ -1021,6 +1024,7 @@ mod tests {
         progress.note("a \"note\"\n");
         progress.debug("detail");
         progress.warn("careful \u{9b}31m\u{7f}");
+        progress.error("it failed");
         const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         let expected = [
             r#"{"time":"2023-11-14T22:13:20.000Z","event":"stage","total":300,"text":"exporting"}"#,
@@ -1032,6 +1036,7 @@ mod tests {
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"note","text":"a \"note\"\n"}"#,
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"debug","text":"detail"}"#,
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"warning","text":"careful \u009b31m\u007f"}"#,
+            r#"{"time":"2023-11-14T22:13:20.005Z","event":"error","text":"it failed"}"#,
             "",
         ]
         .join("\n")

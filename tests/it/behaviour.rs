@@ -577,6 +577,33 @@ fn the_metadata_file_holds_the_summary_as_json() {
 }
 
 #[test]
+fn under_rawjson_each_line_of_a_run_that_fails_is_json_and_the_last_is_the_error() {
+    let server = Server::start();
+    let absent = server.spec("").replace("bucket=cache", "bucket=absent");
+    for (spec, code, says) in [
+        (absent, 1, "exporting to s3://absent"),
+        (server.spec("mode=maximal"), 2, "mode: "),
+    ] {
+        let run = Program::export(&spec, &fixture("local-max"))
+            .args(["--progress", "rawjson"])
+            .run()
+            .ends_with(code);
+        let events: Vec<serde_json::Value> = run
+            .stderr
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}")))
+            .collect();
+        let last = events.last().expect("an event");
+        assert_eq!(last["event"], "error");
+        assert!(
+            last["text"].as_str().expect("a text").contains(says),
+            "{last}"
+        );
+        assert!(last["time"].is_string());
+    }
+}
+
+#[test]
 fn results_go_to_stdout_and_all_else_to_stderr() {
     let server = Server::start();
     let run = Program::export(&server.spec("mode=max"), &fixture("local-max"))
