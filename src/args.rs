@@ -352,19 +352,9 @@ fn tag_name(name: &str) -> Result<String, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::tests::{env_of, no_env};
 
     const SPEC: &str = "type=s3,region=us-east-1,bucket=cache";
-
-    fn no_env(_: &str) -> Option<String> {
-        None
-    }
-
-    fn env_of(pairs: &'static [(&'static str, &'static str)]) -> impl Fn(&str) -> Option<String> {
-        move |name| {
-            let (_, value) = pairs.iter().find(|(key, _)| *key == name)?;
-            Some((*value).to_owned())
-        }
-    }
 
     fn typed(words: &[&str]) -> Args {
         parse([&["layercache"], words].concat()).unwrap_or_else(|error| panic!("{error}"))
