@@ -195,17 +195,28 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfi
             Err(error) => return Err(error.into()),
         };
         let made = tries.made();
-        let error = match read {
+        let (error, damaged) = match read {
             Ok(bytes) => match CacheConfig::parse_s3(&bytes) {
                 Ok(cache) => return Ok(Some(cache)),
-                Err(error) => error,
+                // What is JSON all through is what was written, if not by BuildKit or by us.
+                Err(error) => (error, !is_json(&bytes)),
             },
-            Err(error) => error,
+            Err(error) => (error, true),
         };
-        if !tries.again(Trouble::default()).await {
-            return Err(error.context(format!("reading the manifest {key} on s3 ({made} tries)")));
+        if !damaged || !tries.again(Trouble::default()).await {
+            let made = match made {
+                1 => "1 try".to_owned(),
+                _ => format!("{made} tries"),
+            };
+            return Err(error.context(format!("reading the manifest {key} on s3 ({made})")));
         }
     }
+}
+
+fn is_json(bytes: &[u8]) -> bool {
+    // On bytes alone serde_json would not look into the strings that it ignores.
+    let text = std::str::from_utf8(bytes).ok();
+    text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
 }
 
 /// An object's bytes, none missing.
