@@ -74,7 +74,7 @@ pub async fn import(
             .filter_map(|report| report.tag.as_deref())
             .collect();
         let tag = tag_for(task, source, &taken);
-        let (report, imported) = match connect(&source.s3, progress).await {
+        let (report, imported) = match interrupt.or(connect(&source.s3, progress)).await {
             Ok(store) => {
                 let import = Import {
                     source,
