@@ -98,7 +98,7 @@ pub struct ExportArgs {
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, name, prefix, endpoint_url and so on.
 Credentials are best left to the environment; the AWS default chain finds them.
-A cache that is not there yet is a warning, unless --require is given.
+Where there is no cache yet it is a warning, unless --require is given.
 
 Example:
   layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache")]
@@ -111,7 +111,7 @@ pub struct ImportArgs {
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
     pub tag: Option<String>,
 
-    /// Fail if a cache does not exist
+    /// Fail if no cache is found
     #[arg(long)]
     pub require: bool,
 
@@ -203,8 +203,6 @@ impl Global {
         }
         match env("BUILDKIT_PROGRESS").as_deref() {
             None | Some("") => Ok(Mode::Auto),
-            // buildx has this one too.
-            Some("none") => Ok(Mode::Quiet),
             Some(value) => Mode::from_str(value, false).map_err(|_| {
                 usage(format!(
                     "BUILDKIT_PROGRESS: {value:?} is not a mode (accepted: auto, plain, tty, \
@@ -322,13 +320,13 @@ impl Specs {
     }
 }
 
-fn usage(text: String) -> anyhow::Error {
+pub(crate) fn usage(text: String) -> anyhow::Error {
     anyhow::Error::new(UsageError(text))
 }
 
 /// A forgotten flag makes a spec the layout, and later errors would show it as a path.
 fn check_layout(layout: &Path, flag: &str) -> Result<()> {
-    if looks_like_spec(&layout.to_string_lossy()) {
+    if spec::is_spec(&layout.to_string_lossy()) {
         return Err(usage(format!(
             "LAYOUT looks like a spec (put {flag} before the spec, and the directory last)"
         )));
@@ -336,7 +334,7 @@ fn check_layout(layout: &Path, flag: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether a text holds something that could be a spec, and so a credential.
+/// Whether a message holds something that could be a piece of a spec, and so of a credential.
 fn looks_like_spec(text: &str) -> bool {
     text.to_lowercase().contains("type=") || spec::may_hold_credentials(text)
 }
@@ -354,19 +352,9 @@ fn tag_name(name: &str) -> Result<String, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::tests::{env_of, no_env};
 
     const SPEC: &str = "type=s3,region=us-east-1,bucket=cache";
-
-    fn no_env(_: &str) -> Option<String> {
-        None
-    }
-
-    fn env_of(pairs: &'static [(&'static str, &'static str)]) -> impl Fn(&str) -> Option<String> {
-        move |name| {
-            let (_, value) = pairs.iter().find(|(key, _)| *key == name)?;
-            Some((*value).to_owned())
-        }
-    }
 
     fn typed(words: &[&str]) -> Args {
         parse([&["layercache"], words].concat()).unwrap_or_else(|error| panic!("{error}"))
@@ -500,6 +488,8 @@ mod tests {
         assert_eq!(none.progress(&empty).unwrap(), Mode::Auto);
         let buildx = env_of(&[("BUILDKIT_PROGRESS", "none")]);
         assert_eq!(none.progress(&buildx).unwrap(), Mode::Quiet);
+        let flag = typed(&["--progress=none", "export", "dir"]).global;
+        assert_eq!(flag.progress(&no_env).unwrap(), Mode::Quiet);
         let error = none
             .progress(&env_of(&[("BUILDKIT_PROGRESS", "fancy")]))
             .unwrap_err();
@@ -676,6 +666,20 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_with_an_odd_name_is_no_spec() {
+        for layout in [
+            "./cache-key=1",
+            "/var/jenkins/job@2//cache",
+            "/data/type=local/token=1",
+            "out,key=2",
+            "prototype=3",
+        ] {
+            let (task, _) = export(&["--cache-to", SPEC, layout]);
+            assert_eq!(task.layout, PathBuf::from(layout));
+        }
+    }
+
+    #[test]
     fn no_message_shows_a_spec_that_stands_in_the_wrong_place() {
         let spec = format!("{SPEC},access_key_id=a,secret_access_key=hidden");
         for words in [
@@ -690,10 +694,19 @@ mod tests {
             assert_eq!(error.exit_code(), 2);
             assert!(!error.to_string().contains("hidden"), "{error}");
         }
-        assert_eq!(
-            usage_error(&["export", &spec], &no_env),
-            "LAYOUT looks like a spec (put --cache-to before the spec, and the directory last)"
-        );
+        for spec in [
+            &*spec,
+            "Bucket=cache",
+            "a b, type=s3",
+            "region=a;secret_access_key=hidden",
+            "./session_token=hidden",
+            "http://me:hidden@host/",
+        ] {
+            assert_eq!(
+                usage_error(&["export", spec], &no_env),
+                "LAYOUT looks like a spec (put --cache-to before the spec, and the directory last)"
+            );
+        }
         let args = typed(&["export", "--cache-to", &spec, "dir"]);
         assert!(!format!("{args:?}").contains("hidden"));
     }

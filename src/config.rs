@@ -120,7 +120,7 @@ pub struct ImportTask {
     pub layout: PathBuf,
     /// The tag to write; `None`: `latest`.
     pub tag: Option<String>,
-    /// A cache that does not exist is an error.
+    /// It is an error if no source has a cache.
     pub require: bool,
     pub missing: Missing,
     /// Hash the blobs that are there already, too.

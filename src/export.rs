@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use futures::stream::{StreamExt, TryStreamExt};
 
@@ -14,13 +14,13 @@ use crate::cache_config::CacheConfig;
 use crate::config::{ExportConfig, ExportTask, Mode};
 use crate::digest::Digest;
 use crate::layout::Layout;
-use crate::presence;
+use crate::presence::{self, Bucket};
 use crate::progress::Progress;
-use crate::report::Report;
+use crate::report::{Outcome, Report};
 use crate::snapshot::{Snapshot, blobs_of};
 use crate::store::{ObjectInfo, Store};
 use crate::upload::{Document, Limits, Uploader, blocking};
-use crate::{Connect, Interrupt, LOCK_WAIT};
+use crate::{Connect, Interrupt, Interrupted, LOCK_WAIT};
 
 /// Refreshes in flight at once: nothing but a request each, on the store's side all.
 const REFRESHES: usize = 32;
@@ -28,53 +28,77 @@ const REFRESHES: usize = 32;
 /// How long to go on aborting uploads after an export failed or was interrupted.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Runs the task; one report a target. A target that fails under `ignore-error` is a warning.
-///
-/// # Errors
-/// The first target's failure that is not ignored; what was exported until then stays.
+/// Runs the task; one report a target. A target that fails keeps no other from being tried, and
+/// under `ignore-error` is a warning; a signal ends them all.
 pub async fn export(
     task: &ExportTask,
     connect: Connect<'_>,
     limits: Limits,
     interrupt: &Interrupt,
     progress: &Progress,
-) -> Result<Vec<Report>> {
+) -> Outcome {
+    let began = Instant::now();
     let read = read_layout(task, progress);
     let source = match interrupt.or(read).await {
         Ok(read) => read,
-        Err(error)
-            if !interrupt.happened() && task.targets.iter().all(|target| target.ignore_error) =>
-        {
-            progress.warn(&format!(
-                "the export failed, which ignore-error=true allows: {error:#}"
-            ));
-            return Ok(task
-                .targets
-                .iter()
-                .map(|target| failed(target, &error))
-                .collect());
-        }
-        Err(error) => return Err(error),
+        Err(error) => return all_failed(task, error, began, progress),
     };
-    let mut reports = Vec::new();
+    let mut outcome = Outcome::default();
+    let mut targets = task.targets.iter();
+    for target in targets.by_ref() {
+        let (report, exported) =
+            export_to(target, task, &source, connect, limits, interrupt, progress).await;
+        let Err(error) = exported else {
+            outcome.reports.push(report);
+            continue;
+        };
+        let mut report = report.failed(&error);
+        let stopped = error.is::<Interrupted>();
+        if target.ignore_error && !interrupt.happened() {
+            progress.warn(&format!(
+                "the export to {} failed, which ignore-error=true allows: {error:#}",
+                address(target)
+            ));
+            report.error_ignored = true;
+        } else {
+            let error = error.context(format!("exporting to {}", address(target)));
+            outcome.errors.push(error);
+        }
+        outcome.reports.push(report);
+        if stopped {
+            break;
+        }
+    }
+    outcome.reports.extend(targets.map(|target| {
+        let not_begun = anyhow!("not begun: the run was interrupted");
+        blank(target, task).failed(&not_begun)
+    }));
+    outcome
+}
+
+/// What comes of it when there is nothing to send: one error, and every target has it.
+fn all_failed(
+    task: &ExportTask,
+    error: anyhow::Error,
+    began: Instant,
+    progress: &Progress,
+) -> Outcome {
+    let mut outcome = Outcome::default();
     for target in &task.targets {
-        let exported = export_to(target, task, &source, connect, limits, interrupt, progress).await;
-        reports.push(match exported {
-            Ok(report) => Report {
-                manifest: Some(source.manifest.to_string()),
-                ..report
-            },
-            Err(error) if target.ignore_error && !interrupt.happened() => {
-                progress.warn(&format!(
-                    "the export to {} failed, which ignore-error=true allows: {error:#}",
-                    address(target)
-                ));
-                failed(target, &error)
-            }
-            Err(error) => return Err(error.context(format!("exporting to {}", address(target)))),
+        outcome.reports.push(Report {
+            seconds: began.elapsed().as_secs_f64(),
+            error_ignored: target.ignore_error && !error.is::<Interrupted>(),
+            ..blank(target, task).failed(&error)
         });
     }
-    Ok(reports)
+    if outcome.reports.iter().any(Report::is_failure) {
+        outcome.errors.push(error);
+    } else {
+        progress.warn(&format!(
+            "the export failed, which ignore-error=true allows: {error:#}"
+        ));
+    }
+    outcome
 }
 
 fn address(target: &ExportConfig) -> String {
@@ -85,22 +109,20 @@ fn address(target: &ExportConfig) -> String {
     )
 }
 
-fn keys(target: &ExportConfig) -> Vec<String> {
-    target
-        .s3
-        .names
-        .iter()
-        .map(|name| target.s3.manifest_key(name))
-        .collect()
-}
-
-fn failed(target: &ExportConfig, error: &anyhow::Error) -> Report {
+/// A report that says where to, and nothing yet of what was done.
+fn blank(target: &ExportConfig, task: &ExportTask) -> Report {
     Report {
         command: "export",
         bucket: target.s3.bucket.clone(),
         names: target.s3.names.clone(),
-        keys: keys(target),
-        error: Some(format!("{error:#}")),
+        keys: target
+            .s3
+            .names
+            .iter()
+            .map(|name| target.s3.manifest_key(name))
+            .collect(),
+        layout: task.layout.display().to_string(),
+        dry_run: task.dry_run,
         ..Report::default()
     }
 }
@@ -184,67 +206,70 @@ async fn export_to(
     limits: Limits,
     interrupt: &Interrupt,
     progress: &Progress,
-) -> Result<Report> {
+) -> (Report, Result<()>) {
     let began = Instant::now();
-    let cache = match target.mode {
-        Mode::Max => source.snapshot.cache.clone(),
-        Mode::Min => source.snapshot.cache.min(),
+    let mut report = Report {
+        manifest: Some(source.manifest.to_string()),
+        ..blank(target, task)
     };
-    let blobs = blobs_of(&cache)?;
-    let store = connect(&target.s3, progress).await?;
-    let uploader = Arc::new(Uploader::new(
-        Arc::clone(&store),
-        source.layout.clone(),
-        Buffers::new(UPLOADS),
-        progress.clone(),
-        limits,
-    ));
-    let sent = send(
-        target,
-        task.dry_run,
-        &cache,
-        &blobs,
-        &*store,
-        &uploader,
-        progress,
-    );
-    let sent = interrupt.or(sent).await;
-    if sent.is_err() {
-        uploader.abort_unfinished(ABORT_PATIENCE).await;
-    }
-    let mut report = sent?;
-    report.command = "export";
-    report.bucket = target.s3.bucket.clone();
-    report.names = target.s3.names.clone();
-    report.keys = keys(target);
-    report.layout = task.layout.display().to_string();
-    report.dry_run = task.dry_run;
-    report.requests = store.requests();
+    let exported = async {
+        let cache = match target.mode {
+            Mode::Max => source.snapshot.cache.clone(),
+            Mode::Min => source.snapshot.cache.min(),
+        };
+        let blobs = blobs_of(&cache)?;
+        let store = connect(&target.s3, progress).await?;
+        let uploader = Arc::new(Uploader::new(
+            Arc::clone(&store),
+            source.layout.clone(),
+            Buffers::new(UPLOADS),
+            progress.clone(),
+            limits,
+        ));
+        let sent = send(
+            target,
+            &mut report,
+            &cache,
+            &blobs,
+            &*store,
+            &uploader,
+            progress,
+        );
+        let sent = interrupt.or(sent).await;
+        if sent.is_err() {
+            uploader.abort_unfinished(ABORT_PATIENCE).await;
+        }
+        report.requests = store.requests();
+        sent
+    };
+    let exported = exported.await;
     report.seconds = began.elapsed().as_secs_f64();
-    Ok(report)
+    (report, exported)
 }
 
 async fn send(
     target: &ExportConfig,
-    dry_run: bool,
+    report: &mut Report,
     cache: &CacheConfig,
     blobs: &BTreeMap<Digest, u64>,
     store: &dyn Store,
     uploader: &Uploader,
     progress: &Progress,
-) -> Result<Report> {
+) -> Result<()> {
     let manifest = Bytes::from(cache.to_s3()?);
     progress.stage("looking for blobs on s3", 0, 0);
-    let found = presence::survey(store, &target.s3, blobs.keys().copied(), progress).await?;
-    let plan = Plan::new(blobs, found, target.touch_refresh, SystemTime::now());
-    let mut report = Report {
-        transferred: plan.absent.len() as u64,
-        present: plan.present as u64,
-        refreshed: plan.old.len() as u64,
-        bytes: plan.absent.iter().map(|(_, size)| size).sum(),
-        ..Report::default()
+    let bucket = match report.dry_run {
+        true => Bucket::Unseen,
+        false => Bucket::Sure,
     };
-    if dry_run {
+    let digests = blobs.keys().copied();
+    let found = presence::survey(store, &target.s3, digests, bucket, progress).await?;
+    let plan = Plan::new(blobs, found, target.touch_refresh, SystemTime::now());
+    report.transferred = plan.absent.len() as u64;
+    report.present = plan.present as u64;
+    report.refreshed = plan.old.len() as u64;
+    report.bytes = plan.absent.iter().map(|(_, size)| size).sum();
+    if report.dry_run {
         for (digest, size) in &plan.absent {
             uploader.check_readable(digest, *size).await?;
             progress.note(&format!(
@@ -258,7 +283,7 @@ async fn send(
         for name in &target.s3.names {
             progress.note(&format!("would write {}", target.s3.manifest_key(name)));
         }
-        return Ok(report);
+        return Ok(());
     }
 
     if !plan.old.is_empty() {
@@ -315,7 +340,7 @@ async fn send(
             .with_context(|| format!("writing the manifest {key}"))?;
         progress.note(&format!("wrote {key}"));
     }
-    Ok(report)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use futures::stream::{StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 
@@ -16,13 +16,14 @@ use crate::digest::Digest;
 use crate::download::{Downloader, Fetched, publish};
 use crate::layout::Layout;
 use crate::oci::Descriptor;
+use crate::presence::{self, Bucket};
 use crate::progress::{Activity, Progress};
-use crate::report::Report;
+use crate::report::{Outcome, Report};
 use crate::retry::Trouble;
 use crate::snapshot::{self, blobs_of, documents};
 use crate::store::{Object, Store};
 use crate::upload::{Limits, blocking};
-use crate::{Connect, Interrupt, LOCK_WAIT};
+use crate::{Connect, Interrupt, Interrupted, LOCK_WAIT};
 
 /// Blobs fetched at once; the buffers' bound decides how many of them are large.
 const BLOBS: usize = 160;
@@ -39,44 +40,121 @@ const MANIFEST_LIMIT: u64 = 256 << 20;
 /// BuildKit's local import refuses a larger cache config.
 const BUILDKIT_CONFIG_LIMIT: usize = 1 << 20;
 
-/// Runs the task; one report a source.
-///
-/// # Errors
-/// The first failure; sources imported before it keep their tags.
+/// Runs the task; one report a source. A source that fails keeps no other from being tried; a
+/// signal ends them all.
 pub async fn import(
     task: &ImportTask,
     connect: Connect<'_>,
     limits: Limits,
     interrupt: &Interrupt,
     progress: &Progress,
-) -> Result<Vec<Report>> {
+) -> Outcome {
+    let began = Instant::now();
+    let mut outcome = Outcome::default();
     let root = task.layout.clone();
     let opening = blocking(move || Layout::open_for_import(&root, LOCK_WAIT));
-    let layout = interrupt.or(opening).await?;
-    let mut reports: Vec<Report> = Vec::new();
-    for source in &task.sources {
-        let taken: Vec<&str> = reports
+    let layout = match interrupt.or(opening).await {
+        Ok(layout) => layout,
+        Err(error) => {
+            outcome
+                .reports
+                .extend(task.sources.iter().map(|source| Report {
+                    seconds: began.elapsed().as_secs_f64(),
+                    ..blank(source, task).failed(&error)
+                }));
+            outcome.errors.push(error);
+            return outcome;
+        }
+    };
+    let mut sources = task.sources.iter();
+    for source in sources.by_ref() {
+        let taken: Vec<&str> = outcome
+            .reports
             .iter()
             .filter_map(|report| report.tag.as_deref())
             .collect();
         let tag = tag_for(task, source, &taken);
-        let imported = import_from(source, task, &layout, tag, connect, limits, progress);
-        let report = interrupt
-            .or(imported)
-            .await
-            .with_context(|| format!("importing from {}", address(source)));
+        let (report, imported) = match interrupt.or(connect(&source.s3, progress)).await {
+            Ok(store) => {
+                let import = Import {
+                    source,
+                    task,
+                    layout: &layout,
+                    store,
+                    progress,
+                    limits,
+                };
+                import.import(tag, interrupt).await
+            }
+            Err(error) => (blank(source, task), Err(error)),
+        };
         if !task.dry_run {
             let layout = layout.clone();
             // However it ended: only what the next run can use is to be left lying about.
-            blocking(move || {
+            let tidied = blocking(move || {
                 layout.tidy();
                 Ok(())
-            })
-            .await?;
+            });
+            if let Err(error) = tidied.await {
+                outcome.errors.push(error);
+            }
         }
-        reports.push(report?);
+        let Err(error) = imported else {
+            outcome.reports.push(report);
+            continue;
+        };
+        outcome.reports.push(report.failed(&error));
+        let stopped = error.is::<Interrupted>();
+        let error = error.context(format!("importing from {}", address(source)));
+        outcome.errors.push(error);
+        if stopped {
+            break;
+        }
     }
-    Ok(reports)
+    outcome.reports.extend(sources.map(|source| {
+        let not_begun = anyhow!("not begun: the run was interrupted");
+        blank(source, task).failed(&not_begun)
+    }));
+    judge_absent(task, &mut outcome, progress);
+    outcome
+}
+
+/// A cache that is not there yet is the first build's lot. `--require` wants one to begin with:
+/// that of a branch may be absent while main's is there.
+fn judge_absent(task: &ImportTask, outcome: &mut Outcome, progress: &Progress) {
+    let none = outcome.reports.iter().all(|report| report.not_found);
+    for (source, report) in task.sources.iter().zip(&mut outcome.reports) {
+        if !report.not_found {
+            continue;
+        }
+        let key = source.s3.manifest_key(&source.s3.names[0]);
+        let absent = format!("there is no manifest {key} in bucket {}", source.s3.bucket);
+        if task.require && none {
+            let error = anyhow!("{absent}, and --require wants one");
+            report.error = Some(error.to_string());
+            let error = error.context(format!("importing from {}", address(source)));
+            outcome.errors.push(error);
+        } else if task.require {
+            progress.warn(&format!("{absent} yet: nothing imported from there"));
+        } else {
+            progress.warn(&format!(
+                "{absent} yet: nothing imported (--require makes this an error)"
+            ));
+        }
+    }
+}
+
+/// A report that says where from, and nothing yet of what was done.
+fn blank(source: &ImportConfig, task: &ImportTask) -> Report {
+    Report {
+        command: "import",
+        bucket: source.s3.bucket.clone(),
+        names: vec![source.s3.names[0].clone()],
+        keys: vec![source.s3.manifest_key(&source.s3.names[0])],
+        layout: task.layout.display().to_string(),
+        dry_run: task.dry_run,
+        ..Report::default()
+    }
 }
 
 fn address(source: &ImportConfig) -> String {
@@ -104,54 +182,6 @@ fn tag_for(task: &ImportTask, source: &ImportConfig, taken: &[&str]) -> String {
     tag
 }
 
-async fn import_from(
-    source: &ImportConfig,
-    task: &ImportTask,
-    layout: &Layout,
-    tag: String,
-    connect: Connect<'_>,
-    limits: Limits,
-    progress: &Progress,
-) -> Result<Report> {
-    let began = Instant::now();
-    let store = connect(&source.s3, progress).await?;
-    let mut report = Report {
-        command: "import",
-        bucket: source.s3.bucket.clone(),
-        names: vec![source.s3.names[0].clone()],
-        keys: vec![source.s3.manifest_key(&source.s3.names[0])],
-        layout: task.layout.display().to_string(),
-        dry_run: task.dry_run,
-        ..Report::default()
-    };
-    let key = source.s3.manifest_key(&source.s3.names[0]);
-    progress.stage("reading the manifest", 0, 0);
-    match read_manifest(&*store, &key).await? {
-        Some(cache) => {
-            let import = Import {
-                source,
-                task,
-                layout,
-                store: Arc::clone(&store),
-                progress,
-                limits,
-            };
-            import.run(cache, tag, &mut report).await?;
-        }
-        None if task.require => bail!("there is no manifest {key} in bucket {}", source.s3.bucket),
-        None => {
-            report.not_found = true;
-            progress.warn(&format!(
-                "there is no manifest {key} in bucket {} yet: nothing imported (--require makes this an error)",
-                source.s3.bucket
-            ));
-        }
-    }
-    report.requests = store.requests();
-    report.seconds = began.elapsed().as_secs_f64();
-    Ok(report)
-}
-
 /// The manifest; `None` if there is none.
 async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfig>> {
     let mut tries = store.retries().tries();
@@ -165,17 +195,28 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfi
             Err(error) => return Err(error.into()),
         };
         let made = tries.made();
-        let error = match read {
+        let (error, damaged) = match read {
             Ok(bytes) => match CacheConfig::parse_s3(&bytes) {
                 Ok(cache) => return Ok(Some(cache)),
-                Err(error) => error,
+                // What is JSON all through is what was written, if not by BuildKit or by us.
+                Err(error) => (error, !is_json(&bytes)),
             },
-            Err(error) => error,
+            Err(error) => (error, true),
         };
-        if !tries.again(Trouble::default()).await {
-            return Err(error.context(format!("reading the manifest {key} on s3 ({made} tries)")));
+        if !damaged || !tries.again(Trouble::default()).await {
+            let made = match made {
+                1 => "1 try".to_owned(),
+                _ => format!("{made} tries"),
+            };
+            return Err(error.context(format!("reading the manifest {key} on s3 ({made})")));
         }
     }
+}
+
+fn is_json(bytes: &[u8]) -> bool {
+    // On bytes alone serde_json would not look into the strings that it ignores.
+    let text = std::str::from_utf8(bytes).ok();
+    text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
 }
 
 /// An object's bytes, none missing.
@@ -222,18 +263,30 @@ struct Import<'a> {
 }
 
 impl Import<'_> {
-    async fn run(&self, mut cache: CacheConfig, tag: String, report: &mut Report) -> Result<()> {
+    async fn import(&self, tag: String, interrupt: &Interrupt) -> (Report, Result<()>) {
+        let began = Instant::now();
+        let mut report = blank(self.source, self.task);
+        let imported = interrupt.or(self.run(tag, &mut report)).await;
+        report.requests = self.store.requests();
+        report.seconds = began.elapsed().as_secs_f64();
+        (report, imported)
+    }
+
+    async fn run(&self, tag: String, report: &mut Report) -> Result<()> {
+        let key = self.source.s3.manifest_key(&self.source.s3.names[0]);
+        self.progress.stage("reading the manifest", 0, 0);
+        let Some(mut cache) = read_manifest(&*self.store, &key).await? else {
+            report.not_found = true;
+            return Ok(());
+        };
         let blobs = blobs_of(&cache)?;
         let absent = self.absent(&blobs).await?;
         report.present = (blobs.len() - absent.len()) as u64;
         report.transferred = absent.len() as u64;
         if self.task.dry_run {
-            for (digest, size) in &absent {
-                self.progress.note(&format!(
-                    "would fetch {digest} ({})",
-                    crate::progress::bytes(*size)
-                ));
-                report.bytes += size;
+            let missing = self.would_fetch(&absent, report).await?;
+            if !missing.is_empty() {
+                self.without(&cache, &missing, report)?;
             }
             report.tag = Some(tag);
             return Ok(());
@@ -243,8 +296,7 @@ impl Import<'_> {
         blocking(move || layout.prepare()).await?;
         let missing = self.fetch(absent, report).await?;
         if !missing.is_empty() {
-            report.transferred -= missing.len() as u64;
-            cache = self.without(cache, &missing, report)?;
+            cache = self.without(&cache, &missing, report)?;
         }
 
         let (layout, tag_name) = (self.layout.clone(), tag.clone());
@@ -292,6 +344,39 @@ impl Import<'_> {
         };
         absent.sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
         Ok(absent)
+    }
+
+    /// Says what would be fetched; returns what S3 does not have.
+    async fn would_fetch(
+        &self,
+        absent: &[(Digest, u64)],
+        report: &mut Report,
+    ) -> Result<BTreeSet<Digest>> {
+        let config = &self.source.s3;
+        self.progress.stage("looking for blobs on s3", 0, 0);
+        let digests = absent.iter().map(|(digest, _)| *digest);
+        let found =
+            presence::survey(&*self.store, config, digests, Bucket::Sure, self.progress).await?;
+        let mut missing = BTreeSet::new();
+        for (digest, size) in absent {
+            let Some(info) = found.get(digest) else {
+                missing.insert(*digest);
+                continue;
+            };
+            if info.size != *size {
+                bail!(
+                    "blob {} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
+                    config.blob_key(digest),
+                    info.size
+                );
+            }
+            self.progress.note(&format!(
+                "would fetch {digest} ({})",
+                crate::progress::bytes(*size)
+            ));
+            report.bytes += size;
+        }
+        Ok(missing)
     }
 
     /// Fetches what is absent; returns what S3 does not have either.
@@ -359,7 +444,7 @@ impl Import<'_> {
     /// The cache without what S3 no longer has.
     fn without(
         &self,
-        cache: CacheConfig,
+        cache: &CacheConfig,
         missing: &BTreeSet<Digest>,
         report: &mut Report,
     ) -> Result<CacheConfig> {
@@ -376,29 +461,21 @@ impl Import<'_> {
                 }
             );
         }
+        report.transferred -= missing.len() as u64;
         for digest in missing {
             self.progress
                 .note(&format!("{digest} is not on s3 any more"));
         }
-        let had_image = cache.image.is_some();
-        let (mut kept, dropped) = cache.without_blobs(missing);
-        let image_broken = kept.image.as_ref().is_some_and(|image| {
-            image
-                .contents
-                .iter()
-                .any(|blob| missing.contains(&blob.digest))
-        });
-        if image_broken {
-            kept.image = None;
-        }
+        let (kept, dropped) = cache.without_blobs(missing);
         report.dropped_layers = dropped.layers as u64;
         report.dropped_results = dropped.results as u64;
         self.progress.warn(&format!(
-            "{} blob(s) that the manifest names are not on s3 (expired?): {} result(s) and {} layer(s) were left out{}",
+            "{} blob(s) that the manifest names are not on s3 (expired?): {} result(s) and {} layer(s) {} left out{}",
             missing.len(),
             dropped.results,
             dropped.layers,
-            if had_image && kept.image.is_none() { ", and the image cannot be given back" } else { "" }
+            if self.task.dry_run { "would be" } else { "were" },
+            if cache.image.is_some() && kept.image.is_none() { ", and the image cannot be given back" } else { "" }
         ));
         Ok(kept)
     }

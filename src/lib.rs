@@ -152,36 +152,50 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(shown.exit_code() as u8);
         }
     };
-    match run_command(args) {
-        Ok(()) => ExitCode::SUCCESS,
+    let env = |name: &str| std::env::var(name).ok();
+    let progress = match args.global.progress(&env) {
+        Ok(mode) => Progress::new(mode, args.global.verbose),
         Err(error) => {
-            let _ = writeln!(
-                std::io::stderr(),
-                "layercache: {}",
-                progress::printable(&format!("{error:#}"))
-            );
-            exit_code(&error)
+            Progress::new(progress::Mode::Quiet, false).error(&format!("{error:#}"));
+            return exit_code(&[error]);
         }
+    };
+    let errors = run_command(args, &env, &progress).unwrap_or_else(|error| vec![error]);
+    for error in &errors {
+        progress.error(&format!("{error:#}"));
     }
+    exit_code(&errors)
 }
 
-fn exit_code(error: &anyhow::Error) -> ExitCode {
-    if let Some(Interrupted { signal }) = error.downcast_ref() {
+/// Of several errors a signal counts the most.
+fn exit_code(errors: &[anyhow::Error]) -> ExitCode {
+    let interrupted = errors.iter().find_map(|error| error.downcast_ref());
+    if let Some(Interrupted { signal }) = interrupted {
         ExitCode::from(128 + *signal as u8)
-    } else if error.is::<args::UsageError>() {
+    } else if errors.iter().any(|error| error.is::<args::UsageError>()) {
         ExitCode::from(2)
+    } else if errors.is_empty() {
+        ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     }
 }
 
-fn run_command(args: args::Args) -> Result<()> {
-    let env = |name: &str| std::env::var(name).ok();
-    let progress = Progress::new(args.global.progress(&env)?, args.global.verbose);
+/// Does what was asked for, and returns what went wrong with it; an error if it was not begun.
+fn run_command(
+    args: args::Args,
+    env: spec::Env,
+    progress: &Progress,
+) -> Result<Vec<anyhow::Error>> {
     let metadata_file = args.global.metadata_file.clone();
-    let (task, warnings) = args::resolve(args, &env)?;
+    let (task, warnings) = args::resolve(args, env)?;
     for warning in warnings {
         progress.warn(&warning);
+    }
+    // At the end of hours of work it would be too late.
+    if let Some(file) = &metadata_file {
+        report::check_metadata(file)
+            .map_err(|error| args::usage(format!("--metadata-file: {error:#}")))?;
     }
     allow_many_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -196,23 +210,30 @@ fn run_command(args: args::Args) -> Result<()> {
     // each chunk of a download would cost a switch between threads.
     let working = runtime.spawn(async move {
         let interrupt = Interrupt::listen()?;
-        perform(&task, &connect, &interrupt, &watched).await
+        anyhow::Ok(perform(&task, &connect, &interrupt, &watched).await)
     });
     let done = runtime.block_on(working);
     // Work that a signal or a failure left behind ends with the process; nothing of it is needed.
     runtime.shutdown_background();
     progress.clear();
-    let reports = match done {
+    let report::Outcome {
+        reports,
+        mut errors,
+    } = match done {
         Ok(done) => done?,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     };
-    for report in &reports {
+    // What failed is told with the errors.
+    for report in reports.iter().filter(|report| !report.is_failure()) {
         let _ = writeln!(std::io::stdout(), "{}", report.summary());
     }
-    match metadata_file {
-        Some(file) => report::write_metadata(&file, &reports),
-        None => Ok(()),
+    // Also of a run that failed, or what an earlier one left would pass for its result.
+    if let Some(file) = metadata_file
+        && let Err(error) = report::write_metadata(&file, &reports)
+    {
+        errors.push(error);
     }
+    Ok(errors)
 }
 
 /// Many blobs at once are many files and connections. The soft limit of 1,024, or macOS's 256, is
@@ -236,29 +257,23 @@ fn allow_many_files() {
 }
 
 /// Performs a resolved task: what the program does, less the command line and the terminal.
-///
-/// # Errors
-/// Whatever made the task fail.
 pub async fn perform(
     task: &Task,
     connect: Connect<'_>,
     interrupt: &Interrupt,
     progress: &Progress,
-) -> Result<Vec<report::Report>> {
+) -> report::Outcome {
     perform_within(Limits::default(), task, connect, interrupt, progress).await
 }
 
 /// As [`perform`], with other sizes: what takes gigabytes on S3 can then be seen on kilobytes.
-///
-/// # Errors
-/// Whatever made the task fail.
 pub fn perform_within<'a>(
     limits: Limits,
     task: &'a Task,
     connect: Connect<'a>,
     interrupt: &'a Interrupt,
     progress: &'a Progress,
-) -> BoxFuture<'a, Result<Vec<report::Report>>> {
+) -> BoxFuture<'a, report::Outcome> {
     match task {
         Task::Export(task) => export::export(task, connect, limits, interrupt, progress).boxed(),
         Task::Import(task) => import::import(task, connect, limits, interrupt, progress).boxed(),

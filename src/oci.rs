@@ -77,14 +77,6 @@ impl Descriptor {
             extra: serde_json::Map::new(),
         }
     }
-
-    /// The tag of an index entry: its `ref.name`, else containerd's name.
-    pub fn tag(&self) -> Option<&str> {
-        self.annotations
-            .get(REF_NAME)
-            .or_else(|| self.annotations.get(CONTAINERD_NAME))
-            .map(String::as_str)
-    }
 }
 
 /// An image manifest, OCI or Docker.

@@ -16,6 +16,16 @@ const HEADS: usize = 128;
 /// Up to this many blobs are asked for by HEAD at once: one round trip, as a listing's first page.
 const FEW: usize = 16;
 
+/// How much the bucket itself is to be trusted to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bucket {
+    /// Something was read from it, or will be written to it.
+    Sure,
+    /// Nothing else will be asked of it. A HEAD's 404 has no body to say whether key or bucket is
+    /// what is missing; a listing's has.
+    Unseen,
+}
+
 /// What the store holds of `digests`.
 ///
 /// A listing of 1,000 keys costs one round trip and the price of a dozen HEADs, so it wins wherever
@@ -25,13 +35,14 @@ pub async fn survey(
     store: &dyn Store,
     config: &S3Config,
     digests: impl IntoIterator<Item = Digest>,
+    bucket: Bucket,
     progress: &Progress,
 ) -> Result<BTreeMap<Digest, ObjectInfo>> {
     let mut wanted: Vec<Digest> = digests.into_iter().collect();
     wanted.sort_unstable();
     wanted.dedup();
     let mut found = BTreeMap::new();
-    if wanted.len() > FEW {
+    if wanted.len() > FEW || bucket == Bucket::Unseen {
         list(store, config, &mut wanted, &mut found, progress).await?;
     }
     let mut heads = futures::stream::iter(wanted)

@@ -41,6 +41,8 @@ pub enum Mode {
     /// bars
     Tty,
     /// errors and warnings only
+    // buildx has it by this name too.
+    #[value(alias = "none")]
     Quiet,
     /// one JSON object a line
     Rawjson,
@@ -260,11 +262,6 @@ impl Progress {
         progress
     }
 
-    /// Whether debug lines are shown, so that one that is costly to put together can be left out.
-    pub fn is_verbose(&self) -> bool {
-        self.shared.verbose
-    }
-
     /// A new stage of the work, with what it is expected to move (0, 0 if not known).
     pub fn stage(&self, title: &str, blobs: u64, bytes: u64) {
         let stage = self.shared.begin(blobs, bytes);
@@ -345,33 +342,6 @@ impl Progress {
         })
     }
 
-    /// A blob of the stage turned out to be there already: it counts as done, and its bytes no
-    /// longer as expected.
-    pub fn present(&self, digest: &Digest, bytes: u64) {
-        let shared = &self.shared;
-        let stage = lock(&shared.stage).clone();
-        stage.begun.fetch_add(1, Relaxed);
-        stage.done.fetch_add(1, Relaxed);
-        stage.skipped.fetch_add(bytes, Relaxed);
-        let raw = matches!(&shared.sink, Sink::Lines { format, .. } if *format == Format::Raw);
-        if raw || shared.verbose {
-            let event = Event {
-                event: "done",
-                activity: Some("present"),
-                digest: Some(digest),
-                total: Some(bytes),
-                ..Event::default()
-            };
-            shared.say(event, || {
-                format!(
-                    "already there sha256:{} {}",
-                    short(digest),
-                    HumanBytes(bytes)
-                )
-            });
-        }
-    }
-
     /// Something worth a line.
     pub fn note(&self, text: &str) {
         self.shared.say_text("note", "", text);
@@ -387,6 +357,11 @@ impl Progress {
     /// A warning: shown in every mode, quiet included.
     pub fn warn(&self, text: &str) {
         self.shared.say_text("warning", "warning: ", text);
+    }
+
+    /// What made the run fail: shown in every mode.
+    pub fn error(&self, text: &str) {
+        self.shared.say_text("error", "layercache: ", text);
     }
 
     /// Takes the bars away, so that what follows is printed on a clean line; the next stage brings
@@ -559,7 +534,7 @@ impl Shared {
                         self.write(ascii_controls(json));
                     }
                 }
-                Format::Quiet if event.event != "warning" => {}
+                Format::Quiet if !matches!(event.event, "warning" | "error") => {}
                 Format::Plain | Format::Quiet => self.line(&plain()),
             },
             // There the bars show how the blobs fare, and errors come from the caller.
@@ -900,7 +875,6 @@ mod tests {
         small.done();
         small.done();
         progress.blob(Activity::Refresh, &digest(), 1024).done();
-        progress.present(&digest(), 1);
         progress.note("a note");
         progress.debug("not shown");
         progress.warn("a warning");
@@ -922,19 +896,16 @@ mod tests {
     }
 
     #[test]
-    fn verbose_adds_debug_lines_and_what_begins_or_is_present() {
+    fn verbose_adds_debug_lines_and_what_begins() {
         let rig = Rig::new(Mode::Auto, true);
         rig.progress.stage("hashing", 0, 0);
         rig.progress.blob(Activity::Hash, &digest(), 5).done();
-        rig.progress.present(&digest(), 7);
         rig.progress.debug("shown");
-        assert!(rig.progress.is_verbose());
         assert_eq!(
             rig.output(),
             "hashing\n\
              hashing sha256:e3b0c44298fc 5 B\n\
              hashed sha256:e3b0c44298fc 5 B\n\
-             already there sha256:e3b0c44298fc 7 B\n\
              debug: shown\n"
         );
     }
@@ -944,7 +915,9 @@ mod tests {
         const MIB: u64 = 1 << 20;
         let rig = Rig::new(Mode::Plain, false);
         rig.progress.stage("exporting", 3, 2000 * MIB);
-        rig.progress.present(&digest(), 1000 * MIB);
+        rig.progress
+            .blob(Activity::Refresh, &digest(), 1000 * MIB)
+            .done();
         let blob = rig.progress.blob(Activity::Upload, &digest(), 990 * MIB);
         rig.output();
 
@@ -988,19 +961,19 @@ mod tests {
     }
 
     #[test]
-    fn quiet_shows_warnings_only() {
+    fn quiet_shows_warnings_and_errors_only() {
         let rig = Rig::new(Mode::Quiet, true);
         rig.progress.stage("exporting", 1, 159);
         let blob = rig.progress.blob(Activity::Upload, &digest(), 159);
         rig.pass(60_000);
         blob.advance(159);
         blob.done();
-        rig.progress.present(&digest(), 1);
         drop(rig.progress.blob(Activity::Upload, &digest(), 159));
         rig.progress.note("a note");
         rig.progress.debug("a debug line");
         rig.progress.warn("a warning");
-        assert_eq!(rig.output(), "warning: a warning\n");
+        rig.progress.error("an error");
+        assert_eq!(rig.output(), "warning: a warning\nlayercache: an error\n");
     }
 
     #[test]
@@ -1012,10 +985,10 @@ mod tests {
         rig.pass(5);
         blob.done();
         drop(progress.blob(Activity::Download, &digest(), 100));
-        progress.present(&digest(), 7);
         progress.note("a \"note\"\n");
         progress.debug("detail");
         progress.warn("careful \u{9b}31m\u{7f}");
+        progress.error("it failed");
         const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         let expected = [
             r#"{"time":"2023-11-14T22:13:20.000Z","event":"stage","total":300,"text":"exporting"}"#,
@@ -1023,10 +996,10 @@ mod tests {
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"done","activity":"upload","digest":"sha256:HEX","total":200}"#,
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"start","activity":"download","digest":"sha256:HEX","total":100}"#,
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"failed","activity":"download","digest":"sha256:HEX","total":100,"current":0}"#,
-            r#"{"time":"2023-11-14T22:13:20.005Z","event":"done","activity":"present","digest":"sha256:HEX","total":7}"#,
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"note","text":"a \"note\"\n"}"#,
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"debug","text":"detail"}"#,
             r#"{"time":"2023-11-14T22:13:20.005Z","event":"warning","text":"careful \u009b31m\u007f"}"#,
+            r#"{"time":"2023-11-14T22:13:20.005Z","event":"error","text":"it failed"}"#,
             "",
         ]
         .join("\n")
@@ -1088,7 +1061,10 @@ mod tests {
     fn numbers_that_make_no_sense_do_no_harm() {
         let rig = Rig::new(Mode::Plain, false);
         rig.progress.stage("exporting", u64::MAX, u64::MAX);
-        rig.progress.present(&digest(), u64::MAX);
+        rig.progress
+            .blob(Activity::Refresh, &digest(), u64::MAX)
+            .done();
+        rig.output();
         let blob = rig.progress.blob(Activity::Upload, &digest(), 10);
         blob.take_back(5);
         rig.pass(u64::MAX / 2);
@@ -1096,8 +1072,7 @@ mod tests {
         blob.done();
         assert_eq!(
             rig.output(),
-            "exporting (18446744073709551615 blobs, 16.00 EiB)\n\
-             uploading 100% of 10 B, 0 B/s, 1 of 18446744073709551615 blobs done\n\
+            "uploading 100% of 10 B, 0 B/s, 1 of 18446744073709551615 blobs done\n\
              uploaded sha256:e3b0c44298fc 10 B\n"
         );
     }

@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::progress;
@@ -46,12 +46,51 @@ pub struct Report {
     /// HTTP requests, retries included.
     pub requests: u64,
     pub seconds: f64,
-    /// Set when the export failed under `ignore-error`.
+    /// Why it failed. What was moved until then is not counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// It failed under `ignore-error`, which is no failure of the run.
+    #[serde(skip_serializing_if = "is_false")]
+    pub error_ignored: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// What came of a run.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// One for each spec, in their order, of those that failed too.
+    pub reports: Vec<Report>,
+    /// What went wrong and is not ignored: with any, the run has failed.
+    pub errors: Vec<anyhow::Error>,
 }
 
 impl Report {
+    /// The same place and nothing done there.
+    pub fn failed(self, error: &anyhow::Error) -> Self {
+        Report {
+            command: self.command,
+            bucket: self.bucket,
+            names: self.names,
+            keys: self.keys,
+            layout: self.layout,
+            manifest: self.manifest,
+            dry_run: self.dry_run,
+            requests: self.requests,
+            seconds: self.seconds,
+            error: Some(format!("{error:#}")),
+            ..Report::default()
+        }
+    }
+
+    /// Whether this is what the run failed of.
+    pub fn is_failure(&self) -> bool {
+        self.error.is_some() && !self.error_ignored
+    }
+
     /// The closing summary for people: one or two lines, the last without a line end. What came
     /// from the network or the user is escaped.
     pub fn summary(&self) -> String {
@@ -65,7 +104,11 @@ impl Report {
         if let Some(error) = &self.error {
             let error = progress::printable(error);
             let action = if import { "import from" } else { "export to" };
-            return format!("{action} {remote} failed, which is ignored: {error}; {cost}");
+            let ignored = match self.error_ignored {
+                true => ", which is ignored",
+                false => "",
+            };
+            return format!("{action} {remote} failed{ignored}: {error}; {cost}");
         }
         if self.not_found {
             return format!("nothing is stored at {remote}: nothing imported; {cost}");
@@ -109,7 +152,12 @@ impl Report {
         if !dropped.is_empty() {
             let _ = write!(
                 summary,
-                "\nleft out {} because blobs are missing",
+                "\n{} {} because blobs are missing",
+                if self.dry_run {
+                    "would leave out"
+                } else {
+                    "left out"
+                },
                 dropped.join(" and ")
             );
         }
@@ -164,6 +212,20 @@ struct Metadata<'a> {
     results: &'a [Report],
 }
 
+/// Whether [`write_metadata`] can be expected to work, asked before there is anything to lose.
+/// Errors name the file.
+pub fn check_metadata(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    let checked = match place(path) {
+        Ok(Place::Stream) => rustix::fs::access(path, rustix::fs::Access::WRITE_OK)
+            .map_err(|error| std::io::Error::from(error).into()),
+        // Opening or replacing what is there would already be a result.
+        Ok(Place::File(target)) => stage(&target).map(drop),
+        Err(error) => Err(error),
+    };
+    checked.with_context(|| format!("cannot write metadata file {path:?}"))
+}
+
 /// Writes the reports as JSON to the file at `path`, which is replaced in one step, or written to
 /// where it is no regular file (`/dev/stdout`, a pipe). Errors name the file.
 pub fn write_metadata(path: impl AsRef<Path>, reports: &[Report]) -> Result<()> {
@@ -179,19 +241,43 @@ fn write_json(path: &Path, reports: &[Report]) -> Result<()> {
     let mut json = serde_json::to_vec_pretty(&metadata)?;
     json.push(b'\n');
 
-    let target = match std::fs::metadata(path) {
-        Ok(found) if !found.is_file() => {
-            std::fs::OpenOptions::new()
-                .write(true)
-                .open(path)?
-                .write_all(&json)?;
-            return Ok(());
+    match place(path)? {
+        Place::Stream => {
+            let mut stream = std::fs::OpenOptions::new().write(true).open(path)?;
+            stream.write_all(&json)?;
         }
+        Place::File(target) => {
+            let mut staged = stage(&target)?;
+            staged.write_all(&json)?;
+            staged.persist(&target)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a metadata file's path leads to.
+enum Place {
+    /// A file that is there or is not, to be replaced.
+    File(PathBuf),
+    /// A pipe or a device, to be written to.
+    Stream,
+}
+
+fn place(path: &Path) -> Result<Place> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => bail!("it is a directory"),
+        Ok(found) if !found.is_file() => Ok(Place::Stream),
         // A symlink stays; what it points to is replaced.
-        Ok(_) => path.canonicalize()?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => path.to_path_buf(),
-        Err(error) => return Err(error.into()),
-    };
+        Ok(_) => Ok(Place::File(path.canonicalize()?)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(Place::File(path.to_path_buf()))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A file beside `target`, to be given its name.
+fn stage(target: &Path) -> Result<tempfile::NamedTempFile> {
     let directory = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -199,12 +285,8 @@ fn write_json(path: &Path, reports: &[Report]) -> Result<()> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".metadata-");
     // tempfile's own default is for secrets; this is a result that other CI steps read.
-    #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut staged = builder.tempfile_in(directory)?;
-    staged.write_all(&json)?;
-    staged.persist(&target)?;
-    Ok(())
+    Ok(builder.tempfile_in(directory)?)
 }
 
 #[cfg(test)]
@@ -315,6 +397,7 @@ mod tests {
         );
         let failed = Report {
             error: Some("access denied\x1b[2J".into()),
+            error_ignored: true,
             ..export()
         };
         assert_eq!(
@@ -382,7 +465,6 @@ mod tests {
         assert_eq!(directory.path().read_dir().unwrap().count(), 1);
     }
 
-    #[cfg(unix)]
     #[test]
     fn a_symlink_stays_and_what_it_points_to_is_replaced() {
         let directory = tempfile::tempdir().unwrap();

@@ -365,7 +365,7 @@ fn s3_config(
         blobs_prefix,
         manifests_prefix,
         names: names(attributes.take("name"), direction, warnings)?,
-        credentials: credentials(attributes)?,
+        credentials: credentials(attributes, env)?,
         retry_mode: match attributes.take("retry_mode").as_deref() {
             None | Some("standard") => RetryMode::Standard,
             Some("adaptive") => RetryMode::Adaptive,
@@ -612,45 +612,68 @@ fn check_keys(config: &S3Config, warnings: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-fn credentials(attributes: &mut Attributes) -> Result<Option<StaticCredentials>> {
-    let access_key_id = attributes.take_filled("access_key_id");
-    let secret_access_key = attributes.take_filled("secret_access_key");
-    let session_token = attributes.take_filled("session_token");
+/// The spec's credentials; `None` if it has none, which leaves it to the default chain. What it
+/// leaves out of the three comes from the environment, as in buildx. There, too, both keys in the
+/// spec keep the environment's token out: it goes with other keys.
+fn credentials(attributes: &mut Attributes, env: Env) -> Result<Option<StaticCredentials>> {
+    let mut given = |source| {
+        let value = attributes.take_filled(source)?;
+        Some(Sourced { value, source })
+    };
+    let (id, secret, token) = (
+        given("access_key_id"),
+        given("secret_access_key"),
+        given("session_token"),
+    );
+    let own_keys = id.is_some() && secret.is_some();
+    if id.is_none() && secret.is_none() && token.is_none() {
+        return Ok(None);
+    }
+    let from_env = |source| {
+        let value = env(source).filter(|value| !value.is_empty())?;
+        Some(Sourced { value, source })
+    };
+    let id = id.or_else(|| from_env("AWS_ACCESS_KEY_ID"));
+    let secret = secret.or_else(|| from_env("AWS_SECRET_ACCESS_KEY"));
+    let token = match token {
+        None if !own_keys => from_env("AWS_SESSION_TOKEN"),
+        token => token,
+    };
     // These two are sent in headers; the secret only goes through HMAC. A line break that came
     // along from a file is refused rather than left to fail as a wrong signature.
-    for (attribute, value) in [
-        ("access_key_id", &access_key_id),
-        ("session_token", &session_token),
-    ] {
+    for sent in [&id, &token].into_iter().flatten() {
         ensure!(
-            value
-                .iter()
-                .all(|value| value.bytes().all(|c| c.is_ascii_graphic())),
-            "{attribute}: the value holds a space, a line break or another character that no \
-             credential has"
+            sent.value.bytes().all(|c| c.is_ascii_graphic()),
+            "{}: the value holds a space, a line break or another character that no credential has",
+            sent.source
         );
     }
-    ensure!(
-        secret_access_key
-            .iter()
-            .all(|value| !value.contains(char::is_control)),
-        "secret_access_key: the value holds a line break or another control character"
-    );
-    match (access_key_id, secret_access_key) {
-        (Some(access_key_id), Some(secret_access_key)) => Ok(Some(StaticCredentials {
-            access_key_id,
-            secret_access_key,
-            session_token,
+    if let Some(secret) = &secret {
+        ensure!(
+            !secret.value.contains(char::is_control),
+            "{}: the value holds a line break or another control character",
+            secret.source
+        );
+    }
+    match (id, secret) {
+        (Some(id), Some(secret)) => Ok(Some(StaticCredentials {
+            access_key_id: id.value,
+            secret_access_key: secret.value,
+            session_token: token.map(|token| token.value),
         })),
-        (Some(_), None) => bail!("secret_access_key: missing (access_key_id is given without it)"),
-        (None, Some(_)) => bail!("access_key_id: missing (secret_access_key is given without it)"),
-        (None, None) => {
-            ensure!(
-                session_token.is_none(),
-                "session_token: given without access_key_id and secret_access_key"
-            );
-            Ok(None)
-        }
+        (Some(id), None) => bail!(
+            "secret_access_key: missing ({} is given without it, and AWS_SECRET_ACCESS_KEY is not \
+             set)",
+            id.source
+        ),
+        (None, Some(secret)) => bail!(
+            "access_key_id: missing ({} is given without it, and AWS_ACCESS_KEY_ID is not set)",
+            secret.source
+        ),
+        (None, None) => bail!(
+            "session_token: given without access_key_id and secret_access_key (and \
+             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set)"
+        ),
     }
 }
 
@@ -749,6 +772,25 @@ fn quoted(value: &str) -> String {
     format!("{start:?}{more}")
 }
 
+/// Whether a text that should be something else is a spec, or holds a credential as one does.
+/// Directories, too, can have `=`, `@` and commas in their names.
+pub(crate) fn is_spec(text: &str) -> bool {
+    let text = text.to_lowercase();
+    let has_attribute = text.split(',').any(|field| {
+        let key = field.split_once('=').map(|(key, _)| key.trim());
+        key.is_some_and(|key| BOTH.contains(&key) || TO_ONLY.contains(&key))
+    });
+    // Wherever it stands: with other separators a spec is one field.
+    let has_secret = text.match_indices('=').any(|(at, _)| {
+        let before = text.get(..at).unwrap_or_default().trim_end();
+        SECRETS.iter().any(|secret| before.ends_with(secret))
+    });
+    let has_password = text
+        .split_once("://")
+        .is_some_and(|(_, rest)| authority(rest).contains('@'));
+    has_attribute || has_secret || has_password
+}
+
 /// Whether a text holds what could be a credential's attribute, or a URL with a password in it.
 pub(crate) fn may_hold_credentials(text: &str) -> bool {
     let text = text.to_lowercase();
@@ -759,18 +801,20 @@ pub(crate) fn may_hold_credentials(text: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
     const MINIMAL: &str = "type=s3,region=us-east-1,bucket=cache";
 
-    fn no_env(_: &str) -> Option<String> {
+    pub(crate) fn no_env(_: &str) -> Option<String> {
         None
     }
 
-    fn env_of(pairs: &'static [(&'static str, &'static str)]) -> impl Fn(&str) -> Option<String> {
+    pub(crate) fn env_of(
+        pairs: &'static [(&'static str, &'static str)],
+    ) -> impl Fn(&str) -> Option<String> {
         move |name| {
             let (_, value) = pairs.iter().find(|(key, _)| *key == name)?;
             Some((*value).to_owned())
@@ -1221,20 +1265,65 @@ mod tests {
         for more in ["access_key_id=a", "access_key_id=a,secret_access_key="] {
             assert_eq!(
                 to_error(more),
-                "secret_access_key: missing (access_key_id is given without it)"
+                "secret_access_key: missing (access_key_id is given without it, and \
+                 AWS_SECRET_ACCESS_KEY is not set)"
             );
         }
         assert_eq!(
             to_error("secret_access_key=b,session_token=c"),
-            "access_key_id: missing (secret_access_key is given without it)"
+            "access_key_id: missing (secret_access_key is given without it, and AWS_ACCESS_KEY_ID is \
+             not set)"
         );
         assert_eq!(
             to_error("session_token=c"),
-            "session_token: given without access_key_id and secret_access_key"
+            "session_token: given without access_key_id and secret_access_key (and AWS_ACCESS_KEY_ID \
+             and AWS_SECRET_ACCESS_KEY are not set)"
         );
         // The default chain reads the environment; here its credentials are none of our business.
         let env = env_of(&[("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")]);
         assert_eq!(cache_to(MINIMAL, &env).unwrap().config.s3.credentials, None);
+    }
+
+    #[test]
+    fn what_a_spec_leaves_out_of_its_credentials_comes_from_the_environment() {
+        let env = env_of(&[
+            ("AWS_ACCESS_KEY_ID", "env-id"),
+            ("AWS_SECRET_ACCESS_KEY", "env-secret"),
+            ("AWS_SESSION_TOKEN", "env-token"),
+        ]);
+        let with = |more: &str, env| {
+            let parsed = cache_to(&format!("{MINIMAL},{more}"), env).expect(more);
+            let found = parsed.config.s3.credentials.expect(more);
+            let token = found.session_token.unwrap_or_default();
+            [found.access_key_id, found.secret_access_key, token]
+        };
+        for (more, expected) in [
+            ("access_key_id=a", ["a", "env-secret", "env-token"]),
+            ("secret_access_key=b", ["env-id", "b", "env-token"]),
+            ("session_token=c", ["env-id", "env-secret", "c"]),
+            ("access_key_id=a,session_token=c", ["a", "env-secret", "c"]),
+            // The environment's token belongs to the environment's keys.
+            ("access_key_id=a,secret_access_key=b", ["a", "b", ""]),
+        ] {
+            assert_eq!(with(more, &env), expected, "{more}");
+        }
+        let no_token = env_of(&[
+            ("AWS_ACCESS_KEY_ID", "env-id"),
+            ("AWS_SECRET_ACCESS_KEY", "env-secret"),
+            ("AWS_SESSION_TOKEN", ""),
+        ]);
+        assert_eq!(with("access_key_id=a", &no_token), ["a", "env-secret", ""]);
+        let half = env_of(&[("AWS_ACCESS_KEY_ID", "env-id")]);
+        assert_eq!(
+            error(cache_to(&format!("{MINIMAL},session_token=c"), &half)),
+            "secret_access_key: missing (AWS_ACCESS_KEY_ID is given without it, and \
+             AWS_SECRET_ACCESS_KEY is not set)"
+        );
+        let broken = env_of(&[("AWS_SECRET_ACCESS_KEY", "hidden\n")]);
+        assert_eq!(
+            error(cache_to(&format!("{MINIMAL},access_key_id=a"), &broken)),
+            "AWS_SECRET_ACCESS_KEY: the value holds a line break or another control character"
+        );
     }
 
     #[test]

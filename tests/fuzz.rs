@@ -856,7 +856,7 @@ proptest! {
         let config = spec::cache_from(spec, &|_| None).expect("a good spec").config.s3;
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let found = runtime
-            .block_on(presence::survey(&store, &config, wanted.iter().copied(), &Progress::silent()))
+            .block_on(presence::survey(&store, &config, wanted.iter().copied(), presence::Bucket::Sure, &Progress::silent()))
             .expect("nothing fails here");
         prop_assert!(found.keys().all(|digest| wanted.contains(digest)));
         let calls = store.calls.load(Ordering::Relaxed);

@@ -268,6 +268,42 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
 }
 
 #[test]
+fn a_dry_run_of_an_export_notices_that_there_is_no_such_bucket() {
+    let server = Server::start();
+    let spec = server
+        .spec("mode=max")
+        .replace("bucket=cache", "bucket=absent");
+    Program::export(&spec, &fixture("local-max"))
+        .arg("--dry-run")
+        .run()
+        .ends_with(1)
+        .says("absent");
+    assert!(server.log().iter().all(|logged| logged.method != "PUT"));
+}
+
+#[test]
+fn a_dry_run_of_an_export_asks_for_each_blob_where_it_may_not_list() {
+    let server = Server::builder().no_list().start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .arg("--dry-run")
+        .run()
+        .succeeds()
+        .says("would upload 10");
+    assert_eq!(server.count("HeadObject"), BLOBS_OF_MAX);
+}
+
+#[test]
+fn an_export_of_few_blobs_asks_for_them_without_a_listing() {
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .run()
+        .succeeds();
+    let listings = server.log().into_iter();
+    let listings = listings.filter(|logged| logged.operation.starts_with("ListObjects"));
+    assert_eq!(listings.count(), 0);
+}
+
+#[test]
 fn a_second_import_asks_for_the_manifest_alone_and_changes_nothing() {
     let server = Server::start();
     Program::export(&server.spec("mode=max"), &fixture("local-max"))
@@ -538,6 +574,33 @@ fn the_metadata_file_holds_the_summary_as_json() {
     assert_eq!(result["transferred"], 10);
     assert_eq!(result["present"], 0);
     assert_eq!(result["requests"], server.log().len());
+}
+
+#[test]
+fn under_rawjson_each_line_of_a_run_that_fails_is_json_and_the_last_is_the_error() {
+    let server = Server::start();
+    let absent = server.spec("").replace("bucket=cache", "bucket=absent");
+    for (spec, code, says) in [
+        (absent, 1, "exporting to s3://absent"),
+        (server.spec("mode=maximal"), 2, "mode: "),
+    ] {
+        let run = Program::export(&spec, &fixture("local-max"))
+            .args(["--progress", "rawjson"])
+            .run()
+            .ends_with(code);
+        let events: Vec<serde_json::Value> = run
+            .stderr
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}")))
+            .collect();
+        let last = events.last().expect("an event");
+        assert_eq!(last["event"], "error");
+        assert!(
+            last["text"].as_str().expect("a text").contains(says),
+            "{last}"
+        );
+        assert!(last["time"].is_string());
+    }
 }
 
 #[test]

@@ -298,6 +298,45 @@ fn either_signal_stops_an_import_and_the_next_one_finishes() {
 }
 
 #[test]
+fn what_was_done_before_a_signal_is_reported() {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let file = folder.path().join("metadata.json");
+    let server = Server::start();
+    let program = Program::new()
+        .arg("export")
+        .args(["--cache-to", &server.spec("mode=max,name=a")])
+        .args(["--cache-to", &server.spec("mode=max,name=b")])
+        .args(["--cache-to", &server.spec("mode=max,name=c")])
+        .arg(fixture("local-max"))
+        .arg("--metadata-file")
+        .arg(&file);
+    let run = run_under(program, &server, move |asked, victim| {
+        (asked.key == "manifests/b").then(|| {
+            victim.signal(libc::SIGINT);
+            Fault::Hang
+        })
+    })
+    .ends_with(130);
+    assert_eq!(run.stdout.lines().count(), 1, "{}", run.stdout);
+    assert!(
+        run.stdout
+            .starts_with("exported 10 layers to s3://cache/manifests/a"),
+        "{}",
+        run.stdout
+    );
+    assert_eq!(run.stderr.matches("layercache: ").count(), 1);
+    let metadata = std::fs::read(&file).expect("it was written");
+    let metadata: serde_json::Value = serde_json::from_slice(&metadata).expect("JSON");
+    let results = metadata["results"].as_array().expect("results");
+    assert_eq!(results.len(), 3);
+    assert_eq!(results[0]["transferred"], 10);
+    for (result, says) in results[1..].iter().zip(["interrupted", "not begun"]) {
+        let error = result["error"].as_str().expect("an error");
+        assert!(error.starts_with(says), "{error}");
+    }
+}
+
+#[test]
 fn a_signal_stops_an_export_that_waits_for_credentials() {
     let server = Server::start();
     let home = tempfile::tempdir().expect("a temporary directory");

@@ -96,6 +96,24 @@ fn the_environment_s_keys_and_session_token_sign_every_request() {
 }
 
 #[test]
+fn what_a_spec_leaves_out_comes_from_the_environment_but_no_token_for_keys_of_its_own() {
+    let server = Server::start();
+    let spec = server.keyless_spec(&format!("mode=max,access_key_id={SESSION_ACCESS_KEY}"));
+    Program::export(&spec, &fixture("local-max"))
+        .env("AWS_SECRET_ACCESS_KEY", SESSION_SECRET_KEY)
+        .env("AWS_SESSION_TOKEN", SESSION_TOKEN)
+        .run()
+        .succeeds();
+    exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
+    let server = Server::start();
+    Program::export(&server.spec("mode=max"), &fixture("local-max"))
+        .env("AWS_SESSION_TOKEN", SESSION_TOKEN)
+        .run()
+        .succeeds();
+    exported_with(&server, ACCESS_KEY, None);
+}
+
+#[test]
 fn a_profile_of_the_home_s_credentials_file_signs_every_request() {
     let server = Server::start();
     let other = "[default]\naws_access_key_id = AKIAOTHER\naws_secret_access_key = other\n";

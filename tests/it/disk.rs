@@ -289,6 +289,25 @@ fn a_metadata_file_that_cannot_be_written_fails_the_run_after_the_export_is_done
 }
 
 #[test]
+fn a_metadata_file_that_has_no_place_is_found_out_before_any_request() {
+    let server = Server::start();
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let absent = folder.path().join("absent/metadata.json");
+    for file in [&*absent, folder.path()] {
+        // Nor does `ignore-error` let it pass.
+        Program::export(&server.spec("ignore-error=true"), &fixture("local-max"))
+            .arg("--metadata-file")
+            .arg(file)
+            .run()
+            .ends_with(2)
+            .says("--metadata-file: cannot write metadata file")
+            .says(&file.display().to_string());
+    }
+    assert_eq!(server.log().len(), 0);
+    assert_eq!(folder.path().read_dir().expect("it").count(), 0);
+}
+
+#[test]
 #[cfg(target_os = "linux")]
 fn results_that_no_one_can_read_do_not_fail_the_export() {
     let server = Server::start();

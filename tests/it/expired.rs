@@ -116,6 +116,49 @@ fn under_missing_error_an_import_fails_names_the_blob_and_sets_no_tag() {
 }
 
 #[test]
+fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
+    let server = exported();
+    server.remove(&format!("blobs/{MIDDLE}"));
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let layout = folder.path().join("layout");
+    let import = || Program::import(&server.spec(""), &layout);
+    let run = import()
+        .arg("--dry-run")
+        .run()
+        .succeeds()
+        .says(&format!("{MIDDLE} is not on s3 any more"))
+        .says("would be left out")
+        .says("would fetch 9 ")
+        .says("would leave out");
+    assert!(!run.stderr.contains(&format!("would fetch {MIDDLE}")));
+    import()
+        .args(["--dry-run", "--missing=error"])
+        .run()
+        .ends_with(1)
+        .says(MIDDLE);
+    assert!(!layout.exists());
+    assert_eq!(server.count("GetObject"), 2, "the manifest, twice");
+
+    // What the real run leaves out is what was announced.
+    let announced = run.stdout.lines().nth(1).expect("a second line");
+    let done = import().run().succeeds().stdout;
+    let done = done.lines().nth(1).expect("a second line");
+    assert_eq!(announced.replace("would leave out", "left out"), done);
+}
+
+#[test]
+fn a_dry_run_fails_of_a_blob_that_has_another_size() {
+    let server = exported();
+    server.put(&format!("blobs/{LEAF}"), "short");
+    let layout = tempfile::tempdir().expect("a temporary directory");
+    Program::import(&server.spec(""), layout.path())
+        .arg("--dry-run")
+        .run()
+        .ends_with(1)
+        .says("it has 5 bytes");
+}
+
+#[test]
 fn an_export_uploads_blobs_that_are_gone_though_a_manifest_names_them() {
     let server = exported();
     server.remove(&format!("blobs/{LEAF}"));

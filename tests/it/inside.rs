@@ -76,7 +76,13 @@ impl Inside {
         let (interrupt, progress) = (Interrupt::never(), Progress::silent());
         let run = perform_within(self.limits, task, &connect, &interrupt, &progress);
         match tokio::time::timeout(FOR_EVER, run).await {
-            Ok(done) => done.map_err(|error| format!("{error:#}")),
+            Ok(done) if done.errors.is_empty() => Ok(done.reports),
+            Ok(done) => Err(done
+                .errors
+                .iter()
+                .map(|error| format!("{error:#}"))
+                .collect::<Vec<_>>()
+                .join("\n")),
             Err(_) => panic!("the run hangs"),
         }
     }

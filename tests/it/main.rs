@@ -17,6 +17,7 @@ mod scripted;
 mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
+mod several;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;

@@ -372,3 +372,34 @@ fn an_expired_token_is_replaced_once_and_then_the_error_stands() {
         assert_eq!(server.count("PutObject"), if works { 5 } else { 2 });
     }
 }
+
+#[test]
+fn a_manifest_that_came_damaged_is_asked_for_again_and_one_that_was_written_so_is_not() {
+    let newer = r#"{"layercache":{"version":99}}"#;
+    let loose = r#"{"layers":[],"records":[{"layers":[{"layer":7}],"digest":"sha256:x"}]}"#;
+    let foreign = b"{\"layers\":[{\"blob\":\"\xff\"}]}";
+    for (bytes, attempts, tries) in [
+        (newer.as_bytes(), 3, 1),
+        (loose.as_bytes(), 3, 1),
+        (b"[1]", 3, 1),
+        (b"<html>", 3, 3),
+        (b"<html>", 1, 1),
+        (&newer.as_bytes()[..20], 3, 3),
+        (foreign, 3, 3),
+        (b"", 2, 2),
+    ] {
+        let server = Server::start();
+        server.put("manifests/buildkit", bytes.to_vec());
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let spec = server.spec(&format!("retry_max_attempts={attempts}"));
+        let task = inside::import(&spec, folder.path());
+        let run = inside::runtime().block_on(Inside::fast().run(&task));
+        let error = run.expect_err("there is no such cache");
+        assert_eq!(server.count("GetObject"), tries, "{error}");
+        let says = match tries {
+            1 => "(1 try)".to_owned(),
+            _ => format!("({tries} tries)"),
+        };
+        assert!(error.contains(&says), "{error}");
+    }
+}
