@@ -331,8 +331,12 @@ impl Downloader {
                 tries.progressed();
             }
             if !tries.again(Trouble::default()).await {
+                let tried = tries.summary().map(|tried| format!(" ({tried})"));
                 return Err(error).with_context(|| {
-                    format!("getting {key} from s3: the body broke off after {have} of {length} bytes, {} tries", tries.made())
+                    format!(
+                        "getting {key} from s3: the body broke off after {have} of {length} bytes{}",
+                        tried.unwrap_or_default()
+                    )
                 });
             }
         }

@@ -194,7 +194,6 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfi
             Err(error) if error.is_nonsense() => Err(error.into()),
             Err(error) => return Err(error.into()),
         };
-        let made = tries.made();
         let (error, damaged) = match read {
             Ok(bytes) => match CacheConfig::parse_s3(&bytes) {
                 Ok(cache) => return Ok(Some(cache)),
@@ -204,11 +203,9 @@ async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfi
             Err(error) => (error, true),
         };
         if !damaged || !tries.again(Trouble::default()).await {
-            let made = match made {
-                1 => "1 try".to_owned(),
-                _ => format!("{made} tries"),
-            };
-            return Err(error.context(format!("reading the manifest {key} on s3 ({made})")));
+            let tried = tries.summary().map(|tried| format!(" ({tried})"));
+            let tried = tried.unwrap_or_default();
+            return Err(error.context(format!("reading the manifest {key} on s3{tried}")));
         }
     }
 }
