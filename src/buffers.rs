@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that an export may hold in buffers at once: eight parts of 5.25 MiB, enough to keep as many
-/// connections busy with one blob. Peak memory stays below 64 MiB.
-pub const UPLOADS: u64 = 42 << 20;
+/// Bytes that an export may hold in buffers at once: nine parts of 5.25 MiB, to keep as many
+/// connections busy. Peak memory stays below 64 MiB.
+pub const UPLOADS: u64 = 48 << 20;
 
-/// The same for an import: eight pieces of 4 MiB. Less, as what a connection reads comes on top.
-pub const DOWNLOADS: u64 = 32 << 20;
+/// The same for an import: pieces of 2 MiB, and what waits to be written of the first piece of each
+/// blob. Less, as what a connection reads comes on top.
+pub const DOWNLOADS: u64 = 40 << 20;
 
 /// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
 const UNIT: u64 = 4 << 10;

@@ -24,7 +24,10 @@ use crate::store::{Kind, Store};
 use crate::upload::{Limits, blocking};
 
 /// Pieces of one blob in flight.
-const WINDOW: usize = 10;
+const WINDOW: usize = 20;
+
+/// The least of them, however many blobs are in flight.
+const LEAST: usize = 3;
 
 /// Bytes of a blob that are hashed and written at a time, if so many have come.
 const BATCH: u64 = 256 << 10;
@@ -355,7 +358,7 @@ impl<'a> Active<'a> {
     /// Pieces that it may have in flight: all for one, but few each for many, lest the blobs be
     /// fetched (and hashed, which no two cores can share for one blob) one after the other.
     fn share(&self) -> usize {
-        (WINDOW / self.0.load(Ordering::Relaxed).max(1)).max(2)
+        (WINDOW / self.0.load(Ordering::Relaxed).max(1)).max(LEAST)
     }
 }
 

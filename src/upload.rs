@@ -58,7 +58,7 @@ impl Default for Limits {
             part: (5 << 20) + BUFFER,
             copy: 5 << 30,
             copy_part: 512 << 20,
-            piece: 4 << 20,
+            piece: 2 << 20,
         }
     }
 }
