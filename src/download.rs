@@ -82,7 +82,7 @@ impl Downloader {
             store,
             layout,
             buffers,
-            hashing: Hashing::default(),
+            hashing: Hashing::on_every_core(),
             progress,
             verified,
             replace,

@@ -214,7 +214,7 @@ impl Uploader {
             store,
             layout,
             buffers,
-            hashing: Hashing::default(),
+            hashing: Hashing::on_half_the_cores(),
             progress,
             limits,
             unfinished: Arc::default(),
