@@ -179,8 +179,8 @@ fn an_import_in_pieces_killed_at_any_request_is_finished_by_the_next_one() {
     Program::import(&spec, layout.path()).run().succeeds();
     let reference = files(layout.path());
     let requests = server.log().len();
-    assert_eq!(requests, 13, "the manifest, 10 pieces, 2 small blobs");
-    for nth in (0..requests).step_by(if soak() { 1 } else { 2 }) {
+    assert_eq!(requests, 23, "the manifest, 20 pieces, 2 small blobs");
+    for nth in (0..requests).step_by(if soak() { 1 } else { 3 }) {
         let when = format!("request {nth}");
         let layout = tempfile::tempdir().expect("a temporary directory");
         let program = Program::import(&spec, layout.path());
@@ -202,7 +202,7 @@ fn what_a_killed_import_had_of_a_blob_is_not_fetched_again() {
     let program = Program::import(&spec, layout.path());
     run_under(program, &server, move |asked, victim| {
         let range = asked.headers.get("range")?.to_str().ok()?;
-        if !range.starts_with(&format!("bytes={}-", 36 * MIB)) {
+        if !range.starts_with(&format!("bytes={}-", 38 * MIB)) {
             return None;
         }
         let (staging, victim) = (staging.clone(), victim.clone());
@@ -213,7 +213,7 @@ fn what_a_killed_import_had_of_a_blob_is_not_fetched_again() {
                     .filter_map(|entry| Some(entry.metadata().ok()?.len()))
                     .max()
             };
-            while largest() < Some(36 * MIB as u64) {
+            while largest() < Some(38 * MIB as u64) {
                 std::thread::sleep(Duration::from_millis(5));
             }
             victim.signal(libc::SIGKILL);
@@ -228,7 +228,7 @@ fn what_a_killed_import_had_of_a_blob_is_not_fetched_again() {
         .iter()
         .filter_map(|logged| Some(logged.headers.get("range")?.to_str().ok()?.to_owned()))
         .collect();
-    assert_eq!(ranges, [format!("bytes={}-{}", 36 * MIB, 40 * MIB - 1)]);
+    assert_eq!(ranges, [format!("bytes={}-{}", 38 * MIB, 40 * MIB - 1)]);
     assert_layout_is_sound(layout.path(), "finished");
     assert!(!layout.path().join(".layercache").exists());
 }
