@@ -32,8 +32,11 @@ const LEAST: usize = 3;
 /// Bytes of a blob that are hashed and written at a time, if so many have come.
 const BATCH: u64 = 256 << 10;
 
-/// Bytes that may wait of a piece whose turn it is to be written.
+/// Bytes of a piece in memory once its turn has come, those that are being written included.
 const AHEAD: u64 = 2 * BATCH;
+
+/// Bytes of a connection's read buffer, which a piece has room for beside its own.
+const READ: u64 = 64 << 10;
 
 /// Staging files opened at once: more would be as many threads, for an instant.
 const STAGINGS: usize = 4;
@@ -262,7 +265,7 @@ impl Downloader {
         let length = range.end - range.start;
         // A piece whose turn has not come may have to wait as a whole.
         let most = if piece.has_turn() { AHEAD } else { length };
-        piece.settle(self.buffers.room(length.min(most)).await);
+        piece.settle(self.buffers.room(length.min(most) + READ).await);
         let mut tries = self.store.retries().tries();
         let mut have = 0;
         let mut etag: Option<String> = None;
@@ -384,6 +387,8 @@ struct Piece {
 struct Waiting {
     chunks: Vec<Bytes>,
     bytes: u64,
+    /// Bytes that were taken and are not yet out of memory.
+    taken: u64,
     has_turn: bool,
     /// Nothing more comes; and whether all has.
     ended: Option<bool>,
@@ -448,7 +453,7 @@ impl Piece {
 
     fn is_full(&self) -> bool {
         let waiting = self.waiting();
-        waiting.has_turn && waiting.bytes >= AHEAD
+        waiting.has_turn && waiting.taken + waiting.bytes >= AHEAD
     }
 
     fn end(&self, whole: bool) {
@@ -464,16 +469,17 @@ impl Piece {
             None if waiting.bytes < BATCH => return Taken::TooLittle,
             _ => {}
         }
-        waiting.bytes = 0;
-        self.went.notify_one();
+        waiting.taken = std::mem::take(&mut waiting.bytes);
         Taken::Chunks(std::mem::take(&mut waiting.chunks))
     }
 
     /// What was taken is out of memory: the room for it is given back, but for what may still come
     /// before the next turn.
     fn written(&self) {
+        self.went.notify_one();
         let mut waiting = self.waiting();
-        let needed = waiting.bytes.max(AHEAD);
+        waiting.taken = 0;
+        let needed = waiting.bytes.max(AHEAD) + READ;
         if let Some(room) = &mut waiting.room {
             room.shrink(needed);
         }

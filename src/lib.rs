@@ -216,7 +216,7 @@ fn run_command(
     let done = runtime.block_on(working);
     // Work that a signal or a failure left behind ends with the process; nothing of it is needed.
     runtime.shutdown_background();
-    progress.clear();
+    progress.end();
     let report::Outcome {
         reports,
         mut errors,

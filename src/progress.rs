@@ -127,6 +127,8 @@ struct Shared {
     /// Time since 1970 that never goes backwards.
     clock: Box<dyn Fn() -> Duration + Send + Sync>,
     stage: Mutex<Arc<Stage>>,
+    /// Nothing is said of blobs any more.
+    over: AtomicBool,
 }
 
 enum Sink {
@@ -254,6 +256,7 @@ impl Progress {
             verbose,
             clock,
             stage: Mutex::default(),
+            over: AtomicBool::new(false),
         };
         let progress = Progress {
             shared: Arc::new(shared),
@@ -364,9 +367,11 @@ impl Progress {
         self.shared.say_text("error", "layercache: ", text);
     }
 
-    /// Takes the bars away, so that what follows is printed on a clean line; the next stage brings
-    /// them back. Later calls on this or any clone are no error.
-    pub fn clear(&self) {
+    /// Takes the bars away, so that what follows is printed on a clean line, and says no more of blobs:
+    /// tasks that were left behind may still let go of some. Later calls on this or any clone are no
+    /// error.
+    pub fn end(&self) {
+        self.shared.over.store(true, Relaxed);
         if let Sink::Terminal(screen) = &self.shared.sink {
             lock(screen).clear();
         }
@@ -459,6 +464,9 @@ impl Blob {
 
     /// The state of the stage, if a line on it is due.
     fn stage_line(&self) {
+        if self.shared.over.load(Relaxed) {
+            return;
+        }
         let stage = &self.stage;
         let now = self.shared.now();
         if !due(&stage.next_line, now, PLAIN_INTERVAL) {
@@ -526,6 +534,9 @@ impl Shared {
 
     /// Shows an event: as JSON, or as the line that `plain` makes.
     fn say(&self, mut event: Event<'_>, plain: impl FnOnce() -> String) {
+        if event.digest.is_some() && self.over.load(Relaxed) {
+            return;
+        }
         match &self.sink {
             Sink::Lines { format, .. } => match format {
                 Format::Raw => {
@@ -878,12 +889,15 @@ mod tests {
         progress.note("a note");
         progress.debug("not shown");
         progress.warn("a warning");
-        progress.clear();
         let broken = progress.clone().blob(Activity::Download, &digest(), 2048);
         broken.advance(1024);
         broken.advance(1024);
         broken.take_back(1536);
         drop(broken);
+        let left_behind = progress.blob(Activity::Download, &digest(), 7);
+        progress.end();
+        progress.clone().end();
+        drop(left_behind);
         assert_eq!(
             rig.output(),
             "exporting to s3://cache (2 blobs, 1.16 KiB)\n\
