@@ -73,6 +73,11 @@ impl S3Config {
     pub fn manifest_key(&self, name: &str) -> String {
         format!("{}{}{name}", self.prefix, self.manifests_prefix)
     }
+
+    /// Where the first name's manifest is, for messages.
+    pub fn address(&self) -> String {
+        format!("s3://{}/{}", self.bucket, self.manifest_key(&self.names[0]))
+    }
 }
 
 /// One validated `--cache-to`.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures::stream::{StreamExt, TryStreamExt};
 
@@ -57,11 +57,11 @@ pub async fn export(
         if target.ignore_error && !interrupt.happened() {
             progress.warn(&format!(
                 "the export to {} failed, which ignore-error=true allows: {error:#}",
-                address(target)
+                target.s3.address()
             ));
             report.error_ignored = true;
         } else {
-            let error = error.context(format!("exporting to {}", address(target)));
+            let error = error.context(format!("exporting to {}", target.s3.address()));
             outcome.errors.push(error);
         }
         outcome.reports.push(report);
@@ -69,10 +69,7 @@ pub async fn export(
             break;
         }
     }
-    outcome.reports.extend(targets.map(|target| {
-        let not_begun = anyhow!("not begun: the run was interrupted");
-        blank(target, task).failed(&not_begun)
-    }));
+    outcome.not_begun(targets.map(|target| blank(target, task)));
     outcome
 }
 
@@ -99,14 +96,6 @@ fn all_failed(
         ));
     }
     outcome
-}
-
-fn address(target: &ExportConfig) -> String {
-    format!(
-        "s3://{}/{}",
-        target.s3.bucket,
-        target.s3.manifest_key(&target.s3.names[0])
-    )
 }
 
 /// A report that says where to, and nothing yet of what was done.

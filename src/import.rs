@@ -105,16 +105,13 @@ pub async fn import(
         };
         outcome.reports.push(report.failed(&error));
         let stopped = error.is::<Interrupted>();
-        let error = error.context(format!("importing from {}", address(source)));
+        let error = error.context(format!("importing from {}", source.s3.address()));
         outcome.errors.push(error);
         if stopped {
             break;
         }
     }
-    outcome.reports.extend(sources.map(|source| {
-        let not_begun = anyhow!("not begun: the run was interrupted");
-        blank(source, task).failed(&not_begun)
-    }));
+    outcome.not_begun(sources.map(|source| blank(source, task)));
     judge_absent(task, &mut outcome, progress);
     outcome
 }
@@ -132,7 +129,7 @@ fn judge_absent(task: &ImportTask, outcome: &mut Outcome, progress: &Progress) {
         if task.require && none {
             let error = anyhow!("{absent}, and --require wants one");
             report.error = Some(error.to_string());
-            let error = error.context(format!("importing from {}", address(source)));
+            let error = error.context(format!("importing from {}", source.s3.address()));
             outcome.errors.push(error);
         } else if task.require {
             progress.warn(&format!("{absent} yet: nothing imported from there"));
@@ -155,14 +152,6 @@ fn blank(source: &ImportConfig, task: &ImportTask) -> Report {
         dry_run: task.dry_run,
         ..Report::default()
     }
-}
-
-fn address(source: &ImportConfig) -> String {
-    format!(
-        "s3://{}/{}",
-        source.s3.bucket,
-        source.s3.manifest_key(&source.s3.names[0])
-    )
 }
 
 /// The first cache found gets the tag that was asked for, the others that of their own name; no tag

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 
 use crate::progress;
@@ -66,6 +66,14 @@ pub struct Outcome {
     pub reports: Vec<Report>,
     /// What went wrong and is not ignored: with any, the run has failed.
     pub errors: Vec<anyhow::Error>,
+}
+
+impl Outcome {
+    /// Adds the reports of what a signal kept from being begun.
+    pub fn not_begun(&mut self, blank: impl Iterator<Item = Report>) {
+        let why = anyhow!("not begun: the run was interrupted");
+        self.reports.extend(blank.map(|report| report.failed(&why)));
+    }
 }
 
 impl Report {

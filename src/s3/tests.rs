@@ -54,18 +54,24 @@ struct Server {
 }
 
 impl Server {
-    async fn new(script: Vec<Reply>) -> Self {
+    /// A server that says nothing of its own: whoever asked for it does what is to be done.
+    async fn unattended(scheme: &str) -> (TcpListener, Self) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let requests: Arc<Mutex<Vec<String>>> = Arc::default();
+        let url = format!("{scheme}://{}", listener.local_addr().unwrap());
+        let requests = Arc::default();
+        (listener, Server { url, requests })
+    }
+
+    async fn new(script: Vec<Reply>) -> Self {
+        let (listener, server) = Server::unattended("http").await;
         let script = Arc::new(Mutex::new(script.into_iter()));
-        let log = requests.clone();
+        let log = server.requests.clone();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 tokio::spawn(serve(stream, script.clone(), log.clone()));
             }
         });
-        Server { url, requests }
+        server
     }
 
     fn store(&self) -> S3Store {
@@ -737,11 +743,7 @@ async fn an_endless_answer_is_cut_off() {
 
 #[tokio::test]
 async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let server = Server {
-        url: format!("http://{}", listener.local_addr().unwrap()),
-        requests: Arc::default(),
-    };
+    let (listener, server) = Server::unattended("http").await;
     let store = server.store_as(|config| config.retry_max_attempts = 1);
     let head = tokio::spawn(async move { store.head("a").await });
     let (mut stream, _) = listener.accept().await.unwrap();
@@ -754,11 +756,7 @@ async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
 
 #[tokio::test]
 async fn a_peer_that_says_nothing_when_it_is_greeted_over_tls_is_given_up() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let server = Server {
-        url: format!("https://{}", listener.local_addr().unwrap()),
-        requests: Arc::default(),
-    };
+    let (listener, server) = Server::unattended("https").await;
     let store = server.store_at(Timing {
         ready: Duration::from_millis(200),
         ..soon()
@@ -845,8 +843,7 @@ async fn an_expired_token_is_renewed_once_and_the_request_sent_again() {
 
 /// A server that sends an object's first bytes, and then one more every `pause`.
 async fn dripping(pause: Duration) -> Server {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (listener, server) = Server::unattended("http").await;
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
         // hyper hangs up on an answer that comes before the question.
@@ -860,10 +857,7 @@ async fn dripping(pause: Duration) -> Server {
             }
         }
     });
-    Server {
-        url,
-        requests: Arc::default(),
-    }
+    server
 }
 
 #[tokio::test]

@@ -136,6 +136,12 @@ fn export(spec: &str) -> Program {
     Program::export(spec, &fixture("local-max"))
 }
 
+/// An export to `bucket` by way of `front`, which is known as `host`, that trusts `authority`.
+fn export_over_tls(host: &str, front: &Front, bucket: &str, authority: &Authority) -> Program {
+    let endpoint = format!("https://{host}:{}", front.port);
+    export(&spec(&endpoint, bucket, "")).env("AWS_CA_BUNDLE", authority.bundle())
+}
+
 #[test]
 fn a_store_whose_certificate_aws_ca_bundle_vouches_for_is_used_both_ways() {
     let (server, authority) = (Server::start(), Authority::new());
@@ -199,15 +205,10 @@ fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
 fn a_certificate_for_another_host_is_an_error_that_says_which() {
     let (server, authority) = (Server::start(), Authority::new());
     let front = authority.front(&["s3.example"], server.addr());
-    export(&spec(
-        &format!("https://127.0.0.1:{}", front.port),
-        "cache",
-        "",
-    ))
-    .env("AWS_CA_BUNDLE", authority.bundle())
-    .run()
-    .ends_with(1)
-    .says("s3.example");
+    export_over_tls("127.0.0.1", &front, "cache", &authority)
+        .run()
+        .ends_with(1)
+        .says("s3.example");
     assert_eq!(server.log().len(), 0);
 }
 
@@ -231,19 +232,14 @@ fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_f
 
     let (server, authority) = (Server::start(), Authority::new());
     let front = authority.front(&["s3.localhost"], server.addr());
-    export(&spec(
-        &format!("https://s3.localhost:{}", front.port),
-        "cache",
-        "",
-    ))
-    .env("AWS_CA_BUNDLE", authority.bundle())
-    .run()
-    .ends_with(1)
-    .says(&format!(
-        "no trust in the certificate of cache.s3.localhost:{}",
-        front.port
-    ))
-    .says("try use_path_style=true");
+    export_over_tls("s3.localhost", &front, "cache", &authority)
+        .run()
+        .ends_with(1)
+        .says(&format!(
+            "no trust in the certificate of cache.s3.localhost:{}",
+            front.port
+        ))
+        .says("try use_path_style=true");
 }
 
 #[test]
@@ -273,14 +269,9 @@ fn a_bucket_s_own_host_name_is_covered_by_a_wildcard() {
     let (server, authority) = (Server::start(), Authority::new());
     // Not *.localhost: a wildcard directly below a top-level domain covers nothing.
     let front = authority.front(&["*.s3.localhost"], server.addr());
-    export(&spec(
-        &format!("https://s3.localhost:{}", front.port),
-        "cache",
-        "",
-    ))
-    .env("AWS_CA_BUNDLE", authority.bundle())
-    .run()
-    .succeeds();
+    export_over_tls("s3.localhost", &front, "cache", &authority)
+        .run()
+        .succeeds();
     assert_eq!(
         server.objects()["manifests/buildkit"],
         s3_manifest("max.json")
@@ -294,14 +285,9 @@ fn a_bucket_with_dots_is_reached_by_path_as_no_wildcard_covers_it() {
     let server = Server::builder().bucket("ci.cache").start();
     let authority = Authority::new();
     let front = authority.front(&["s3.localhost", "*.s3.localhost"], server.addr());
-    export(&spec(
-        &format!("https://s3.localhost:{}", front.port),
-        "ci.cache",
-        "",
-    ))
-    .env("AWS_CA_BUNDLE", authority.bundle())
-    .run()
-    .succeeds();
+    export_over_tls("s3.localhost", &front, "ci.cache", &authority)
+        .run()
+        .succeeds();
     let objects = server.objects_in("ci.cache");
     assert_eq!(objects["manifests/buildkit"], s3_manifest("max.json"));
     let host = server.log()[0].headers["host"].clone();
