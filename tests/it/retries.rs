@@ -228,10 +228,17 @@ fn in_parts() -> Limits {
 fn parts_that_an_interrupted_upload_holds_are_not_sent_again() {
     let (server, inside, runtime) = ready(in_parts());
     let task = inside::export(&server.spec("mode=max"), &fixture("local-multiarch"));
-    // Part 3 fails, and so does aborting: as if the run had been killed.
-    server.fail(|asked| match asked.operation {
+    // Part 3 fails, and so does aborting: as if the run had been killed. Not at once, or it could be
+    // before the other parts have landed.
+    let asked_before = AtomicUsize::new(0);
+    server.fail(move |asked| match asked.operation {
         "UploadPart" if asked.query.contains("partNumber=3") => {
-            Some(Fault::Status(403, "AccessDenied"))
+            match asked_before.fetch_add(1, Ordering::SeqCst) {
+                0 => Some(Fault::Throttle {
+                    retry_after: Some(1),
+                }),
+                _ => Some(Fault::Status(403, "AccessDenied")),
+            }
         }
         "AbortMultipartUpload" => Some(Fault::Status(403, "AccessDenied")),
         _ => None,
