@@ -1,7 +1,7 @@
 //! A demonstration without an account or a network: a build cache goes from an OCI layout to an S3
 //! server and back, and both layouts are compared byte for byte.
 //!
-//! `cargo run --example demo -- target/release/layercache`
+//! `cargo run --example demo -- target/debug/layercache`
 //!
 //! The server is the one of the tests; the program is the real one, run as a user would.
 
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
 
 fn demonstrate() -> Result<()> {
     let program = std::env::args_os().nth(1).map(PathBuf::from).context(
-        "give the program's path: cargo run --example demo -- target/release/layercache",
+        "give the program's path: cargo run --example demo -- target/debug/layercache",
     )?;
     let program = program
         .canonicalize()

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use layercache::digest::Digest;
+use layercache::cache::digest::Digest;
 
 /// `layers` in branches of ten, of which each layer is the result of one record; the other records
 /// are keys without a result, as most of a real cache's are. Every record links to the one before

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use url::Url;
 
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 use crate::layout::Selection;
 
 /// Which results of a cache are kept: BuildKit's `mode`.

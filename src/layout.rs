@@ -8,6 +8,7 @@
 mod dir;
 mod index;
 mod lock;
+pub mod snapshot;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -26,8 +27,8 @@ use self::index::Index;
 use self::lock::{INDEX_LOCK, IndexLock};
 use self::staging::{Held, STAGING};
 pub use self::staging::{Stage, Staged};
-use crate::digest::Digest;
-use crate::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
+use crate::cache::digest::Digest;
+use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
 
 /// Documents (manifests, configs, indexes) larger than this are refused: they are held in memory.
 pub const DOCUMENT_LIMIT: u64 = 64 << 20;

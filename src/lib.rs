@@ -1,51 +1,42 @@
 //! layercache moves BuildKit's build cache between a local OCI layout and S3, without a build.
 //!
-//! Data flows one way. [`args`] holds what was typed, [`spec`] turns each CSV spec into a validated
-//! [`config`], and past that nothing sees the command line or the environment. An [`export`] reads
-//! a [`layout`], makes a [`snapshot`] of the manifest chosen in it, asks the [`store`] which blobs
-//! are there ([`presence`]), sends the others ([`upload`]) and writes the manifest. An [`import`]
-//! reads the manifest, fetches blobs ([`download`]) and tags what it wrote. A [`report`] says what
-//! was done. [`cache_config`] is BuildKit's graph, [`s3`] the one real store, and [`progress`]
-//! watches all of it.
+//! Data flows one way. [`cli`] holds what was typed and turns each CSV spec into a validated
+//! [`config`]; past that nothing sees the command line. A command in [`commands`] plans and executes
+//! with a [`bucket`], the cache's home on S3, and a [`layout`], its home on disk. [`transfer`] moves
+//! one blob, [`cache`] is BuildKit's graph, [`s3`] the one real [`store`], and [`progress`] watches
+//! all of it. A [`report`] says what was done.
 
 use std::ffi::OsString;
-use std::future::Future;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures::future::{BoxFuture, FutureExt};
-use tokio::sync::watch;
 
-pub mod args;
-pub mod buffers;
-pub mod cache_config;
+pub mod bucket;
+pub mod cache;
+pub mod cli;
+pub mod commands;
 pub mod config;
-pub mod diff_id;
-pub mod digest;
-pub mod download;
-pub mod export;
-pub mod hashing;
-pub mod import;
+pub mod interrupt;
 pub mod layout;
-pub mod oci;
-pub mod presence;
+mod process;
 pub mod progress;
 pub mod report;
 pub mod retry;
 pub mod s3;
-pub mod snapshot;
-pub mod spec;
 pub mod store;
-pub mod upload;
+pub mod transfer;
 
+use cli::{args, spec};
+use commands::{export, import};
 use config::{S3Config, Task};
+use interrupt::{Interrupt, Interrupted};
 use progress::Progress;
 use store::Store;
-use upload::Limits;
+use transfer::upload::Limits;
 
 /// How long another process may hold a layout's lock before it is an error.
 pub const LOCK_WAIT: Duration = Duration::from_secs(60);
@@ -63,83 +54,6 @@ pub fn connect<'a>(
     progress: &'a Progress,
 ) -> BoxFuture<'a, Result<Arc<dyn Store>>> {
     Box::pin(s3::connect(config, progress.clone()))
-}
-
-/// The run was stopped by a signal.
-#[derive(Debug)]
-pub struct Interrupted {
-    /// SIGINT or SIGTERM.
-    signal: i32,
-}
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted: run the command again to finish")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
-/// Tells the work that a signal came.
-#[derive(Clone)]
-pub struct Interrupt {
-    signal: watch::Receiver<i32>,
-}
-
-impl Interrupt {
-    /// One that never comes.
-    pub fn never() -> Self {
-        Interrupt {
-            signal: watch::channel(0).1,
-        }
-    }
-
-    /// Listens for SIGINT and SIGTERM. The second one does not wait for anything.
-    fn listen() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        static SEEN: AtomicI32 = AtomicI32::new(0);
-        let (sender, receiver) = watch::channel(0);
-        let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
-        let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-        tokio::spawn(async move {
-            loop {
-                let came = tokio::select! {
-                    _ = interrupt.recv() => libc::SIGINT,
-                    _ = terminate.recv() => libc::SIGTERM,
-                };
-                if SEEN.swap(came, Ordering::SeqCst) != 0 {
-                    std::process::exit(128 + came);
-                }
-                let _ = sender.send(came);
-            }
-        });
-        Ok(Interrupt { signal: receiver })
-    }
-
-    /// Whether a signal has come.
-    pub fn happened(&self) -> bool {
-        *self.signal.borrow() != 0
-    }
-
-    /// Does `work`, or drops it where it stands when a signal comes.
-    ///
-    /// # Errors
-    /// The work's own, or [`Interrupted`].
-    pub async fn or<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let mut signal = self.signal.clone();
-        tokio::select! {
-            biased;
-            signal = async {
-                let came = signal.wait_for(|signal| *signal != 0).await.map(|signal| *signal);
-                match came {
-                    Ok(signal) => signal,
-                    // Nobody is left to send one.
-                    Err(_) => std::future::pending().await,
-                }
-            } => Err(Interrupted { signal }.into()),
-            done = work => done,
-        }
-    }
 }
 
 /// Runs the command that `args` (the program's name first) spell, and prints what came of it:
@@ -197,8 +111,8 @@ fn run_command(
         report::check_metadata(file)
             .map_err(|error| args::usage(format!("--metadata-file: {error:#}")))?;
     }
-    allow_many_files();
-    keep_one_heap();
+    process::allow_many_files();
+    process::keep_one_heap();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(
             std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4)),
@@ -235,36 +149,6 @@ fn run_command(
         errors.push(error);
     }
     Ok(errors)
-}
-
-/// Many blobs at once are many files and connections. The soft limit of 1,024, or macOS's 256, is
-/// there for programs that use select(2); whoever wants less sets the hard one.
-fn allow_many_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    const WANTED: u64 = 8_192;
-    let limit = getrlimit(Resource::Nofile);
-    let current = limit.current.unwrap_or(u64::MAX);
-    let raised = limit.maximum.map_or(WANTED, |most| most.min(WANTED));
-    if current < raised {
-        // Refused, it stays as it is, which is enough for most caches.
-        let _ = setrlimit(
-            Resource::Nofile,
-            Rlimit {
-                current: Some(raised),
-                maximum: limit.maximum,
-            },
-        );
-    }
-}
-
-/// glibc keeps a heap for each thread, up to eight a core, and memory that was freed in one is not
-/// used by another: peak memory was a third more, and would grow with the cores.
-fn keep_one_heap() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: mallopt has no conditions, and takes its own lock. That it can fail does no harm.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-    }
 }
 
 /// Performs a resolved task: what the program does, less the command line and the terminal.

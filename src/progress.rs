@@ -19,7 +19,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 
 /// Milliseconds between two lines on the state of a stage in plain mode.
 const PLAIN_INTERVAL: u64 = 10_000;

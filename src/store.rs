@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 
 /// A body in flight: chunks, or the error that ended it.
 pub type ByteStream = BoxStream<'static, std::io::Result<Bytes>>;

@@ -12,17 +12,20 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use layercache::cache_config::{CacheConfig, LayerAnnotations, Time};
-use layercache::digest::Digest;
+use layercache::bucket::survey as presence;
+use layercache::cache::diff_id;
+use layercache::cache::digest::Digest;
+use layercache::cache::{CacheConfig, LayerAnnotations, Time};
+use layercache::cli::spec;
+use layercache::config;
+use layercache::layout::snapshot::{self, Snapshot};
 use layercache::layout::{Layout, Selection};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::s3::probe;
-use layercache::snapshot::{self, Snapshot};
 use layercache::store::{
     Kind, Object, ObjectInfo, Page, Part, Store, StoreError, StoreResult, Upload, UploadBody,
 };
-use layercache::{config, diff_id, presence, spec};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Value, json};

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use layercache::digest::Digest;
+use layercache::cache::digest::Digest;
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -136,19 +136,19 @@ pub fn write(dir: &Path, layers: usize, size: u64, mtime: u64) -> Result<()> {
     let (config, length) = document(json!({"layers": nodes, "records": records}))?;
     let (manifest, manifest_length) = document(json!({
         "schemaVersion": 2,
-        "mediaType": layercache::oci::IMAGE_MANIFEST,
-        "config": {"mediaType": layercache::oci::CACHE_CONFIG, "digest": config, "size": length},
+        "mediaType": layercache::cache::oci::IMAGE_MANIFEST,
+        "config": {"mediaType": layercache::cache::oci::CACHE_CONFIG, "digest": config, "size": length},
         "layers": descriptors,
     }))?;
     fs::write(
         dir.join("index.json"),
         serde_json::to_vec(&json!({
             "schemaVersion": 2,
-            "mediaType": layercache::oci::IMAGE_INDEX,
+            "mediaType": layercache::cache::oci::IMAGE_INDEX,
             "manifests": [{
-                "mediaType": layercache::oci::IMAGE_MANIFEST,
+                "mediaType": layercache::cache::oci::IMAGE_MANIFEST,
                 "digest": manifest, "size": manifest_length,
-                "annotations": {layercache::oci::REF_NAME: "latest"},
+                "annotations": {layercache::cache::oci::REF_NAME: "latest"},
             }],
         }))?,
     )?;

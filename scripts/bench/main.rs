@@ -784,7 +784,7 @@ fn planning() -> Option<f64> {
 /// Milliseconds from a layout's cache config to the manifest to send, for a cache of 10,000 layers
 /// and 50,000 records: the best of five, of the mode that takes longer.
 fn plan_milliseconds() -> Result<f64> {
-    use layercache::cache_config::{CacheConfig, LayerAnnotations, Time};
+    use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 
     let config = synthetic::cache_config(10_000, 50_000);
     let plan = |min: bool| -> Result<f64> {
@@ -801,7 +801,7 @@ fn plan_milliseconds() -> Result<f64> {
         if min {
             cache = cache.min();
         }
-        std::hint::black_box(layercache::snapshot::blobs_of(&cache)?);
+        std::hint::black_box(layercache::layout::snapshot::blobs_of(&cache)?);
         std::hint::black_box(cache.to_s3()?);
         Ok(begun.elapsed().as_secs_f64() * 1e3)
     };

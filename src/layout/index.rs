@@ -9,7 +9,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::Selection;
-use crate::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
+use crate::cache::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
 
 /// An error lists at most so many entries.
 const LISTED: usize = 20;

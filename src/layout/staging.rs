@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use super::dir::Dir;
 use super::lock::{lock_file, try_lock_file};
 use super::{INDEX, Layout, OCI_LAYOUT};
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 
 /// The staging directory. Nothing of BuildKit or containerd looks into it.
 pub(super) const STAGING: &str = ".layercache";

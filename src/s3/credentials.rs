@@ -204,7 +204,7 @@ async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials
     let http = Builder::new().build_with_connector_fn(move |settings, _| {
         let mut connector = Connector::builder()
             .tls_provider(tls::Provider::Rustls(
-                tls::rustls_provider::CryptoMode::AwsLc,
+                tls::rustls_provider::CryptoMode::Ring,
             ))
             .tls_context(context.clone())
             .proxy_config(ProxyConfig::from_env().no_proxy("169.254.169.254,169.254.170.2,169.254.170.23,fd00:ec2::254,fd00:ec2::23,localhost,127.0.0.1,::1"));

@@ -164,7 +164,7 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
-    use crate::digest::Digest;
+    use crate::cache::digest::Digest;
 
     struct Script(u64, Vec<Result<&'static str, io::ErrorKind>>);
 

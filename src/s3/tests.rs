@@ -10,8 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
+use crate::cache::digest::Digest;
 use crate::config::{RetryMode, StaticCredentials};
-use crate::digest::Digest;
 
 pub(super) fn config(endpoint: &str) -> S3Config {
     S3Config {

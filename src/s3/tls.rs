@@ -70,7 +70,7 @@ fn system() -> RootCertStore {
 
 fn client(roots: RootCertStore) -> Result<rustls::ClientConfig> {
     // The provider is named: which one is the process's default depends on who asked first.
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
     Ok(rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .context("cannot set TLS up")?

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use bytes::Bytes;
-use layercache::digest::Digest;
+use layercache::cache::digest::Digest;
 use serde_json::{Value, json};
 
 use crate::program::Program;

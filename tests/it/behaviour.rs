@@ -230,7 +230,7 @@ fn a_missing_diff_id_is_computed() {
             .remove("containerd.io/uncompressed");
     }
     let manifest = manifest.to_string();
-    let digest = layercache::digest::Digest::of(manifest.as_bytes()).to_string();
+    let digest = layercache::cache::digest::Digest::of(manifest.as_bytes()).to_string();
     entry["manifests"][0]["digest"] = digest.clone().into();
     entry["manifests"][0]["size"] = manifest.len().into();
     std::fs::write(blob(&digest.into()), manifest).expect("a file can be written");

@@ -6,12 +6,12 @@ use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use layercache::cache::digest::Digest;
 use layercache::config::{RetryMode, S3Config, StaticCredentials};
-use layercache::digest::Digest;
 use layercache::layout::{Layout, Selection};
 use layercache::progress::Progress;
 use layercache::store::{Part, Store};
-use layercache::upload::{Document, Limits};
+use layercache::transfer::upload::{Document, Limits};
 
 use crate::aftermath::{
     assert_layout_is_sound, assert_store_is_sound, layout_of, noise, put_cache, soak,

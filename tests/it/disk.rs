@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use layercache::digest::Digest;
+use layercache::cache::digest::Digest;
 
 use crate::aftermath::{
     assert_layout_is_sound, assert_store_is_sound, layout_of, noise, put_cache,

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use layercache::cache_config::CacheConfig;
-use layercache::digest::Digest;
+use layercache::cache::CacheConfig;
+use layercache::cache::digest::Digest;
 
 use crate::program::{Program, files, fixture, s3_manifest};
 use crate::server::Server;

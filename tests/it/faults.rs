@@ -12,14 +12,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
-use layercache::cache_config::CacheConfig;
+use layercache::cache::CacheConfig;
+use layercache::cache::digest::Digest;
 use layercache::config::Task;
-use layercache::digest::Digest;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
     Kind, Object, ObjectInfo, Page, Part, Store, StoreError, StoreResult, Upload, UploadBody,
 };
-use layercache::upload::Limits;
+use layercache::transfer::upload::Limits;
 use tempfile::TempDir;
 
 use crate::inside::{self, Inside};

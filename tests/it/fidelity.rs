@@ -39,7 +39,10 @@ fn exporting_a_cache_in_any_form_puts_the_manifest_on_s3_that_buildkit_wrote() {
 fn assert_every_blob_is_its_digest(objects: &BTreeMap<String, bytes::Bytes>) {
     for (key, bytes) in objects {
         if let Some(digest) = key.strip_prefix("blobs/") {
-            assert_eq!(layercache::digest::Digest::of(bytes).to_string(), digest);
+            assert_eq!(
+                layercache::cache::digest::Digest::of(bytes).to_string(),
+                digest
+            );
         }
     }
 }

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use layercache::digest::Digest;
+use layercache::cache::digest::Digest;
+use layercache::cache::oci::Descriptor;
 use layercache::layout::Layout;
-use layercache::oci::Descriptor;
 use serde_json::{Value, json};
 
 use crate::program::{Program, Run, copy_of, files, fixture};
@@ -152,7 +152,8 @@ impl Place {
         let layout = Layout::open(&root, Duration::ZERO).expect("a layout");
         for entry in index["manifests"].as_array().expect("manifests") {
             let entry: Descriptor = serde_json::from_value(entry.clone()).expect("a descriptor");
-            layercache::snapshot::check_complete(&layout, &entry).expect("all of it is there");
+            layercache::layout::snapshot::check_complete(&layout, &entry)
+                .expect("all of it is there");
         }
         let partial = root.join(".layercache");
         for entry in std::fs::read_dir(partial).into_iter().flatten() {

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use layercache::cli::args;
 use layercache::config::{S3Config, Task};
+use layercache::interrupt::Interrupt;
+use layercache::perform_within;
 use layercache::progress::Progress;
 use layercache::report::Report;
 use layercache::s3::Timing;
 use layercache::store::Store;
-use layercache::upload::Limits;
-use layercache::{Interrupt, args, perform_within};
+use layercache::transfer::upload::Limits;
 
 /// Makes a test's store of the real one.
 pub type Wrap = Arc<dyn Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync>;

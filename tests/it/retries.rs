@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use layercache::digest::Digest;
-use layercache::upload::Limits;
+use layercache::cache::digest::Digest;
+use layercache::transfer::upload::Limits;
 
 use crate::inside::{self, Inside};
 use crate::program::{files, fixture, s3_manifest};

@@ -100,7 +100,7 @@ impl Authority {
             .expect("names")
             .signed_by(&key, &self.certificate, &self.key)
             .expect("a certificate");
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .expect("versions")

@@ -9,11 +9,11 @@ use anyhow::Result;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use crate::cache::digest::Digest;
+use crate::cli::spec::{self, Env, Parsed};
 use crate::config::{ExportTask, ImportTask, Missing, Task};
-use crate::digest::Digest;
 use crate::layout::Selection;
 use crate::progress::Mode;
-use crate::spec::{self, Env, Parsed};
 
 const CACHE_TO: &str = "LAYERCACHE_CACHE_TO";
 const CACHE_FROM: &str = "LAYERCACHE_CACHE_FROM";
@@ -352,7 +352,7 @@ fn tag_name(name: &str) -> Result<String, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::tests::{env_of, no_env};
+    use crate::cli::spec::tests::{env_of, no_env};
 
     const SPEC: &str = "type=s3,region=us-east-1,bucket=cache";
 

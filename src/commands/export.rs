@@ -9,18 +9,19 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures::stream::{StreamExt, TryStreamExt};
 
-use crate::buffers::{Buffers, UPLOADS};
-use crate::cache_config::CacheConfig;
+use crate::bucket::survey::{self as presence, Bucket};
+use crate::cache::CacheConfig;
+use crate::cache::digest::Digest;
 use crate::config::{ExportConfig, ExportTask, Mode};
-use crate::digest::Digest;
+use crate::interrupt::{Interrupt, Interrupted};
 use crate::layout::Layout;
-use crate::presence::{self, Bucket};
+use crate::layout::snapshot::{Snapshot, blobs_of};
 use crate::progress::Progress;
 use crate::report::{Outcome, Report};
-use crate::snapshot::{Snapshot, blobs_of};
 use crate::store::{ObjectInfo, Store};
-use crate::upload::{Document, Limits, Uploader, blocking};
-use crate::{Connect, Interrupt, Interrupted, LOCK_WAIT};
+use crate::transfer::buffers::{Buffers, UPLOADS};
+use crate::transfer::upload::{Document, Limits, Uploader, blocking};
+use crate::{Connect, LOCK_WAIT};
 
 /// Refreshes in flight at once: nothing but a request each, on the store's side all.
 const REFRESHES: usize = 32;

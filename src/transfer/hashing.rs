@@ -16,7 +16,7 @@ use rustix::buffer::spare_capacity;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::oneshot;
 
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 
 /// Bytes of SHA-256's block.
 const BLOCK: u64 = 64;

@@ -14,14 +14,14 @@ use futures::future::{FusedFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
-use crate::buffers::{Buffers, Room};
-use crate::digest::Digest;
-use crate::hashing::{Feed, FileFeed, Hasher, Hashing};
+use crate::cache::digest::Digest;
 use crate::layout::{Layout, Stage, Staged};
 use crate::progress::{Activity, Blob, Progress};
 use crate::retry::Trouble;
 use crate::store::{Kind, Store};
-use crate::upload::{Limits, blocking};
+use crate::transfer::buffers::{Buffers, Room};
+use crate::transfer::hashing::{Feed, FileFeed, Hasher, Hashing};
+use crate::transfer::upload::{Limits, blocking};
 
 /// Pieces of one blob in flight.
 const WINDOW: usize = 20;

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
-use crate::oci::Descriptor;
+use crate::cache::oci::Descriptor;
 
 fn fixture(path: &str) -> Vec<u8> {
     let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
@@ -310,7 +310,7 @@ fn depth_is_no_danger() {
 }
 
 fn image() -> Image {
-    let root = Descriptor::new(crate::oci::IMAGE_MANIFEST, blob("root"), 3);
+    let root = Descriptor::new(crate::cache::oci::IMAGE_MANIFEST, blob("root"), 3);
     let mut contents = vec![
         Content {
             digest: blob("root"),

@@ -10,8 +10,8 @@ use super::{
     CacheConfig, ChainResult, Content, Image, Input, Layer, LayerAnnotations, LayerResult, Record,
     Time, graph,
 };
-use crate::digest::Digest;
-use crate::oci::{
+use crate::cache::digest::Digest;
+use crate::cache::oci::{
     Descriptor, from_json, normalise_layer, null_is_default, object_from_json, to_json,
 };
 

@@ -12,11 +12,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use crate::cache_config::{CacheConfig, Content, Image, LayerAnnotations, Time};
-use crate::diff_id;
-use crate::digest::Digest;
+use crate::cache::diff_id;
+use crate::cache::digest::Digest;
+use crate::cache::oci::{self, Descriptor, Index, Manifest};
+use crate::cache::{CacheConfig, Content, Image, LayerAnnotations, Time};
 use crate::layout::Layout;
-use crate::oci::{self, Descriptor, Index, Manifest};
 use crate::progress::{Activity, Blob, Progress};
 
 /// Indexes within indexes, counted from the chosen one: nobody nests them as deep, and a hostile

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use flate2::bufread::MultiGzDecoder;
 use sha2::{Digest as _, Sha256};
 
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 
 const BUFFER: usize = 128 << 10;
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use futures::stream::{StreamExt, TryStreamExt};
 
+use crate::cache::digest::Digest;
 use crate::config::S3Config;
-use crate::digest::Digest;
 use crate::progress::Progress;
 use crate::store::{Kind, ObjectInfo, Store};
 

@@ -14,12 +14,12 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use md5::{Digest as _, Md5};
 use tokio::sync::{Notify, mpsc};
 
-use crate::buffers::{BUFFER, Buffers};
-use crate::digest::Digest;
-use crate::hashing::{Feed, Hasher, Hashing, read_into};
+use crate::cache::digest::Digest;
 use crate::layout::Layout;
 use crate::progress::{Activity, Blob, Progress};
 use crate::store::{ByteStream, Kind, ObjectInfo, Part, Store, StoreError, Upload, UploadBody};
+use crate::transfer::buffers::{BUFFER, Buffers};
+use crate::transfer::hashing::{Feed, Hasher, Hashing, read_into};
 
 /// A multipart upload so old is nobody's any more.
 const FORSAKEN: Duration = Duration::from_secs(24 * 60 * 60);

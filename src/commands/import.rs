@@ -9,21 +9,22 @@ use anyhow::{Context, Result, anyhow, bail};
 use futures::stream::{StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 
-use crate::buffers::{Buffers, DOWNLOADS};
-use crate::cache_config::CacheConfig;
+use crate::bucket::survey::{self as presence, Bucket};
+use crate::cache::CacheConfig;
+use crate::cache::digest::Digest;
+use crate::cache::oci::Descriptor;
 use crate::config::{ImportConfig, ImportTask, Missing};
-use crate::digest::Digest;
-use crate::download::{Downloader, Fetched, publish};
+use crate::interrupt::{Interrupt, Interrupted};
 use crate::layout::Layout;
-use crate::oci::Descriptor;
-use crate::presence::{self, Bucket};
+use crate::layout::snapshot::{self, blobs_of, documents};
 use crate::progress::{Activity, Progress};
 use crate::report::{Outcome, Report};
 use crate::retry::Trouble;
-use crate::snapshot::{self, blobs_of, documents};
 use crate::store::{Object, Store};
-use crate::upload::{Limits, blocking};
-use crate::{Connect, Interrupt, Interrupted, LOCK_WAIT};
+use crate::transfer::buffers::{Buffers, DOWNLOADS};
+use crate::transfer::download::{Downloader, Fetched, publish};
+use crate::transfer::upload::{Limits, blocking};
+use crate::{Connect, LOCK_WAIT};
 
 /// Blobs fetched at once; the buffers' bound decides how many of them are large.
 const BLOBS: usize = 160;

@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 
 pub const IMAGE_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const IMAGE_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";

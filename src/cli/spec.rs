@@ -14,8 +14,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use url::{Host, Url};
 
+use crate::cache::digest::Digest;
 use crate::config::{ExportConfig, ImportConfig, Mode, RetryMode, S3Config, StaticCredentials};
-use crate::digest::Digest;
 
 /// How the environment is asked for a variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;

@@ -1,7 +1,10 @@
 //! BuildKit's cache graph as it writes it: layers, records, and what is left of them in `mode=min`
 //! or when blobs are gone. Pure: no I/O.
 
+pub mod diff_id;
+pub mod digest;
 mod graph;
+pub mod oci;
 #[cfg(test)]
 mod tests;
 mod time;
@@ -14,7 +17,7 @@ use anyhow::{Context, Result};
 
 pub use self::time::{InvalidTime, Time};
 use self::wire::Form;
-use crate::digest::Digest;
+use crate::cache::digest::Digest;
 
 /// A cache manifest (on S3) or cache config (in a layout). Every index in it is within range, no
 /// chain of parents and no chain of links runs in a circle: `parse` sees to that.
@@ -79,7 +82,7 @@ pub struct Input {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     /// The entry of `index.json`.
-    pub root: crate::oci::Descriptor,
+    pub root: crate::cache::oci::Descriptor,
     /// Every blob of it: the root, manifests, configs, layers. In order of digest, none twice.
     pub contents: Vec<Content>,
 }

@@ -1,0 +1,3 @@
+//! A cache's home on S3.
+
+pub mod survey;
