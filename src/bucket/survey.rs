@@ -73,7 +73,7 @@ async fn list(
     // what its first pages promised, and might never end.
     let most_pages = 2 * wanted.len().div_ceil(HEADS) + 8;
     while (pages as usize) < most_pages {
-        let page = match store.list(&prefix, None, next.as_deref()).await {
+        let page = match store.list(&prefix, next.as_deref()).await {
             Ok(page) => page,
             // Down is down; anything else (no permission, version 1 only, an answer that is no
             // listing) HEADs may still get around.

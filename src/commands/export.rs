@@ -321,11 +321,7 @@ async fn send(
     for name in &target.s3.names {
         let key = target.s3.manifest_key(name);
         store
-            .put(
-                &key,
-                "application/octet-stream",
-                Arc::new(Document(manifest.clone())),
-            )
+            .put(&key, Arc::new(Document(manifest.clone())))
             .await
             .with_context(|| format!("writing the manifest {key}"))?;
         progress.note(&format!("wrote {key}"));

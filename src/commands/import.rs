@@ -19,8 +19,7 @@ use crate::layout::Layout;
 use crate::layout::snapshot::{self, blobs_of, documents};
 use crate::progress::{Activity, Progress};
 use crate::report::{Outcome, Report};
-use crate::retry::Trouble;
-use crate::store::{Object, Store};
+use crate::store::{self, Store};
 use crate::transfer::buffers::{Buffers, DOWNLOADS};
 use crate::transfer::download::{Downloader, Fetched, publish};
 use crate::transfer::upload::{Limits, blocking};
@@ -173,62 +172,25 @@ fn tag_for(task: &ImportTask, source: &ImportConfig, taken: &[&str]) -> String {
 }
 
 /// The manifest; `None` if there is none.
-async fn read_manifest(store: &dyn Store, key: &str) -> Result<Option<CacheConfig>> {
-    let mut tries = store.retries().tries();
-    loop {
-        // Nothing vouches for these bytes, so what cannot be read (it broke off, it is a proxy's
-        // page, an <Error> inside a 200) is asked for again. The name is mutable: from its start.
-        let read = match store.get(key, None, None).await {
-            Ok(Some(object)) => read_object(object).await,
-            Ok(None) => return Ok(None),
-            Err(error) if error.is_nonsense() => Err(error.into()),
-            Err(error) => return Err(error.into()),
-        };
-        let (error, damaged) = match read {
-            Ok(bytes) => match CacheConfig::parse_s3(&bytes) {
-                Ok(cache) => return Ok(Some(cache)),
-                // What is JSON all through is what was written, if not by BuildKit or by us.
-                Err(error) => (error, !is_json(&bytes)),
-            },
-            Err(error) => (error, true),
-        };
-        if !damaged || !tries.again(Trouble::default()).await {
-            let tried = tries.summary().map(|tried| format!(" ({tried})"));
-            let tried = tried.unwrap_or_default();
-            return Err(error.context(format!("reading the manifest {key} on s3{tried}")));
-        }
-    }
+async fn read_manifest(store: &Arc<dyn Store>, key: &str) -> Result<Option<CacheConfig>> {
+    let reading = || format!("reading the manifest {key} on s3");
+    // What is JSON all through is what was written, if not by BuildKit or by us.
+    let read = store::read_whole(store, key, MANIFEST_LIMIT, is_json).await;
+    let Some(bytes) = read.with_context(reading)? else {
+        return Ok(None);
+    };
+    CacheConfig::parse_s3(&bytes)
+        .map(Some)
+        .with_context(reading)
 }
 
-fn is_json(bytes: &[u8]) -> bool {
-    // On bytes alone serde_json would not look into the strings that it ignores.
-    let text = std::str::from_utf8(bytes).ok();
-    text.is_some_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok())
-}
-
-/// An object's bytes, none missing.
-async fn read_object(mut object: Object) -> Result<Vec<u8>> {
-    if object.length > MANIFEST_LIMIT {
-        bail!(
-            "it has {} bytes: no cache manifest is that large",
-            object.length
-        );
+/// On bytes alone serde_json would not look into the strings that it ignores.
+fn is_json(bytes: &[u8]) -> Result<(), String> {
+    let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?;
+    match serde_json::from_str::<serde::de::IgnoredAny>(text) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("it is not JSON ({error})")),
     }
-    let mut bytes = Vec::new();
-    while let Some(chunk) = object.body.next().await {
-        bytes.extend_from_slice(&chunk.context("the body broke off")?);
-        if bytes.len() as u64 > object.length {
-            break;
-        }
-    }
-    if bytes.len() as u64 != object.length {
-        bail!(
-            "the body has {} bytes where {} were announced",
-            bytes.len(),
-            object.length
-        );
-    }
-    Ok(bytes)
 }
 
 /// [`BLOBS`], or as many as the limit on open files allows: a blob has its file open twice and a
@@ -262,7 +224,7 @@ impl Import<'_> {
     async fn run(&self, tag: String, report: &mut Report) -> Result<()> {
         let key = self.source.s3.manifest_key(&self.source.s3.names[0]);
         self.progress.stage("reading the manifest", 0, 0);
-        let Some(mut cache) = read_manifest(&*self.store, &key).await? else {
+        let Some(mut cache) = read_manifest(&self.store, &key).await? else {
             report.not_found = true;
             return Ok(());
         };

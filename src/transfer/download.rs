@@ -5,10 +5,10 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use futures::future::{FusedFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -17,8 +17,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use crate::cache::digest::Digest;
 use crate::layout::{Layout, Stage, Staged};
 use crate::progress::{Activity, Blob, Progress};
-use crate::retry::Trouble;
-use crate::store::{Kind, Store};
+use crate::store::{self, Expected, Kind, Store, StoreError};
 use crate::transfer::buffers::{Buffers, Room};
 use crate::transfer::hashing::{Feed, FileFeed, Hasher, Hashing};
 use crate::transfer::upload::{Limits, blocking};
@@ -67,6 +66,8 @@ pub struct Downloader {
     staging: Arc<Semaphore>,
     /// Blobs of several pieces in flight.
     active: AtomicUsize,
+    /// The store ignores ranges: each blob is fetched in one stream.
+    in_one_stream: AtomicBool,
 }
 
 impl Downloader {
@@ -92,6 +93,7 @@ impl Downloader {
             limits,
             staging: Arc::new(Semaphore::new(STAGINGS)),
             active: AtomicUsize::new(0),
+            in_one_stream: AtomicBool::new(false),
         }
     }
 
@@ -143,8 +145,19 @@ impl Downloader {
         let mut refetched = 0;
         let mut bytes = 0;
         loop {
-            if !self.fetch_rest(key, receiver, blob, &mut bytes).await? {
-                return Ok(None);
+            let one = self.in_one_stream.load(Ordering::Relaxed);
+            let piece = if one { u64::MAX } else { self.limits.piece };
+            match self
+                .fetch_rest(key, piece, receiver, blob, &mut bytes)
+                .await
+            {
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
+                Err(error) if !one && ignores_ranges(&error) => {
+                    self.in_one_stream.store(true, Ordering::Relaxed);
+                    continue;
+                }
+                Err(error) => return Err(error),
             }
             let found = receiver.hasher.digest();
             if found == digest {
@@ -166,10 +179,11 @@ impl Downloader {
         }
     }
 
-    /// Fetches everything from where `receiver` is; `false` if the object is not there.
+    /// Fetches everything from where `receiver` is, in pieces of `piece` bytes; `false` if the object is not there.
     async fn fetch_rest(
         &self,
         key: &str,
+        piece: u64,
         receiver: &mut Receiver,
         blob: &Arc<Blob>,
         bytes: &mut u64,
@@ -180,10 +194,10 @@ impl Downloader {
         }
         // Not collected: a size that is a lie can make them very many. An empty blob is asked for all
         // the same: it may not be there.
-        let count = (size - from).div_ceil(self.limits.piece).max(1);
+        let count = (size - from).div_ceil(piece).max(1);
         let mut ranges = (0..count).map(|nth| {
-            let start = from + nth * self.limits.piece;
-            start..size.min(start + self.limits.piece)
+            let start = from + nth * piece;
+            start..size.min(start.saturating_add(piece))
         });
         let active = (count > 1).then(|| Active::new(&self.active));
         let mut fetching = FuturesUnordered::new();
@@ -252,8 +266,7 @@ impl Downloader {
         }
     }
 
-    /// Fetches one piece, going on after every break where that is worth it. Returns its bytes; `None`
-    /// if the object is not there.
+    /// Fetches one piece. Returns its bytes; `None` if the object is not there.
     async fn fetch_piece(
         &self,
         key: &str,
@@ -266,86 +279,41 @@ impl Downloader {
         // A piece whose turn has not come may have to wait as a whole.
         let most = if piece.has_turn() { AHEAD } else { length };
         piece.settle(self.buffers.room(length.min(most) + READ).await);
-        let mut tries = self.store.retries().tries();
-        let mut have = 0;
-        let mut etag: Option<String> = None;
-        loop {
-            let rest = range.start + have..range.end;
-            let ranged = (rest != (0..size)).then(|| rest.clone());
-            let object = match self.store.get(key, ranged, etag.as_deref()).await {
-                Ok(Some(object)) => object,
-                Ok(None) => return Ok(None),
-                // Replaced while it was read: the same digest, so the same bytes, under a new ETag. An
-                // answer that makes no sense may be a proxy's, and not come again.
-                Err(error)
-                    if error.kind == Kind::Changed && etag.is_some() || error.is_nonsense() =>
-                {
-                    etag = None;
-                    if !tries.again(Trouble::default()).await {
-                        return Err(error.into());
-                    }
-                    continue;
+        let expected = Expected {
+            size: Some(size),
+            content_addressed: true,
+        };
+        let object = match store::read(&self.store, key, Some(range), expected).await {
+            Ok(Some(object)) => object,
+            Ok(None) => return Ok(None),
+            Err(error) => return Err(damaged(key, size, error)),
+        };
+        let mut body = object.body;
+        while let Some(chunk) = body.next().await {
+            match chunk {
+                Ok(chunk) => {
+                    blob.advance(chunk.len() as u64);
+                    piece.add(chunk).await;
                 }
-                Err(error) => return Err(error.into()),
-            };
-            if object.info.size != size || object.length != rest.end - rest.start {
-                // An answer that lost its way (a proxy's page, a wrong header) is not asked for again
-                // under If-Match: its ETag may be as wrong.
-                etag = None;
-                if tries.again(Trouble::default()).await {
-                    continue;
-                }
-                bail!(
-                    "blob {key} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
-                    object.info.size
-                );
-            }
-            etag = object.info.etag;
-            let mut body = object.body;
-            let before = have;
-            let broke = loop {
-                match body.next().await {
-                    Some(Ok(chunk)) => {
-                        let room = length - have;
-                        if room == 0 && !chunk.is_empty() {
-                            // More than was announced, perhaps without end.
-                            break None;
-                        }
-                        let chunk = if chunk.len() as u64 > room {
-                            chunk.slice(..room as usize)
-                        } else {
-                            chunk
-                        };
-                        have += chunk.len() as u64;
-                        blob.advance(chunk.len() as u64);
-                        piece.add(chunk).await;
-                    }
-                    Some(Err(error)) => break Some(error),
-                    None => break None,
-                }
-            };
-            if have == length {
-                return Ok(Some(length));
-            }
-            let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
-            self.progress.debug(&format!(
-                "{key}: the body broke off at byte {}: {error}",
-                range.start + have
-            ));
-            // Coming along in strides is not failing; a few bytes at a time is.
-            if have - before >= self.limits.piece / 4 {
-                tries.progressed();
-            }
-            if !tries.again(Trouble::default()).await {
-                let tried = tries.summary().map(|tried| format!(" ({tried})"));
-                return Err(error).with_context(|| {
-                    format!(
-                        "getting {key} from s3: the body broke off after {have} of {length} bytes{}",
-                        tried.unwrap_or_default()
-                    )
-                });
+                Err(error) if error.kind == Kind::Deleted => return Ok(None),
+                Err(error) => return Err(damaged(key, size, error)),
             }
         }
+        Ok(Some(length))
+    }
+}
+
+fn ignores_ranges(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<StoreError>();
+    error.is_some_and(|error| error.kind == Kind::NoRanges)
+}
+
+fn damaged(key: &str, size: u64, error: StoreError) -> anyhow::Error {
+    match error.kind {
+        Kind::WrongSize { found } => anyhow!(
+            "blob {key} on s3 is damaged: it has {found} bytes where the manifest says {size}; delete the object and export it again"
+        ),
+        _ => error.into(),
     }
 }
 

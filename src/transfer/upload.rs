@@ -241,7 +241,7 @@ impl Uploader {
                 sent: Arc::default(),
             };
             self.store
-                .put(key, "application/octet-stream", Arc::new(body))
+                .put(key, Arc::new(body))
                 .await
                 .map_err(explain_local)?;
         } else {
@@ -463,11 +463,18 @@ impl Uploader {
         self.store.complete_upload(key, upload, &parts).await
     }
 
+    /// The unfinished uploads to exactly `key`.
+    async fn uploads_to(&self, key: &str) -> Result<Vec<Upload>, StoreError> {
+        let mut uploads = self.store.list_uploads(key).await?;
+        uploads.retain(|upload| upload.key == key);
+        Ok(uploads)
+    }
+
     /// The unfinished uploads to `key` that we may go on with or abort, the latest first: those of runs
     /// of this program, killed or under way, and those that nobody can still be working on. BuildKit
     /// exports to the same keys, and fails if its upload is taken away.
     async fn abandoned(&self, key: &str, size: u64) -> Vec<Abandoned> {
-        let mut uploads = match self.store.list_uploads(key).await {
+        let mut uploads = match self.uploads_to(key).await {
             Ok(uploads) => uploads,
             // Not every store can tell (OCI, Storj), and not every role may ask.
             Err(error) => {
@@ -554,7 +561,7 @@ impl Uploader {
     /// Aborts the uploads to `key` that are not among `spared` and hold nothing: no part was ever sent to
     /// one whose id we do not know.
     async fn abort_but(&self, key: &str, spared: &[String]) {
-        let found = match self.store.list_uploads(key).await {
+        let found = match self.uploads_to(key).await {
             Ok(found) => found,
             Err(error) => {
                 self.progress.warn(&format!(
