@@ -128,9 +128,8 @@ impl Ready {
 
 /// Tries until it works, or is not worth another try.
 async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpResponse, StoreError> {
-    let denied = |e: anyhow::Error| {
-        Failure::new(Kind::Denied, format!("{e:#}")).into_error(remote, call, None)
-    };
+    let denied =
+        |e: anyhow::Error| Failure::general(Kind::Denied, &e).into_error(remote, call, None);
     let mut tries = remote.retry.tries();
     let mut renewed = false;
     loop {
@@ -144,6 +143,7 @@ async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpRespons
             }
             Err(failure) => failure,
         };
+        call.hold(None);
         // 4xx is a refusal; after anything else it may have been done all the same.
         let refused = matches!(failure.status, Some(400..=499));
         if call.begins_upload
