@@ -105,7 +105,6 @@ impl Call {
 pub(super) struct Failure {
     pub(super) kind: Kind,
     pub(super) status: Option<u16>,
-    pub(super) code: Option<String>,
     /// Why, in words that begin a message.
     pub(super) cause: String,
     /// What to try.
@@ -118,7 +117,7 @@ pub(super) struct Failure {
     /// No request could be sent, whatever the object.
     pub(super) general: bool,
     /// What the store said.
-    pub(super) refusal: Option<Refusal>,
+    pub(super) refusal: Option<Box<Refusal>>,
 }
 
 impl Failure {
@@ -126,7 +125,6 @@ impl Failure {
         Failure {
             kind,
             status: None,
-            code: None,
             cause: cause.into(),
             advice: None,
             source: None,
@@ -192,7 +190,7 @@ impl Failure {
         StoreError {
             kind: self.kind,
             status: self.status,
-            code: self.code,
+            code: self.refusal.and_then(|refusal| refusal.code),
             message,
             source: self.source.map(|source| Box::new(source) as _),
         }

@@ -151,7 +151,7 @@ pub(super) async fn attempt(
     let start =
         check_success(remote, call, head.status, &head.headers, &read).map_err(|problem| {
             match problem {
-                Problem::Refused(refusal) => Failure::refused(remote, call, refusal),
+                Problem::Refused(refusal) => Failure::refused(remote, call, *refusal),
                 Problem::Unexpected(what) => unexpected(&what),
             }
         })?;
@@ -164,7 +164,7 @@ pub(super) async fn attempt(
 
 /// What is wrong with an answer of 2xx.
 enum Problem {
-    Refused(answer::Refusal),
+    Refused(Box<answer::Refusal>),
     Unexpected(String),
 }
 
@@ -189,12 +189,12 @@ fn check_success(
                 remote.note_genuine();
                 Ok(start)
             }
-            Content::Error(refusal) => Err(Problem::Refused(refusal)),
+            Content::Error(refusal) => Err(Problem::Refused(Box::new(refusal))),
             Content::Nonsense(what) => Err(Problem::Unexpected(what)),
         };
     }
     if let Some(refusal) = answer::error_in(body, status, &remote.secrets) {
-        return Err(Problem::Refused(refusal));
+        return Err(Problem::Refused(Box::new(refusal)));
     }
     let has = |name| headers.contains_key(name);
     match call.expect {

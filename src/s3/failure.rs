@@ -34,14 +34,14 @@ impl Failure {
                     .into(),
             );
         }
+        let cause = refusal.cause(&remote.endpoint.name());
         Failure {
             status: Some(refusal.status),
-            code: refusal.code.clone(),
             advice,
             again: verdict.again,
             renew: verdict.renew || mute,
-            refusal: Some(refusal.clone()),
-            ..Failure::new(verdict.kind, refusal.cause(&remote.endpoint.name()))
+            refusal: Some(Box::new(refusal)),
+            ..Failure::new(verdict.kind, cause)
         }
     }
 
