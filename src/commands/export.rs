@@ -15,7 +15,6 @@ use crate::cache::digest::Digest;
 use crate::config::{ExportConfig, ExportTask, Mode};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::layout::Layout;
-use crate::layout::snapshot::{Snapshot, blobs_of};
 use crate::progress::Progress;
 use crate::report::{Outcome, Report};
 use crate::store::{ObjectInfo, Store};
@@ -121,7 +120,7 @@ fn blank(target: &ExportConfig, task: &ExportTask) -> Report {
 struct Source {
     layout: Layout,
     manifest: Digest,
-    snapshot: Snapshot,
+    cache: CacheConfig,
 }
 
 async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<Source> {
@@ -133,12 +132,13 @@ async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<Source> {
     blocking(move || {
         let layout = Layout::open(&root, LOCK_WAIT)?;
         let entry = layout.select(&selection)?;
-        let snapshot = Snapshot::read(&layout, &entry, &progress)
+        let cache = layout
+            .read_cache(&entry, &progress)
             .with_context(|| format!("reading manifest {} of {}", entry.digest, root.display()))?;
         Ok(Source {
             layout,
             manifest: entry.digest,
-            snapshot,
+            cache,
         })
     })
     .await
@@ -204,10 +204,10 @@ async fn export_to(
     };
     let exported = async {
         let cache = match target.mode {
-            Mode::Max => source.snapshot.cache.clone(),
-            Mode::Min => source.snapshot.cache.min(),
+            Mode::Max => source.cache.clone(),
+            Mode::Min => source.cache.min(),
         };
-        let blobs = blobs_of(&cache)?;
+        let blobs = cache.blobs()?;
         let store = connect(&target.s3, progress).await?;
         let uploader = Arc::new(Uploader::new(
             Arc::clone(&store),

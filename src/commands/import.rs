@@ -10,13 +10,11 @@ use futures::stream::{StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 
 use crate::bucket::survey::{self as presence, Bucket};
-use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
-use crate::cache::oci::Descriptor;
+use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
 use crate::config::{ImportConfig, ImportTask, Missing};
 use crate::interrupt::{Interrupt, Interrupted};
-use crate::layout::Layout;
-use crate::layout::snapshot::{self, blobs_of, documents};
+use crate::layout::{Layout, Published, tag_of};
 use crate::progress::{Activity, Progress};
 use crate::report::{Outcome, Report};
 use crate::retry::Trouble;
@@ -35,11 +33,11 @@ const VERIFIED: usize = 32;
 /// Blobs hashed at once under `--verify`.
 const HASHES: usize = 4;
 
-/// A larger manifest is not one that BuildKit wrote.
-const MANIFEST_LIMIT: u64 = 256 << 20;
-
 /// BuildKit's local import refuses a larger cache config.
-const BUILDKIT_CONFIG_LIMIT: usize = 1 << 20;
+const BUILDKIT_CONFIG_LIMIT: u64 = 1 << 20;
+
+/// How often blobs that another process deletes during the import are fetched again.
+const REFETCHES: usize = 10;
 
 /// Runs the task; one report a source. A source that fails keeps no other from being tried; a
 /// signal ends them all.
@@ -161,7 +159,7 @@ fn tag_for(task: &ImportTask, source: &ImportConfig, taken: &[&str]) -> String {
     let wanted = match (taken, &task.tag) {
         ([], Some(tag)) => tag.as_str(),
         ([], None) => "latest",
-        _ => source.s3.names[0].as_str(),
+        _ => &tag_of(&source.s3.names[0]),
     };
     let mut tag = wanted.to_owned();
     let mut count = 2;
@@ -208,7 +206,7 @@ fn is_json(bytes: &[u8]) -> bool {
 
 /// An object's bytes, none missing.
 async fn read_object(mut object: Object) -> Result<Vec<u8>> {
-    if object.length > MANIFEST_LIMIT {
+    if object.length > DOCUMENT_LIMIT {
         bail!(
             "it has {} bytes: no cache manifest is that large",
             object.length
@@ -266,7 +264,7 @@ impl Import<'_> {
             report.not_found = true;
             return Ok(());
         };
-        let blobs = blobs_of(&cache)?;
+        let blobs = cache.blobs()?;
         let absent = self.absent(&blobs).await?;
         report.present = (blobs.len() - absent.len()) as u64;
         report.transferred = absent.len() as u64;
@@ -283,20 +281,70 @@ impl Import<'_> {
         blocking(move || layout.prepare()).await?;
         let missing = self.fetch(absent, report).await?;
         if !missing.is_empty() {
+            self.set_damaged_aside(&missing, &blobs).await?;
             cache = self.without(&cache, &missing, report)?;
         }
 
-        let (layout, tag_name) = (self.layout.clone(), tag.clone());
-        let (entry, config_bytes) = blocking(move || write(&layout, &cache, &tag_name)).await?;
-        if config_bytes > BUILDKIT_CONFIG_LIMIT {
+        let (manifest, config_size) = self.publish(cache, &tag, report).await?;
+        if config_size > BUILDKIT_CONFIG_LIMIT {
             self.progress.warn(&format!(
                 "the cache config has {}: BuildKit's local import refuses more than 1 MiB; export with mode=min, or fewer stages",
-                crate::progress::bytes(config_bytes as u64)
+                crate::progress::bytes(config_size)
             ));
         }
-        report.manifest = Some(entry.to_string());
+        report.manifest = Some(manifest.to_string());
         report.tag = Some(tag);
         Ok(())
+    }
+
+    /// Moves what is in the layout under the names of these blobs out of the way: no run would replace it.
+    async fn set_damaged_aside(
+        &self,
+        missing: &BTreeSet<Digest>,
+        sizes: &BTreeMap<Digest, u64>,
+    ) -> Result<()> {
+        for digest in missing {
+            let (layout, digest, size) = (self.layout.clone(), *digest, sizes[digest]);
+            let moved = blocking(move || layout.set_damaged_aside(&digest, size)).await?;
+            if let Some(path) = moved {
+                self.progress.warn(&format!(
+                    "blob {digest} of the layout is damaged: moved to {}",
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tags the cache, once all its blobs are there at the same time: what another process deletes in
+    /// between is fetched again. Returns the manifest's digest and the bytes of the cache config.
+    async fn publish(
+        &self,
+        mut cache: CacheConfig,
+        tag: &str,
+        report: &mut Report,
+    ) -> Result<(Digest, u64)> {
+        for _ in 0..REFETCHES {
+            let (layout, tag, tagged) = (self.layout.clone(), tag.to_owned(), cache.clone());
+            let mut gone = match blocking(move || layout.publish_cache(&tag, &tagged)).await? {
+                Published::Done {
+                    manifest,
+                    config_size,
+                } => return Ok((manifest, config_size)),
+                Published::Gone(gone) => gone,
+            };
+            self.progress.note(&format!(
+                "another process has deleted {} blob(s) of this cache from the layout: fetching them again",
+                gone.len()
+            ));
+            gone.sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
+            report.transferred += gone.len() as u64;
+            let missing = self.fetch(gone, report).await?;
+            if !missing.is_empty() {
+                cache = self.without(&cache, &missing, report)?;
+            }
+        }
+        bail!("another process keeps deleting this cache's blobs from the layout")
     }
 
     /// What the layout lacks, the largest first.
@@ -309,8 +357,7 @@ impl Import<'_> {
                 let (layout, progress) = (layout.clone(), self.progress.clone());
                 blocking(move || {
                     let blob = progress.blob(Activity::Hash, &digest, size);
-                    let good = layout.verify_blob(&digest, size)?;
-                    blob.advance(size);
+                    let good = layout.verify_blob(&digest, size, |read| blob.advance(read))?;
                     blob.done();
                     Ok((!good).then_some((digest, size)))
                 })
@@ -466,23 +513,4 @@ impl Import<'_> {
         ));
         Ok(kept)
     }
-}
-
-/// Writes the documents of `cache` and points `tag` to them, when all that they name is there.
-/// Returns the manifest's digest and the bytes of the cache config.
-fn write(layout: &Layout, cache: &CacheConfig, tag: &str) -> Result<(Digest, usize)> {
-    if let Some(image) = &cache.image {
-        // The manifest on S3 said what belongs to the image; the image itself has the last word.
-        snapshot::check_complete(layout, &image.root)
-            .context("checking the image that came from s3")?;
-        layout.tag(tag, &image.root)?;
-        return Ok((image.root.digest, 0));
-    }
-    let documents = documents(cache)?;
-    let config = Digest::of(&documents.config);
-    layout.write_document(&config, &documents.config)?;
-    let entry: Descriptor = documents.descriptor;
-    layout.write_document(&entry.digest, &documents.manifest)?;
-    layout.tag(tag, &entry)?;
-    Ok((entry.digest, documents.config.len()))
 }

@@ -15,7 +15,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::cache::digest::Digest;
-use crate::layout::{Layout, Stage, Staged};
+use crate::layout::{Layout, Staged};
 use crate::progress::{Activity, Blob, Progress};
 use crate::retry::Trouble;
 use crate::store::{Kind, Store};
@@ -106,8 +106,8 @@ impl Downloader {
             false => layout.stage(&digest, size, waiting),
         };
         let staged = match blocking(stage).await? {
-            Stage::Present => return Ok(Fetched::Whole { bytes: 0 }),
-            Stage::Staged(staged) => staged,
+            None => return Ok(Fetched::Whole { bytes: 0 }),
+            Some(staged) => staged,
         };
         let blob = self.progress.blob(Activity::Download, &digest, size);
         let mut receiver = Receiver::take_up(staged, size, &self.hashing, &blob).await?;
