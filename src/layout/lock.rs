@@ -14,15 +14,18 @@ use super::dir::{Dir, WRITE, errno};
 /// BuildKit's name for the lock of `index.json`.
 pub(super) const INDEX_LOCK: &str = "index.json.lock";
 
-/// How often to try again at once when the file that we locked has lost its name. Its holder removes it
-/// with its lock, so that this is common; after so many times in a row, something is wrong.
-const QUICK_TRIES: u32 = 20;
+/// How often in a row the file that we have just locked may have lost its name. Its holder removes it with
+/// its lock, so once is common; more often, we pause; and so often, something is wrong.
+const MOST_REPLACED: u32 = 100;
+
+/// Before that many, we try again at once.
+const PAUSE_FROM: u32 = 20;
 
 /// How much longer to wait.
 struct Patience {
     wait: Duration,
     since: Instant,
-    /// How often the file that we locked had lost its name.
+    /// How often in a row the file that we locked had lost its name.
     replaced: u32,
 }
 
@@ -35,8 +38,13 @@ impl Patience {
         }
     }
 
-    /// Sleeps for a moment; false once the time is up.
-    fn pause(&self) -> bool {
+    /// Sleeps for a moment because another process holds the lock; false once the time is up.
+    fn pause(&mut self) -> bool {
+        self.replaced = 0;
+        self.sleep()
+    }
+
+    fn sleep(&self) -> bool {
         let left = self.wait.saturating_sub(self.since.elapsed());
         if left.is_zero() {
             return false;
@@ -50,7 +58,7 @@ impl Patience {
     /// The file that we locked no longer has its name.
     fn replaced(&mut self, dir: &Dir, name: &str) -> Result<()> {
         self.replaced += 1;
-        if self.replaced <= QUICK_TRIES || self.pause() {
+        if self.replaced < PAUSE_FROM || (self.replaced < MOST_REPLACED && self.sleep()) {
             return Ok(());
         }
         bail!(

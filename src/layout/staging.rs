@@ -133,7 +133,7 @@ impl Held {
             if let Some(mode) = mode {
                 match rustix::fs::fchmod(&self.file, mode) {
                     Ok(()) => {}
-                    // vfat and some network mounts: one mode for all files.
+                    // vfat and some network mounts have one mode for all files.
                     Err(Errno::PERM | Errno::NOTSUP | Errno::NOSYS) => {}
                     Err(error) => return Err(error.into()),
                 }
