@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::ImportFrom;
 use crate::blocking::blocking;
 use crate::cache::digest::Digest;
-use crate::layout::{Layout, Stage, Staged};
+use crate::layout::{Layout, Staged};
 use crate::process;
 use crate::progress::Activity;
 use crate::transfer::download::{Downloader, Fetched};
@@ -88,9 +88,9 @@ impl ImportFrom<'_> {
             true => layout.stage_replacement(&digest, size, waiting),
             false => layout.stage(&digest, size, waiting),
         });
-        let staged = match staging.await? {
-            Stage::Present => return Ok(Fetched::Whole { bytes: 0 }),
-            Stage::Staged(staged) => staged,
+        // Another process may have put the blob in place meanwhile.
+        let Some(staged) = staging.await? else {
+            return Ok(Fetched::Whole { bytes: 0 });
         };
         let blob = self.progress.blob(Activity::Download, &digest, size);
         let key = self.bucket.blob_key(&digest);
