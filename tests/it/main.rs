@@ -13,6 +13,7 @@ mod hostile;
 mod inside;
 mod program;
 mod retries;
+#[path = "../scripted/mod.rs"]
 mod scripted;
 mod secrets;
 #[path = "../server/mod.rs"]
