@@ -11,6 +11,7 @@ mod faults;
 mod fidelity;
 mod hostile;
 mod inside;
+mod output;
 mod program;
 mod retries;
 #[path = "../scripted/mod.rs"]
