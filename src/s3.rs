@@ -388,16 +388,11 @@ impl Store for S3Store {
         }))
     }
 
-    async fn put(
-        &self,
-        key: &str,
-        content_type: &str,
-        body: Arc<dyn UploadBody>,
-    ) -> StoreResult<()> {
+    async fn put(&self, key: &str, body: Arc<dyn UploadBody>) -> StoreResult<()> {
         let request = PutObjectRequest {
             bucket: self.bucket(),
             key: key.to_owned(),
-            content_type: Some(content_type.to_owned()),
+            content_type: Some(OCTETS.into()),
             ..Default::default()
         };
         let call = Call::new("upload", Some(key), Expect::ETag).with_body(body);
@@ -441,19 +436,13 @@ impl Store for S3Store {
         }
     }
 
-    async fn list(
-        &self,
-        prefix: &str,
-        after: Option<&str>,
-        next: Option<&str>,
-    ) -> StoreResult<Page> {
+    async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
         let request = ListObjectsV2Request {
             bucket: self.bucket(),
             // Keys can hold what XML cannot.
             encoding_type: Some("url".into()),
             max_keys: Some(1000),
             prefix: Some(prefix.to_owned()),
-            start_after: after.filter(|after| !after.is_empty()).map(str::to_owned),
             continuation_token: next.map(str::to_owned),
             ..Default::default()
         };

@@ -147,26 +147,15 @@ pub trait Store: Send + Sync {
     ) -> StoreResult<Option<Object>>;
 
     /// PUT, whole.
-    async fn put(
-        &self,
-        key: &str,
-        content_type: &str,
-        body: Arc<dyn UploadBody>,
-    ) -> StoreResult<()>;
+    async fn put(&self, key: &str, body: Arc<dyn UploadBody>) -> StoreResult<()>;
 
     /// Copies the object onto itself with metadata `updated-at` replaced (so that its LastModified
     /// moves), keeping its storage class. One request; objects over 5 GiB need `copy_part`.
     /// `Ok(false)`: the object is not there any more.
     async fn touch(&self, key: &str, info: &ObjectInfo) -> StoreResult<bool>;
 
-    /// One page, at most 1,000 keys, of those that begin with `prefix` and sort after `after`;
-    /// `next` is the last page's.
-    async fn list(
-        &self,
-        prefix: &str,
-        after: Option<&str>,
-        next: Option<&str>,
-    ) -> StoreResult<Page>;
+    /// One page, at most 1,000 keys, of those that begin with `prefix`; `next` is the last page's.
+    async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page>;
 
     /// Starts a multipart upload. `touched`: of an object being refreshed by copying; its
     /// storage class is kept and metadata `updated-at` set.

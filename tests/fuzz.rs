@@ -12,7 +12,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use layercache::bucket::survey as presence;
+use layercache::bucket::{Bucket, Certainty};
 use layercache::cache::diff_id;
 use layercache::cache::digest::Digest;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
@@ -758,7 +758,7 @@ impl Store for Lister {
     async fn head(&self, _: &str) -> StoreResult<Option<ObjectInfo>> {
         Ok(None)
     }
-    async fn list(&self, prefix: &str, _: Option<&str>, _: Option<&str>) -> StoreResult<Page> {
+    async fn list(&self, prefix: &str, _: Option<&str>) -> StoreResult<Page> {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let page = &self.pages[call % self.pages.len()];
         let base = prefix.strip_suffix("sha256:").unwrap_or(prefix);
@@ -784,7 +784,7 @@ impl Store for Lister {
     ) -> StoreResult<Option<Object>> {
         unsupported()
     }
-    async fn put(&self, _: &str, _: &str, _: Arc<dyn UploadBody>) -> StoreResult<()> {
+    async fn put(&self, _: &str, _: Arc<dyn UploadBody>) -> StoreResult<()> {
         unsupported()
     }
     async fn touch(&self, _: &str, _: &ObjectInfo) -> StoreResult<bool> {
@@ -849,17 +849,18 @@ proptest! {
             // Which no page ever reaches.
             wanted.insert(format!("sha256:{}", "f".repeat(64)).parse().expect("a digest"));
         }
-        let store = Lister {
+        let store = Arc::new(Lister {
             pages: pages.into_iter().map(|page| page.into_iter().map(digest).collect()).collect(),
             ends,
             calls: AtomicUsize::new(0),
             retry: RetryPolicy::new(config::RetryMode::Standard, 1),
-        };
+        });
         let spec = "type=s3,region=eu-west-1,bucket=cache";
-        let config = spec::cache_from(spec, &|_| None).expect("a good spec").config.s3;
+        let config = spec::cache_from(spec, &|_| None).expect("a good spec").config;
+        let bucket = Bucket::new(store.clone(), &config, &Progress::silent());
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let found = runtime
-            .block_on(presence::survey(&store, &config, wanted.iter().copied(), presence::Bucket::Sure, &Progress::silent()))
+            .block_on(bucket.survey(wanted.iter().copied(), Certainty::Known))
             .expect("nothing fails here");
         prop_assert!(found.keys().all(|digest| wanted.contains(digest)));
         let calls = store.calls.load(Ordering::Relaxed);

@@ -209,11 +209,7 @@ async fn a_request_says_no_more_than_it_must() {
     let quiet = server.store_as(|config| config.disable_accept_encoding = true);
     quiet.get(key, None, None).await.unwrap();
     let blob = Blob::new("hello");
-    server
-        .store()
-        .put(key, "text/x", blob.clone())
-        .await
-        .unwrap();
+    server.store().put(key, blob.clone()).await.unwrap();
 
     let requests = server.requests();
     let names = |request: &str| {
@@ -277,7 +273,7 @@ async fn what_passes_is_tried_again() {
     ] {
         let server = Server::new(vec![trouble.clone(), trouble, ok(TAG, "")]).await;
         let store = server.store();
-        store.put("a", "text/x", Blob::new("hello")).await.unwrap();
+        store.put("a", Blob::new("hello")).await.unwrap();
         assert_eq!(store.requests(), 3);
         assert!(server.requests()[2].ends_with("hello"));
     }
@@ -341,7 +337,7 @@ async fn an_early_answer_counts_more_than_the_broken_pipe() {
         ))])
         .await;
         let blob = Blob::new(vec![7; 8 << 20]);
-        let e = server.store().put("a", "text/x", blob).await.unwrap_err();
+        let e = server.store().put("a", blob).await.unwrap_err();
         assert_eq!(e.kind, Kind::Denied, "{e}");
         assert_eq!(e.code.as_deref(), Some("AccessDenied"));
     }
@@ -355,7 +351,7 @@ async fn a_body_that_cannot_be_read_is_no_fault_of_the_store() {
         fails: true,
     });
     let store = server.store();
-    let e = store.put("a", "text/x", blob).await.unwrap_err();
+    let e = store.put("a", blob).await.unwrap_err();
     assert_eq!(e.kind, Kind::LocalBody);
     assert_eq!(e.source.unwrap().to_string(), "disk on fire");
     assert_eq!(store.requests(), 1);
@@ -589,7 +585,7 @@ async fn a_page_lists_what_has_the_prefix() {
     ])
     .await;
     let store = server.store();
-    let found = store.list("p/", Some("p/ "), None).await.unwrap();
+    let found = store.list("p/", None).await.unwrap();
     let keys: Vec<_> = found.objects.iter().map(|(key, _)| key.as_str()).collect();
     assert_eq!(keys, ["p/a+b cé", "p/x"]);
     assert_eq!(
@@ -601,14 +597,14 @@ async fn a_page_lists_what_has_the_prefix() {
     );
     assert_eq!(found.objects[1].1.last_modified, None);
     assert_eq!(found.next.as_deref(), Some("t/1"));
-    let e = store.list("p/", None, Some("t/2")).await.unwrap_err();
+    let e = store.list("p/", Some("t/2")).await.unwrap_err();
     assert_eq!(e.kind, Kind::Nonsense);
     assert_eq!(
-        store.list("p/", None, None).await.unwrap_err().kind,
+        store.list("p/", None).await.unwrap_err().kind,
         Kind::Nonsense
     );
     assert_eq!(
-        store.list("", None, None).await.unwrap_err().kind,
+        store.list("", None).await.unwrap_err().kind,
         Kind::Unsupported
     );
     assert!(server.requests()[0].starts_with(
@@ -666,7 +662,7 @@ async fn an_endless_answer_is_cut_off() {
     let mut endless = b"HTTP/1.1 200 OK\r\n\r\n<ListBucketResult>".to_vec();
     endless.resize(20 << 20, b' ');
     let server = Server::new(vec![Reply::AnswerAndClose(endless); 3]).await;
-    let e = server.store().list("", None, None).await.unwrap_err();
+    let e = server.store().list("", None).await.unwrap_err();
     assert!(e.message.contains("longer than 16 MiB"), "{e}");
 }
 

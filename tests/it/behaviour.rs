@@ -23,7 +23,7 @@ fn a_second_export_sends_no_blob() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             wrote manifests/buildkit
@@ -57,7 +57,7 @@ fn touch_refresh_0s_copies_each_blob_once_and_last_modified_moves() {
     .run()
     .succeeds()
     .prints(expect![[r#"
-        exported 10 layers to s3://cache/manifests/buildkit: 0 uploaded (0 B), 0 already there, 10 refreshed; 21 requests in N s
+        exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 0 already there, 10 refreshed; 21 requests in N s
     "#]], expect![[r#"
         looking for blobs on s3
         refreshing (10 blobs, 62.94 KiB)
@@ -105,7 +105,7 @@ fn only_blobs_older_than_touch_refresh_are_refreshed_and_keep_their_storage_clas
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/manifests/buildkit: 0 uploaded (0 B), 7 already there, 3 refreshed; 14 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 7 already there, 3 refreshed; 21 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             refreshing (3 blobs, 17.62 KiB)
@@ -187,7 +187,7 @@ fn one_prefix_for_blobs_and_manifests_works() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/c/n: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
+            exported 10 blobs to s3://cache/c/n: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             wrote c/n
@@ -295,7 +295,7 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would export 10 layers to s3://cache/manifests/buildkit: would upload 10 (62.94 KiB), 0 already there, would refresh 0; 1 request in N s
+            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.94 KiB), 0 already there, would refresh 0; 1 request in N s
         "#]], expect![[r#"
             looking for blobs on s3
             would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
@@ -321,7 +321,7 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/absent as latest: 10 layers: would fetch 10 (62.94 KiB), 0 already there; 11 requests in N s
+            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/absent as latest: 10 blobs: would fetch 10 (62.94 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             reading the manifest
             looking for blobs on s3
@@ -364,7 +364,7 @@ fn a_dry_run_of_an_export_asks_for_each_blob_where_it_may_not_list() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would export 10 layers to s3://cache/manifests/buildkit: would upload 10 (62.94 KiB), 0 already there, would refresh 0; 11 requests in N s
+            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.94 KiB), 0 already there, would refresh 0; 11 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
@@ -408,7 +408,7 @@ fn a_second_import_asks_for_the_manifest_alone_and_changes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 layers: 0 fetched (0 B), 10 already there; 1 request in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 0 fetched (0 B), 10 already there; 1 request in N s
         "#]], expect![[r#"
             reading the manifest
         "#]]);
@@ -438,7 +438,7 @@ fn verify_finds_a_damaged_blob_and_fetches_it_again() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 layers: 1 fetched (11.97 KiB), 9 already there; 2 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 1 fetched (11.97 KiB), 9 already there; 2 requests in N s
         "#]], expect![[r#"
             reading the manifest
             verifying (10 blobs, 62.94 KiB)
@@ -628,7 +628,7 @@ fn a_failed_export_under_ignore_error_is_a_warning() {
         .succeeds()
         .without_blobs()
         .prints(expect![[r#"
-            export to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 6 requests in N s
+            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 6 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             uploading (5 blobs, 30.12 KiB)
@@ -716,7 +716,7 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/manifests/buildkit: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
         "#]], expect![[r#"
             warning: --cache-to: compression: ignored: blobs are moved as they are, never compressed again
             warning: --cache-to: oci-mediatypes: ignored: a cache on s3 has one form only
@@ -740,7 +740,7 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 layers: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             warning: --cache-from: mode: ignored: it means something on --cache-to only
             reading the manifest
@@ -819,7 +819,7 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/manifests/buildkit: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             uploading (10 blobs, 62.94 KiB)
@@ -840,7 +840,7 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 layers: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             reading the manifest
             fetching (10 blobs, 62.94 KiB)
@@ -860,6 +860,6 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
         "#]], expect![[""]]);
 }

@@ -70,9 +70,9 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
         (
             LEAF,
             expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 layers: 9 fetched (56.82 KiB), 0 already there; 11 requests in N s
-            left out 5 layers and 5 results because blobs are missing
-        "#]],
+                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (56.82 KiB), 0 already there; 11 requests in N s
+                left out 5 layers and 5 results because blobs are missing
+            "#]],
             expect![[r#"
             reading the manifest
             fetching (10 blobs, 62.94 KiB)
@@ -93,9 +93,9 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
         (
             MIDDLE,
             expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 layers: 9 fetched (53.93 KiB), 0 already there; 11 requests in N s
-            left out 4 layers and 4 results because blobs are missing
-        "#]],
+                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (53.93 KiB), 0 already there; 11 requests in N s
+                left out 4 layers and 4 results because blobs are missing
+            "#]],
             expect![[r#"
             reading the manifest
             fetching (10 blobs, 62.94 KiB)
@@ -116,9 +116,9 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
         (
             BASE,
             expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 layers: 9 fetched (50.96 KiB), 0 already there; 11 requests in N s
-            left out 10 layers and 10 results because blobs are missing
-        "#]],
+                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (50.96 KiB), 0 already there; 11 requests in N s
+                left out 10 layers and 10 results because blobs are missing
+            "#]],
             expect![[r#"
             reading the manifest
             fetching (10 blobs, 62.94 KiB)
@@ -165,7 +165,7 @@ fn with_every_blob_gone_an_import_still_succeeds_and_keeps_the_records() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 0 layers: 0 fetched (0 B), 0 already there; 11 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 0 blobs: 0 fetched (0 B), 0 already there; 11 requests in N s
             left out 10 layers and 10 results because blobs are missing
         "#]], expect![[r#"
             reading the manifest
@@ -229,7 +229,7 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/layout as latest: 9 layers: would fetch 9 (53.93 KiB), 0 already there; 11 requests in N s
+            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/layout as latest: 9 blobs: would fetch 9 (53.93 KiB), 0 already there; 11 requests in N s
             would leave out 4 layers and 4 results because blobs are missing
         "#]], expect![[r#"
             reading the manifest
@@ -300,7 +300,7 @@ fn an_export_uploads_blobs_that_are_gone_though_a_manifest_names_them() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/manifests/buildkit: 2 uploaded (18.09 KiB), 8 already there, 0 refreshed; 13 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 2 uploaded (18.09 KiB), 8 already there, 0 refreshed; 21 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             uploading (2 blobs, 18.09 KiB)
@@ -339,7 +339,7 @@ fn the_import_after_the_blobs_are_back_is_whole_again() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 layers: 1 fetched (9.00 KiB), 9 already there; 2 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 1 fetched (9.00 KiB), 9 already there; 2 requests in N s
         "#]], expect![[r#"
             reading the manifest
             fetching (1 blob, 9.00 KiB)
@@ -364,7 +364,7 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 6 layers: 6 fetched (34.65 KiB), 0 already there; 8 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 6 blobs: 6 fetched (34.65 KiB), 0 already there; 8 requests in N s
         "#]], expect![[r#"
             warning: --cache-from: mode: ignored: it means something on --cache-to only
             reading the manifest
@@ -377,7 +377,7 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
             downloaded sha256:f898e33dc2c9 90 B
             sha256:00afeaf117419cda1c679efc7c21a51d9cda419781b1e754014f68a7042c9668 is not on s3 any more
             stopped downloading sha256:00afeaf11741 after 0 B of 1.20 KiB
-            warning: 1 blob(s) that the manifest names are not on s3 (expired?): 0 result(s) and 0 layer(s) were left out, and the image cannot be given back
+            warning: 1 blob(s) that the manifest names are not on s3 (expired?): 0 result(s) and 0 layer(s) were left out, and the image cannot be restored
         "#]]);
     let kept = reexported(layout.path());
     assert_eq!(kept.image, None);

@@ -19,7 +19,7 @@ use layercache::retry::RetryPolicy;
 use layercache::store::{
     Kind, Object, ObjectInfo, Page, Part, Store, StoreError, StoreResult, Upload, UploadBody,
 };
-use layercache::transfer::upload::Limits;
+use layercache::transfer::limits::Limits;
 use tempfile::TempDir;
 
 use crate::inside::{self, Inside};
@@ -626,13 +626,8 @@ impl Store for FaultStore {
         Ok(Some(object))
     }
 
-    async fn put(
-        &self,
-        key: &str,
-        content_type: &str,
-        body: Arc<dyn UploadBody>,
-    ) -> StoreResult<()> {
-        self.call(self.store.put(key, content_type, body)).await
+    async fn put(&self, key: &str, body: Arc<dyn UploadBody>) -> StoreResult<()> {
+        self.call(self.store.put(key, body)).await
     }
 
     async fn touch(&self, key: &str, info: &ObjectInfo) -> StoreResult<bool> {
@@ -647,13 +642,8 @@ impl Store for FaultStore {
         }
     }
 
-    async fn list(
-        &self,
-        prefix: &str,
-        after: Option<&str>,
-        next: Option<&str>,
-    ) -> StoreResult<Page> {
-        self.call(self.store.list(prefix, after, next)).await
+    async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
+        self.call(self.store.list(prefix, next)).await
     }
 
     async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String> {
@@ -698,6 +688,10 @@ impl Store for FaultStore {
 
     async fn list_parts(&self, key: &str, upload: &str) -> StoreResult<Vec<Part>> {
         self.call(self.store.list_parts(key, upload)).await
+    }
+
+    fn may_hold_unknown_upload(&self, key: &str) -> bool {
+        self.store.may_hold_unknown_upload(key)
     }
 
     fn requests(&self) -> u64 {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use layercache::cache::digest::Digest;
-use layercache::transfer::upload::Limits;
+use layercache::transfer::limits::Limits;
 
 use crate::inside::{self, Inside};
 use crate::program::{files, fixture, s3_manifest};

@@ -49,8 +49,8 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
         .ends_with(1)
         .without_blobs()
         .prints(expect![[r#"
-            exported 10 layers to s3://cache/manifests/a: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
-            exported 5 layers to s3://cache/manifests/c: 0 uploaded (0 B), 5 already there, 0 refreshed; 6 requests in N s
+            exported 10 blobs to s3://cache/manifests/a: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
+            exported 5 blobs to s3://cache/manifests/c: 0 uploaded (0 B), 5 already there, 0 refreshed; 6 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             uploading (10 blobs, 62.94 KiB)
@@ -103,7 +103,7 @@ fn a_failure_that_is_ignored_says_what_it_took() {
         .succeeds()
         .without_blobs()
         .prints(expect![[r#"
-            export to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 6 requests in N s
+            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 6 requests in N s
         "#]], expect![[r#"
             looking for blobs on s3
             uploading (5 blobs, 30.12 KiB)
@@ -130,7 +130,7 @@ fn a_layout_that_cannot_be_read_is_one_error_and_in_every_result() {
         .run()
         .ends_with(1)
         .prints(expect![[r#"
-            export to s3://cache/manifests/b failed, which is ignored: no OCI layout at TMP/absent: no such directory; 0 requests in N s
+            exporting to s3://cache/manifests/b failed, which is ignored: no OCI layout at TMP/absent: no such directory; 0 requests in N s
         "#]], expect![[r#"
             layercache: no OCI layout at TMP/absent: no such directory
         "#]]);
@@ -156,8 +156,8 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
         (
             "damaged",
             expect![[r#"
-            imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 layers: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
-        "#]],
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+            "#]],
             expect![[r#"
             reading the manifest
             reading the manifest
@@ -178,8 +178,8 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
         (
             "denied",
             expect![[r#"
-            imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 layers: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
-        "#]],
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+            "#]],
             expect![[r#"
             reading the manifest
             reading the manifest
@@ -239,9 +239,9 @@ fn require_wants_one_of_the_sources_to_be_there() {
         (
             ["pr-7", "main"],
             expect![[r#"
-            nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
-            imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 layers: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
-        "#]],
+                nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+            "#]],
             expect![[r#"
             reading the manifest
             reading the manifest
@@ -262,9 +262,9 @@ fn require_wants_one_of_the_sources_to_be_there() {
         (
             ["main", "pr-7"],
             expect![[r#"
-            imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 layers: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
-            nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
-        "#]],
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+                nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
+            "#]],
             expect![[r#"
             reading the manifest
             fetching (10 blobs, 62.94 KiB)
