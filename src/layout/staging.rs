@@ -234,7 +234,9 @@ impl Layout {
             return Ok(());
         }
         for blob in &staged {
-            let length = blob.growing.file
+            let length = blob
+                .growing
+                .file
                 .metadata()
                 .with_context(|| format!("cannot look at {}", blob.path.display()))?
                 .len();

@@ -687,7 +687,9 @@ fn space_set_aside_does_not_count_as_downloaded() {
     assert_eq!(first.growing.file.metadata().unwrap().len(), 0);
     drop(first);
     assert_eq!(
-        staged(layout.stage(&digest, 8 << 20, || {}).unwrap()).growing.have,
+        staged(layout.stage(&digest, 8 << 20, || {}).unwrap())
+            .growing
+            .have,
         0
     );
 }
