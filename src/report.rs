@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 
-use crate::progress;
+use crate::{progress, quote};
 
 /// One spec's outcome.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -102,7 +102,7 @@ impl Report {
     /// The closing summary for people: one or two lines, the last without a line end. What came
     /// from the network or the user is escaped.
     pub fn summary(&self) -> String {
-        let remote = progress::printable(&self.remote()).into_owned();
+        let remote = quote::printable(&self.remote()).into_owned();
         let cost = format!(
             "{} in {:.1} s",
             count(self.requests, "request"),
@@ -110,7 +110,7 @@ impl Report {
         );
         let import = self.command == "import";
         if let Some(error) = &self.error {
-            let error = progress::printable(error);
+            let error = quote::printable(error);
             let action = if import { "import from" } else { "export to" };
             let ignored = match self.error_ignored {
                 true => ", which is ignored",
@@ -189,7 +189,7 @@ impl Report {
         let names: Vec<String> = self
             .names
             .iter()
-            .map(|name| format!("'{}'", progress::printable(name)))
+            .map(|name| format!("'{}'", quote::printable(name)))
             .collect();
         names.join(", ")
     }
@@ -197,10 +197,10 @@ impl Report {
     fn destination(&self) -> String {
         let mut destination = String::new();
         if !self.layout.is_empty() {
-            let _ = write!(destination, " into {}", progress::printable(&self.layout));
+            let _ = write!(destination, " into {}", quote::printable(&self.layout));
         }
         if let Some(tag) = &self.tag {
-            let _ = write!(destination, " as {}", progress::printable(tag));
+            let _ = write!(destination, " as {}", quote::printable(tag));
         }
         destination
     }

@@ -17,7 +17,7 @@ use crate::config::{ImportConfig, ImportTask, Missing};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::layout::Layout;
 use crate::layout::snapshot::{self, blobs_of, documents};
-use crate::progress::{Activity, Progress};
+use crate::progress::{Progress, Verb};
 use crate::report::{Outcome, Report};
 use crate::retry::Trouble;
 use crate::store::{Object, Store};
@@ -308,7 +308,7 @@ impl Import<'_> {
             let checks = wanted.into_iter().map(|(digest, size)| {
                 let (layout, progress) = (layout.clone(), self.progress.clone());
                 blocking(move || {
-                    let blob = progress.blob(Activity::Hash, &digest, size);
+                    let blob = progress.blob(Verb::Hash, &digest, size);
                     let good = layout.verify_blob(&digest, size)?;
                     blob.advance(size);
                     blob.done();
@@ -405,15 +405,16 @@ impl Import<'_> {
                 })
                 .buffer_unordered(blobs_at_once())
                 .try_fold(
-                    (BTreeSet::new(), 0),
-                    |(mut missing, mut bytes), (digest, fetched)| async move {
+                    (BTreeSet::new(), 0, 0),
+                    |(mut missing, mut bytes, mut present), (digest, fetched)| async move {
                         match fetched {
+                            Fetched::Present => present += 1,
                             Fetched::Missing => {
                                 missing.insert(digest);
                             }
                             Fetched::Whole { bytes: more } => bytes += more,
                         }
-                        Ok((missing, bytes))
+                        Ok((missing, bytes, present))
                     },
                 )
                 .await;
@@ -423,8 +424,10 @@ impl Import<'_> {
         // Both run to their ends: what was verified before a failure is kept for the next run.
         let (fetched, named) = tokio::join!(fetching, naming);
         named?;
-        let (missing, bytes) = fetched?;
+        let (missing, bytes, present) = fetched?;
         report.bytes += bytes;
+        report.transferred -= present;
+        report.present += present;
         Ok(missing)
     }
 

@@ -17,7 +17,7 @@ use crate::cache::digest::Digest;
 use crate::cache::oci::{self, Descriptor, Index, Manifest};
 use crate::cache::{CacheConfig, Content, Image, LayerAnnotations, Time};
 use crate::layout::Layout;
-use crate::progress::{Activity, Blob, Progress};
+use crate::progress::{Blob, Progress, Verb};
 
 /// Indexes within indexes, counted from the chosen one: nobody nests them as deep, and a hostile
 /// layout could for ever.
@@ -360,7 +360,7 @@ impl Reader<'_> {
     }
 
     fn compute_diff_id(&self, blob: &Digest, size: u64) -> Result<Digest> {
-        let shown = self.progress.blob(Activity::Hash, blob, size);
+        let shown = self.progress.blob(Verb::Hash, blob, size);
         let mut file = Hashing {
             inner: self.layout.open_blob(blob, size)?,
             hasher: Sha256::new(),

@@ -16,7 +16,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::cache::digest::Digest;
 use crate::layout::{Layout, Stage, Staged};
-use crate::progress::{Activity, Blob, Progress};
+use crate::progress::{Blob, Progress, Verb};
 use crate::retry::Trouble;
 use crate::store::{Kind, Store};
 use crate::transfer::buffers::{Buffers, Room};
@@ -49,6 +49,8 @@ const REFETCHES: u32 = 2;
 pub enum Fetched {
     /// Fetched, and `bytes` came over the network for it.
     Whole { bytes: u64 },
+    /// Another process has fetched it meanwhile.
+    Present,
     /// Not on the store.
     Missing,
 }
@@ -100,16 +102,23 @@ impl Downloader {
         let (layout, replace) = (self.layout.clone(), self.replace);
         // Given back by whoever has to wait for another process, so that others need not wait too.
         let mut turn = Arc::clone(&self.staging).acquire_owned().await.ok();
-        let waiting = move || drop(turn.take());
+        let blob = self.progress.blob(Verb::Download, &digest, size);
+        let shown = Arc::clone(&blob);
+        let waiting = move || {
+            shown.waiting();
+            drop(turn.take());
+        };
         let stage = move || match replace {
             true => layout.stage_replacement(&digest, size, waiting),
             false => layout.stage(&digest, size, waiting),
         };
         let staged = match blocking(stage).await? {
-            Stage::Present => return Ok(Fetched::Whole { bytes: 0 }),
+            Stage::Present => {
+                blob.present();
+                return Ok(Fetched::Present);
+            }
             Stage::Staged(staged) => staged,
         };
-        let blob = self.progress.blob(Activity::Download, &digest, size);
         let mut receiver = Receiver::take_up(staged, size, &self.hashing, &blob).await?;
         let fetched = self.fetch_verified(key, &mut receiver, &blob).await;
         let Ok(Some(bytes)) = fetched else {
@@ -542,7 +551,7 @@ impl Receiver {
                 .run(Hasher::default(), left)
                 .await
                 .with_context(reading)?;
-            blob.advance(receiver.at);
+            blob.resumed(receiver.at);
         }
         Ok(receiver)
     }

@@ -16,7 +16,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::cache::digest::Digest;
 use crate::layout::Layout;
-use crate::progress::{Activity, Blob, Progress};
+use crate::progress::{Blob, Progress, Verb};
 use crate::store::{ByteStream, Kind, ObjectInfo, Part, Store, StoreError, Upload, UploadBody};
 use crate::transfer::buffers::{BUFFER, Buffers};
 use crate::transfer::hashing::{Feed, Hasher, Hashing, read_into};
@@ -226,7 +226,7 @@ impl Uploader {
     pub async fn upload(&self, key: &str, digest: Digest, size: u64) -> Result<()> {
         let layout = self.layout.clone();
         let file = blocking(move || layout.open_blob(&digest, size)).await?;
-        let blob = self.progress.blob(Activity::Upload, &digest, size);
+        let blob = self.progress.blob(Verb::Upload, &digest, size);
         let source = Source {
             file: Arc::new(file),
             digest,
@@ -365,7 +365,7 @@ impl Uploader {
             hasher = hashed;
             if let Some(part) = held {
                 let part = part.ok_or(Interrupted::Untrusted)?;
-                source.blob.advance(size);
+                source.blob.resumed(size);
                 parts.push(part);
                 continue;
             }
@@ -394,7 +394,7 @@ impl Uploader {
 
     /// Moves the object's LastModified to now. `false`: the object is gone, and must be uploaded.
     pub async fn refresh(&self, key: &str, digest: &Digest, info: &ObjectInfo) -> Result<bool> {
-        let blob = self.progress.blob(Activity::Refresh, digest, info.size);
+        let blob = self.progress.blob(Verb::Refresh, digest, info.size);
         let touched = if info.size <= self.limits.copy {
             self.store.touch(key, info).await
         } else {
