@@ -31,9 +31,10 @@ fn main() -> ExitCode {
 }
 
 fn demonstrate() -> Result<()> {
-    let program = std::env::args_os().nth(1).map(PathBuf::from).context(
-        "give the program's path: cargo run --example demo -- target/debug/layercache",
-    )?;
+    let program = std::env::args_os()
+        .nth(1)
+        .map(PathBuf::from)
+        .context("give the program's path: cargo run --example demo -- target/debug/layercache")?;
     let program = program
         .canonicalize()
         .with_context(|| format!("find the program {}", program.display()))?;

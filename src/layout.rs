@@ -29,6 +29,7 @@ use self::staging::{Held, STAGING};
 pub use self::staging::{Stage, Staged};
 use crate::cache::digest::Digest;
 use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
+use crate::quote::quoted;
 
 /// Documents (manifests, configs, indexes) larger than this are refused: they are held in memory.
 pub const DOCUMENT_LIMIT: u64 = 64 << 20;
@@ -429,10 +430,10 @@ fn check_version(root: &Dir) -> Result<bool> {
     let Version { version } = serde_json::from_slice(&bytes)
         .with_context(|| format!("{} says no imageLayoutVersion", path.display()))?;
     if !version.starts_with("1.") {
-        let version: String = version.chars().take(50).collect();
         bail!(
-            "{} has imageLayoutVersion {version:?}; only 1.x is known",
-            path.display()
+            "{} has imageLayoutVersion {}; only 1.x is known",
+            path.display(),
+            quoted(&version)
         );
     }
     Ok(true)

@@ -185,6 +185,8 @@ struct Tally {
     next_line: AtomicU64,
     last_line: AtomicU64,
     last_moved: AtomicU64,
+    /// Plain mode has said that other processes are waited for.
+    waiting: AtomicBool,
 }
 
 impl Tally {

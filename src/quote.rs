@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(one_line(" a\tb\n\n\u{9b}c "), "a b c");
         let long = one_line(&"é\n".repeat(1000));
         assert_eq!(long.chars().count(), ONE_LINE + 1);
-        assert!(long.ends_with("é é…"), "{long}");
+        assert!(long.ends_with("é é …"), "{long}");
         assert_eq!(one_line(&"x".repeat(ONE_LINE)), "x".repeat(ONE_LINE));
     }
 }

@@ -7,6 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
+use crate::quote::quoted;
+
 /// A sha256 digest. Orders as its text does.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
@@ -17,11 +19,10 @@ pub struct InvalidDigest(String);
 
 impl fmt::Display for InvalidDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A hostile text can be long, and hold control characters: show its start, escaped.
-        let start: String = self.0.chars().take(100).collect();
         write!(
             f,
-            "{start:?} is not a digest (expected sha256: and 64 lower-case hex digits)"
+            "{} is not a digest (expected sha256: and 64 lower-case hex digits)",
+            quoted(&self.0)
         )
     }
 }

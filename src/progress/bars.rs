@@ -172,7 +172,9 @@ impl Terminal {
             .sum();
         let mut text = String::new();
         if rows > 0 {
-            let _ = write!(text, "\x1b[{rows}A\r\x1b[J");
+            // To its first row, and erase that, and all below it. Not in one: tmux takes erasing from the
+            // very first row on for clearing the screen, and keeps what was there in its history.
+            let _ = write!(text, "\x1b[{rows}A\r\x1b[K\x1b[B\x1b[J\x1b[A");
         }
         text.push_str(above);
         for line in &frame {
@@ -229,8 +231,9 @@ impl State {
         let mut frame = Vec::new();
         frame.extend(head.map(|head| cut(&head, columns)));
         frame.extend(table(&rows, columns));
-        if bars > 0 && old.len() > bars {
-            frame.push(cut(&format!("and {} more", old.len() - bars), columns));
+        let more = format!("and {} more", old.len().saturating_sub(bars));
+        if bars > 0 && old.len() > bars && more.len() <= columns {
+            frame.push(more);
         }
         frame.retain(|line| !line.is_empty());
         frame.truncate(room);
@@ -277,6 +280,7 @@ impl Rate {
 #[derive(Default)]
 struct Row {
     label: String,
+    percent: u8,
     current: u64,
     total: u64,
     rate: u64,
@@ -294,11 +298,18 @@ impl Row {
         let seconds_left = total.saturating_sub(current).checked_div(rate);
         // From 100 hours on it is no estimate.
         let left = match seconds_left.filter(|left| *left < 100 * 3600) {
-            Some(left) if current > 0 => format!(", {} left", clock_face(left)),
+            Some(left) if current > 0 && current < total => format!(", {} left", clock_face(left)),
             _ => String::new(),
         };
+        let (done, blobs) = (stage.done.load(Relaxed), stage.blobs());
         Row {
-            label: format!("{}/{} blobs", stage.done.load(Relaxed), stage.blobs()),
+            label: format!("{done}/{blobs} blobs"),
+            // Of bytes that need not be moved none is left.
+            percent: if done == blobs {
+                100
+            } else {
+                percent(current, total)
+            },
             current,
             total,
             rate,
@@ -309,15 +320,17 @@ impl Row {
     }
 
     fn of_blob(blob: &Flight, rate: u64) -> Self {
+        let current = blob.current.load(Relaxed);
         let waiting = blob.waiting.load(Relaxed);
         Row {
             label: short(&blob.digest),
-            current: blob.current.load(Relaxed),
+            percent: percent(current, blob.bytes),
+            current,
             total: blob.bytes,
             rate,
             tail: resumed("", blob.resumed.load(Relaxed)),
             elapsed: String::new(),
-            instead: waiting.then_some("waiting for another process"),
+            instead: waiting.then_some("waits for another process"),
         }
     }
 
@@ -325,10 +338,10 @@ impl Row {
     fn cell(&self, column: Column, bar: usize) -> String {
         match column {
             Column::Label => self.label.clone(),
-            Column::Percent => format!("{}%", percent(self.current, self.total)),
+            Column::Percent => format!("{}%", self.percent),
             Column::Bar => {
                 let inside = bar.saturating_sub(2);
-                let filled = usize::from(percent(self.current, self.total)) * inside / 100;
+                let filled = usize::from(self.percent) * inside / 100;
                 format!("[{:<inside$}]", "#".repeat(filled))
             }
             Column::Sizes => format!("{}/{}", bytes(self.current), bytes(self.total)),

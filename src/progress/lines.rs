@@ -129,6 +129,11 @@ impl View for Lines {
         match step {
             Step::Start if self.verbose => self.write(&format!("{} {name}", verb.present())),
             Step::Start => {}
+            Step::Waiting if many => {
+                if !blob.stage.waiting.swap(true, Relaxed) {
+                    self.write("waiting for other processes at work on the same blobs");
+                }
+            }
             Step::Waiting => self.write(&format!(
                 "waiting for another process to {} {name}",
                 verb.infinitive()

@@ -5,6 +5,9 @@ use super::*;
 
 const MIB: u64 = 1 << 20;
 
+/// From the first row of a frame on to the end of the screen.
+const ERASE: &str = "\r\x1b[K\x1b[B\x1b[J\x1b[A";
+
 /// An output that the test reads, and a clock and a terminal that it sets.
 struct Rig {
     progress: Progress,
@@ -48,8 +51,14 @@ impl Rig {
             columns: wide.load(Relaxed),
         };
         let quiet = display == Display::Quiet || verbosity < 0;
-        let bars = (display == Display::Tty)
-            .then(|| Arc::new(Bars::new(Box::new(Sink(written.clone())), size, clock.clone(), coloured)));
+        let bars = (display == Display::Tty).then(|| {
+            Arc::new(Bars::new(
+                Box::new(Sink(written.clone())),
+                size,
+                clock.clone(),
+                coloured,
+            ))
+        });
         let view: Arc<dyn View> = match (&bars, display) {
             (Some(bars), _) => bars.clone(),
             (None, Display::Rawjson) => Arc::new(Events::new(out, clock.clone(), quiet)),
@@ -86,7 +95,7 @@ impl Rig {
     fn frame(&self, columns: usize) -> Vec<String> {
         self.columns.store(columns, Relaxed);
         let drawn = self.drawn();
-        let lines = match drawn.rsplit_once("\r\x1b[J") {
+        let lines = match drawn.rsplit_once(ERASE) {
             Some((_, lines)) => lines,
             None => &drawn,
         };
@@ -535,21 +544,199 @@ fn a_frame_tells_what_its_terminal_has_room_for() {
     let (rig, _blobs) = busy();
     for (columns, expected) in [
         (
-            120,
-            "uploading
-",
+            200,
+            &[
+                "uploading",
+                "12/40 blobs   11% [##############                                                                                                                       ]  39.0 MiB/334 MiB 10.0 MiB/s 0:03, 0:29 left",
+                "6e340b9cffb3  45% [###########################################################                                                                          ] 9.00 MiB/20.0 MiB      0 B/s 9.00 MiB resumed",
+                "4bf5122f3445 waits for another process",
+                "dbc1b4c900ff  16% [#####################                                                                                                                ] 3.00 MiB/18.0 MiB 1.00 MiB/s",
+                "084fed08b978  17% [######################                                                                                                               ] 3.00 MiB/17.0 MiB 1.00 MiB/s",
+                "e52d9c508c50  18% [#######################                                                                                                              ] 3.00 MiB/16.0 MiB 1.00 MiB/s",
+                "e77b9a9ae9e3  19% [#########################                                                                                                            ] 3.00 MiB/15.0 MiB 1.00 MiB/s",
+                "67586e98fad2  21% [###########################                                                                                                          ] 3.00 MiB/14.0 MiB 1.00 MiB/s",
+                "ca358758f6d2  23% [##############################                                                                                                       ] 3.00 MiB/13.0 MiB 1.00 MiB/s",
+                "and 4 more",
+            ][..],
         ),
         (
             80,
-            "uploading
-",
+            &[
+                "uploading",
+                "12/40 blobs   11% [#            ]  39.0 MiB/334 MiB 10.0 MiB/s 0:03, 0:29 left",
+                "6e340b9cffb3  45% [#####        ] 9.00 MiB/20.0 MiB      0 B/s 9.00 MiB resumed",
+                "4bf5122f3445 waits for another process",
+                "dbc1b4c900ff  16% [##           ] 3.00 MiB/18.0 MiB 1.00 MiB/s",
+                "084fed08b978  17% [##           ] 3.00 MiB/17.0 MiB 1.00 MiB/s",
+                "e52d9c508c50  18% [##           ] 3.00 MiB/16.0 MiB 1.00 MiB/s",
+                "e77b9a9ae9e3  19% [##           ] 3.00 MiB/15.0 MiB 1.00 MiB/s",
+                "67586e98fad2  21% [##           ] 3.00 MiB/14.0 MiB 1.00 MiB/s",
+                "ca358758f6d2  23% [##           ] 3.00 MiB/13.0 MiB 1.00 MiB/s",
+                "and 4 more",
+            ][..],
         ),
-        (60, ""),
-        (40, ""),
-        (20, ""),
-        (10, ""),
+        (
+            60,
+            &[
+                "uploading",
+                "12/40 blobs   11%  39.0 MiB/334 MiB 10.0 MiB/s 0:03",
+                "6e340b9cffb3  45% 9.00 MiB/20.0 MiB      0 B/s",
+                "4bf5122f3445 waits for another process",
+                "dbc1b4c900ff  16% 3.00 MiB/18.0 MiB 1.00 MiB/s",
+                "084fed08b978  17% 3.00 MiB/17.0 MiB 1.00 MiB/s",
+                "e52d9c508c50  18% 3.00 MiB/16.0 MiB 1.00 MiB/s",
+                "e77b9a9ae9e3  19% 3.00 MiB/15.0 MiB 1.00 MiB/s",
+                "67586e98fad2  21% 3.00 MiB/14.0 MiB 1.00 MiB/s",
+                "ca358758f6d2  23% 3.00 MiB/13.0 MiB 1.00 MiB/s",
+                "and 4 more",
+            ][..],
+        ),
+        (
+            40,
+            &[
+                "uploading",
+                "12/40 blobs   11% 10.0 MiB/s 0:03",
+                "6e340b9cffb3  45%      0 B/s",
+                "4bf5122f3445 waits for another process",
+                "dbc1b4c900ff  16% 1.00 MiB/s",
+                "084fed08b978  17% 1.00 MiB/s",
+                "e52d9c508c50  18% 1.00 MiB/s",
+                "e77b9a9ae9e3  19% 1.00 MiB/s",
+                "67586e98fad2  21% 1.00 MiB/s",
+                "ca358758f6d2  23% 1.00 MiB/s",
+                "and 4 more",
+            ][..],
+        ),
+        (
+            20,
+            &[
+                "uploading",
+                "12/40 blobs   11%",
+                "6e340b9cffb3  45%",
+                "4bf5122f3445 waits ",
+                "dbc1b4c900ff  16%",
+                "084fed08b978  17%",
+                "e52d9c508c50  18%",
+                "e77b9a9ae9e3  19%",
+                "67586e98fad2  21%",
+                "ca358758f6d2  23%",
+                "and 4 more",
+            ][..],
+        ),
+        (10, &["uploading", " 11%"][..]),
+        (3, &["up"][..]),
     ] {
-        let frame = rig.frame(columns).join("\n");
-        assert_eq!(frame, expected.trim_end(), "{columns} columns");
+        assert_eq!(rig.frame(columns), expected, "{columns} columns");
     }
+}
+
+#[test]
+fn no_line_of_a_frame_is_wider_than_its_terminal() {
+    let (rig, blobs) = busy();
+    for extreme in [false, true] {
+        if extreme {
+            rig.progress
+                .stage(&"a long title ".repeat(30), u64::MAX, u64::MAX);
+            rig.pass(u64::MAX / 2);
+            blobs[2].resumed(u64::MAX / 2);
+        }
+        for columns in 1..200 {
+            // The last column stays free: some terminals wrap on filling it.
+            for line in rig.frame(columns) {
+                assert!(line.len() < columns, "{columns}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_frame_leaves_room_for_the_cursor_and_what_was_said() {
+    let (rig, _blobs) = busy();
+    for (rows, expected) in [
+        (2, &[][..]),
+        (3, &["12/40 blobs  11%"]),
+        (4, &["uploading", "12/40 blobs  11%"]),
+        (
+            6,
+            &[
+                "uploading",
+                "12/40 blobs   11%",
+                "6e340b9cffb3  45%",
+                "and 11 more",
+            ],
+        ),
+    ] {
+        rig.rows.store(rows, Relaxed);
+        assert_eq!(rig.frame(20), expected, "{rows} rows");
+    }
+}
+
+#[test]
+fn what_takes_less_than_half_a_second_has_no_bar() {
+    let rig = Rig::new(Display::Tty, 0);
+    rig.progress.stage("looking for blobs on s3", 0, 0);
+    rig.pass(499);
+    assert_eq!(rig.drawn(), "");
+    rig.pass(1);
+    assert_eq!(rig.drawn(), "looking for blobs on s3, 0:00\n");
+    rig.pass(61_000);
+    assert_eq!(
+        rig.drawn(),
+        format!("\x1b[1A{ERASE}looking for blobs on s3, 1:01\n")
+    );
+
+    rig.progress.stage("uploading", 2, 2 * MIB);
+    let blob = rig.progress.blob(Verb::Upload, &digest(), MIB);
+    assert_eq!(rig.drawn(), format!("\x1b[1A{ERASE}"));
+    rig.pass(499);
+    let young = rig.progress.blob(Verb::Upload, &digest(), MIB);
+    assert_eq!(rig.drawn(), "");
+    rig.pass(1);
+    assert_eq!(
+        rig.frame(30),
+        ["uploading", "0/2 blobs      0% 0:00", "e3b0c44298fc   0%"]
+    );
+    blob.done();
+    young.done();
+    assert_eq!(rig.frame(30), ["uploading", "2/2 blobs 100% 0:00"]);
+}
+
+#[test]
+fn messages_go_above_the_bars_and_the_end_takes_the_bars_away() {
+    let rig = Rig::new(Display::Tty, 0);
+    rig.progress.note("before");
+    rig.progress.stage("fetching", 0, 0);
+    rig.pass(500);
+    assert_eq!(rig.drawn(), "fetching, 0:00\n");
+    assert_eq!(rig.drawn(), "");
+    rig.progress.warn("a warning");
+    rig.progress.debug("not shown");
+    assert_eq!(
+        rig.output(),
+        format!("\x1b[1A{ERASE}warning: a warning\nfetching, 0:00\n")
+    );
+    rig.progress
+        .suspend(|| assert_eq!(rig.output(), format!("\x1b[1A{ERASE}")));
+    assert_eq!(rig.drawn(), "fetching, 0:00\n");
+    rig.progress.end();
+    rig.progress.end();
+    rig.progress.error("an error");
+    assert_eq!(rig.output(), format!("\x1b[1A{ERASE}error: an error\n"));
+    rig.pass(1_000);
+    assert_eq!(rig.drawn(), "");
+}
+
+#[test]
+fn a_frame_that_a_narrower_terminal_has_wrapped_goes_as_a_whole() {
+    let rig = Rig::new(Display::Tty, 0);
+    rig.progress.stage("reading the manifest", 0, 0);
+    rig.pass(500);
+    assert_eq!(rig.drawn(), "reading the manifest, 0:00\n");
+    rig.columns.store(10, Relaxed);
+    assert_eq!(rig.drawn(), format!("\x1b[3A{ERASE}reading t\n"));
+    rig.columns.store(80, Relaxed);
+    assert_eq!(
+        rig.drawn(),
+        format!("\x1b[1A{ERASE}reading the manifest, 0:00\n")
+    );
 }

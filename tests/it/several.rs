@@ -54,10 +54,10 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
     let errors: Vec<&str> = run
         .stderr
         .lines()
-        .filter(|line| line.starts_with("layercache: "))
+        .filter(|line| line.starts_with("error: "))
         .collect();
     assert_eq!(errors.len(), 1, "{}", run.stderr);
-    assert!(errors[0].starts_with("layercache: exporting to s3://absent/manifests/b: "));
+    assert!(errors[0].starts_with("error: exporting to s3://absent/manifests/b: "));
 
     let results = results(&file);
     let of = |key: &str| -> Vec<Value> { results.iter().map(|r| r[key].clone()).collect() };
@@ -118,7 +118,7 @@ fn a_layout_that_cannot_be_read_is_one_error_and_in_every_result() {
         .arg(&file)
         .run()
         .ends_with(1);
-    let errors = run.stderr.lines().filter(|l| l.starts_with("layercache: "));
+    let errors = run.stderr.lines().filter(|l| l.starts_with("error: "));
     assert_eq!(errors.count(), 1, "{}", run.stderr);
     let results = results(&file);
     assert_eq!(results.len(), 2);
@@ -151,7 +151,7 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
             .run()
             .ends_with(1)
             .says(&format!(
-                "layercache: importing from s3://cache/manifests/{branch}: "
+                "error: importing from s3://cache/manifests/{branch}: "
             ));
         assert!(run.stdout.starts_with("imported 'main'"), "{}", run.stdout);
         assert_eq!(tags(&layout), ["latest"]);
@@ -190,8 +190,8 @@ fn require_wants_one_of_the_sources_to_be_there() {
     let folder = tempfile::tempdir().expect("a temporary directory");
     let run = import(["pr-7", "pr-8"], folder.path())
         .ends_with(1)
-        .says("layercache: importing from s3://cache/manifests/pr-7: there is no manifest")
-        .says("layercache: importing from s3://cache/manifests/pr-8: there is no manifest");
+        .says("error: importing from s3://cache/manifests/pr-7: there is no manifest")
+        .says("error: importing from s3://cache/manifests/pr-8: there is no manifest");
     assert_eq!(run.stdout, "");
     for result in results(&folder.path().join("file")) {
         assert_eq!(result["notFound"], true);
