@@ -288,6 +288,20 @@ fn a_blob_that_another_process_fetches_is_waited_for_and_then_there() {
 }
 
 #[test]
+fn of_more_than_twenty_blobs_plain_tells_once_that_others_are_waited_for() {
+    let rig = Rig::new(Display::Plain, 0);
+    rig.progress.stage("fetching", 21, 21 * MIB);
+    rig.output();
+    for _ in 0..21 {
+        rig.progress.blob(Verb::Download, &digest(), MIB).waiting();
+    }
+    assert_eq!(
+        rig.output(),
+        "  0.0s waiting for other processes at work on the same blobs\n"
+    );
+}
+
+#[test]
 fn a_blob_counts_in_the_stage_that_it_began_in() {
     let rig = Rig::new(Display::Plain, 0);
     rig.progress.stage("first", 1, 100);

@@ -612,7 +612,7 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
     assert_eq!(run.stdout.lines().count(), 1, "{}", run.stdout);
     assert!(
         run.stdout
-            .starts_with("exported 10 layers to s3://cache/manifests/buildkit"),
+            .starts_with("exported 10 blobs to s3://cache/manifests/buildkit"),
         "{}",
         run.stdout
     );

@@ -216,7 +216,7 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
     Program::import(&spec, layout.path())
         .run()
         .succeeds()
-        .says("the image cannot be given back");
+        .says("the image cannot be restored");
     let kept = reexported(layout.path());
     assert_eq!(kept.image, None);
     assert_eq!(kept.layers, cache.layers);

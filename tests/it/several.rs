@@ -49,7 +49,7 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
     assert_eq!(server.objects()["manifests/c"], s3_manifest("min.json"));
     let told: Vec<&str> = run.stdout.lines().collect();
     assert_eq!(told.len(), 2, "{}", run.stdout);
-    assert!(told[0].starts_with("exported 10 layers to s3://cache/manifests/a"));
+    assert!(told[0].starts_with("exported 10 blobs to s3://cache/manifests/a"));
     assert!(told[1].contains("s3://cache/manifests/c"), "{}", run.stdout);
     let errors: Vec<&str> = run
         .stderr
