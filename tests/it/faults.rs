@@ -609,7 +609,7 @@ impl Store for FaultStore {
             Some(StoreFault::BodyGoesOn) => object
                 .body
                 .chain(futures::stream::repeat_with(|| {
-                    Ok(Bytes::from_static(b"more"))
+                    Ok(Bytes::from_static(&[b'+'; 64 << 10]))
                 }))
                 .boxed(),
             Some(StoreFault::BodyWrong) => object
