@@ -1,4 +1,4 @@
-//! Criterion benchmarks of the parts that do no I/O: specs, cache configs, `mode=min`, a plan.
+//! Criterion benchmarks of the parts without I/O: specs, cache configs, `mode=min`, planning.
 
 use std::collections::BTreeSet;
 use std::hint::black_box;
@@ -10,7 +10,7 @@ use layercache::layout::snapshot;
 
 mod synthetic;
 
-/// A cache as the layout's documents together tell it: with the layers' annotations.
+/// A cache as read from a layout, with the layers' annotations.
 fn annotated(config: &[u8]) -> CacheConfig {
     let mut cache = CacheConfig::parse_local(config).expect("the synthetic config is well-formed");
     for layer in &mut cache.layers {
@@ -71,7 +71,7 @@ fn cache_configs(criterion: &mut Criterion) {
 }
 
 fn specs(criterion: &mut Criterion) {
-    // As people write it, and with what they can put into it.
+    // As people write it, and with every attribute.
     let short = "type=s3,region=us-east-1,bucket=cache,name=main";
     let long = "type=s3,region=us-east-1,bucket=cache,\"name=main;feature/a,b\",prefix=team/,\
         blobs_prefix=b/,manifests_prefix=m/,endpoint_url=https://s3.example.org:9000/,\
