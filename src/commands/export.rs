@@ -213,10 +213,15 @@ impl ExportTo<'_> {
             true => Certainty::Unknown,
             false => Certainty::Known,
         };
-        let (found, uploads) = tokio::join!(
-            self.bucket.survey(blobs.keys().copied(), certainty),
-            self.bucket.unfinished_uploads()
-        );
+        // A dry run aborts nothing.
+        let uploads = async {
+            match self.task.dry_run {
+                true => Vec::new(),
+                false => self.bucket.unfinished_uploads().await,
+            }
+        };
+        let digests = blobs.keys().copied();
+        let (found, uploads) = tokio::join!(self.bucket.survey(digests, certainty), uploads);
         let touch_refresh = self.target.touch_refresh;
         let now = SystemTime::now();
         Ok(Plan::new(

@@ -14,7 +14,7 @@ fn results(file: &Path) -> Vec<Value> {
     metadata["results"].as_array().expect("results").clone()
 }
 
-/// The tags of a layout, in the order of its index.
+/// The tags of a layout, in index order.
 fn tags(layout: &Path) -> Vec<String> {
     let index = std::fs::read(layout.join("index.json")).expect("the index");
     let index: Value = serde_json::from_slice(&index).expect("JSON");
