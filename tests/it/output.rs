@@ -120,6 +120,6 @@ fn what_differs_from_run_to_run_is_replaced() {
     assert_eq!(
         lasting(&text),
         "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
-         http://127.0.0.1:PORT/x; 21 requests in N s\nwaiting Ns for sha256:0\n[K/2] uploaded sha256:a\n"
+         http://127.0.0.1:PORT/x; 21 requests in N s\n[K/2] uploaded sha256:a\nwaiting Ns for sha256:0\n"
     );
 }
