@@ -18,8 +18,7 @@ use layercache::cache::digest::Digest;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
 use layercache::config;
-use layercache::layout::snapshot::{self, Snapshot};
-use layercache::layout::{Layout, Selection};
+use layercache::layout::{Documents, Layout, Selection, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
@@ -303,9 +302,8 @@ static S3_MANIFESTS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     for name in ["image-inline", "image-plain"] {
         documents.push(
             read(&fixtures().join(name))
-                .cache
                 .to_s3()
-                .expect("it has annotations"),
+                .expect("it can be written"),
         );
     }
     documents
@@ -327,15 +325,26 @@ static INLINE_RECORDS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     records.collect()
 });
 
-fn read(folder: &Path) -> Snapshot {
+fn read(folder: &Path) -> CacheConfig {
     let layout = Layout::open(folder, Duration::ZERO).expect("a layout");
     let root = layout.select(&Selection::Default).expect("one entry");
-    Snapshot::read(&layout, &root, &Progress::silent()).expect("the fixture is good")
+    layout
+        .read_cache(&root, &Progress::silent())
+        .expect("the fixture is good")
+}
+
+fn annotations(diff_id: Digest) -> LayerAnnotations {
+    LayerAnnotations {
+        media_type: "application/vnd.oci.image.layer.v1.tar".into(),
+        diff_id,
+        size: 1,
+        created_at: Time::UNKNOWN,
+    }
 }
 
 /// What must hold of every cache that was accepted.
 fn check(cache: &CacheConfig, gone: &[Index]) {
-    let written = cache.to_s3().expect("every layer has annotations");
+    let written = cache.to_s3().expect("it can be written");
     let again = CacheConfig::parse_s3(&written).expect("what we write, we read");
     assert_eq!(&again, cache);
     let mut valid = vec![cache.min(), cache.clone().sorted()];
@@ -351,10 +360,10 @@ fn check(cache: &CacheConfig, gone: &[Index]) {
     }
     valid.push(CacheConfig::merged(vec![cache.clone(), cache.clone()]));
     for cache in valid {
-        let written = cache.to_s3().expect("every layer has annotations");
+        let written = cache.to_s3().expect("it can be written");
         CacheConfig::parse_s3(&written).expect("it is still a valid cache");
-        if snapshot::blobs_of(&cache).is_ok() {
-            snapshot::documents(&cache).expect("it can be written into a layout");
+        if cache.blobs().is_ok() {
+            Documents::of(&cache).expect("it can be written into a layout");
         }
     }
 }
@@ -372,8 +381,9 @@ proptest! {
 
     #[test]
     fn cache_config_of_a_layout(bytes in json_like(&CACHE_CONFIGS)) {
-        if let Ok(cache) = CacheConfig::parse_local(&bytes) {
-            let again = CacheConfig::parse_local(&cache.to_local()).expect("what we write, we read");
+        let parse = |bytes: &[u8]| CacheConfig::parse_local(bytes, |_, blob| Ok(annotations(*blob)));
+        if let Ok(cache) = parse(&bytes) {
+            let again = parse(&cache.to_local()).expect("what we write, we read");
             prop_assert_eq!(again, cache);
         }
     }
@@ -381,16 +391,8 @@ proptest! {
     #[test]
     fn inline_cache_of_an_image(bytes in json_like(&INLINE_RECORDS), count in 0..12u8) {
         let layers: Vec<(Digest, LayerAnnotations)> = (0..count)
-            .map(|n| {
-                let annotations = LayerAnnotations {
-                    media_type: "application/vnd.oci.image.layer.v1.tar".into(),
-                    diff_id: Digest::of(&[n]),
-                    size: 1,
-                    created_at: Time::UNKNOWN,
-                };
-                // Two layers can be of one blob.
-                (Digest::of(&[n / 2]), annotations)
-            })
+            // Two layers can be of one blob.
+            .map(|n| (Digest::of(&[n / 2]), annotations(Digest::of(&[n]))))
             .collect();
         if let Ok(cache) = CacheConfig::from_inline(&bytes, &layers) {
             check(&cache, &[]);
@@ -514,11 +516,10 @@ proptest! {
         let folder = write(&files);
         let layout = Layout::open(folder.path(), Duration::ZERO).expect("it has all that a layout has");
         if let Ok(root) = layout.select(&Selection::Default)
-            && let Ok(snapshot) = Snapshot::read(&layout, &root, &Progress::silent())
+            && let Ok(cache) = layout.read_cache(&root, &Progress::silent())
         {
-            check(&snapshot.cache, &[]);
-            prop_assert_eq!(snapshot::blobs_of(&snapshot.cache).expect("as read"), snapshot.blobs);
-            let _ = snapshot::check_complete(&layout, &root);
+            check(&cache, &[]);
+            let _ = layout.check_complete(&root);
         }
     }
 
@@ -544,12 +545,14 @@ proptest! {
         // Whatever was there, what is added can be found, or the index is refused as it is.
         let before = std::fs::read(folder.path().join("index.json")).expect("the index");
         let root = read(&fixtures().join("local-min"));
-        let written = snapshot::documents(&root.cache).expect("a good cache");
+        let written = Documents::of(&root).expect("a good cache");
         layout
             .write_document(&written.descriptor.digest, &written.manifest)
             .expect("it can be written");
-        match layout.tag("fuzz", &written.descriptor) {
-            Ok(()) => {
+        let blobs = BTreeMap::from([(written.descriptor.digest, written.descriptor.size)]);
+        match layout.publish_tag("fuzz", &written.descriptor, &blobs) {
+            Ok(tagged) => {
+                prop_assert_eq!(tagged, Tagged::Done);
                 let found = layout.select(&Selection::Tag("fuzz".into())).expect("it is there");
                 prop_assert_eq!(found.digest, written.descriptor.digest);
             }

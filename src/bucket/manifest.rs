@@ -6,12 +6,9 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 
 use crate::bucket::Bucket;
-use crate::cache::CacheConfig;
+use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
 use crate::store;
 use crate::transfer::body::InMemory;
-
-/// Bytes of the largest manifest that is read. BuildKit writes none of this size.
-const MANIFEST_LIMIT: u64 = 256 << 20;
 
 impl Bucket {
     /// The cache called `name`; `None` if there is none.
@@ -21,7 +18,7 @@ impl Bucket {
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
         let key = self.config.manifest_key(name);
         let reading = || format!("reading the manifest {key} on s3");
-        let read = store::read_whole(&self.store, &key, MANIFEST_LIMIT, check_json).await;
+        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
         let Some(bytes) = read.with_context(reading)? else {
             return Ok(None);
         };

@@ -30,7 +30,7 @@ impl fmt::Display for InvalidTime {
 impl std::error::Error for InvalidTime {}
 
 impl Time {
-    /// Go's zero time, which stands for a time that nobody knows.
+    /// Go's zero time, which stands for an unknown time.
     pub const UNKNOWN: Time = Time(utc_datetime!(0001-01-01 0:00).to_offset(UtcOffset::UTC));
 
     pub fn is_unknown(&self) -> bool {
@@ -69,13 +69,13 @@ impl fmt::Display for Time {
 impl FromStr for Time {
     type Err = InvalidTime;
 
-    /// Any offset is accepted and turned to UTC; digits past the nanoseconds are cut off.
+    /// Accepts any offset and converts to UTC; digits beyond nanoseconds are cut off.
     fn from_str(text: &str) -> Result<Self, InvalidTime> {
         parse(text).ok_or_else(|| InvalidTime(text.chars().take(101).collect()))
     }
 }
 
-/// By hand because Go is stricter than most parsers: `T` and `Z` in upper case, no leap seconds.
+/// By hand: Go is stricter than most parsers (`T` and `Z` in upper case, no leap seconds).
 fn parse(text: &str) -> Option<Time> {
     let mut rest = text.as_bytes();
     let year = digits(&mut rest, 4)?;
@@ -134,7 +134,7 @@ fn parse(text: &str) -> Option<Time> {
         )
         .ok()?;
     let time = local.checked_sub(offset)?;
-    // Go cannot write other years, so neither may an offset lead there.
+    // Go cannot write other years; an offset must not lead there either.
     (0..=9999)
         .contains(&time.year())
         .then(|| Time(time.assume_utc()))

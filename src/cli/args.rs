@@ -12,7 +12,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use crate::cache::digest::Digest;
 use crate::cli::spec::{self, Env, Parsed};
 use crate::config::{ExportTask, ImportTask, Missing, Task};
-use crate::layout::Selection;
+use crate::layout::{Selection, check_tag};
 use crate::progress::Display;
 
 const CACHE_TO: &str = "LAYERCACHE_CACHE_TO";
@@ -334,13 +334,7 @@ fn looks_like_spec(text: &str) -> bool {
 }
 
 fn tag_name(name: &str) -> Result<String, &'static str> {
-    if name.is_empty() {
-        return Err("a tag is not empty");
-    }
-    if name.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err("a tag holds no spaces and no control characters");
-    }
-    Ok(name.to_owned())
+    check_tag(name).map(|()| name.to_owned())
 }
 
 #[cfg(test)]

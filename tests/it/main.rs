@@ -9,10 +9,14 @@ mod disk;
 mod expired;
 mod faults;
 mod fidelity;
+#[cfg(target_os = "linux")]
+mod filesystems;
 mod hostile;
 mod inside;
+mod output;
 mod program;
 mod retries;
+#[path = "../scripted/mod.rs"]
 mod scripted;
 mod secrets;
 #[path = "../server/mod.rs"]

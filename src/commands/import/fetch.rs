@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::ImportFrom;
 use crate::blocking::blocking;
 use crate::cache::digest::Digest;
-use crate::layout::{Layout, Stage, Staged};
+use crate::layout::{Layout, Staged};
 use crate::process;
 use crate::progress::Verb;
 use crate::transfer::download::{Downloader, Fetched};
@@ -106,12 +106,9 @@ impl ImportFrom<'_> {
             true => layout.stage_replacement(&digest, size, waiting),
             false => layout.stage(&digest, size, waiting),
         });
-        let staged = match staging.await? {
-            Stage::Present => {
-                blob.present();
-                return Ok(None);
-            }
-            Stage::Staged(staged) => staged,
+        let Some(staged) = staging.await? else {
+            blob.present();
+            return Ok(None);
         };
         let key = self.bucket.blob_key(&digest);
         let fetched = downloader.fetch(&key, &staged.growing, &blob).await;
