@@ -15,7 +15,7 @@ use super::*;
 use crate::cache::oci::CONTAINERD_NAME;
 
 const SHORT: Duration = Duration::from_millis(150);
-const LONG: Duration = Duration::from_secs(60);
+pub(super) const LONG: Duration = Duration::from_secs(60);
 const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 pub(super) fn fixture(name: &str) -> PathBuf {
@@ -25,7 +25,7 @@ pub(super) fn fixture(name: &str) -> PathBuf {
 }
 
 /// A fixture of its own for a test that reads it, since reading makes and removes a lock file.
-fn copy_of(name: &str) -> TempDir {
+pub(super) fn copy_of(name: &str) -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     fs::create_dir_all(copy.path().join("blobs/sha256")).unwrap();
     for file in ["oci-layout", "index.json"] {
@@ -110,12 +110,12 @@ fn set_tag(layout: &Layout, tag: &str, entry: &Descriptor) -> Result<()> {
     Ok(())
 }
 
-fn set_modified(path: &Path, time: SystemTime) {
+pub(super) fn set_modified(path: &Path, time: SystemTime) {
     let file = File::options().write(true).open(path).unwrap();
     file.set_modified(time).unwrap();
 }
 
-fn names(dir: &Path) -> Vec<String> {
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -132,7 +132,7 @@ fn message<T>(result: Result<T>) -> String {
 }
 
 #[track_caller]
-fn assert_says<T>(result: Result<T>, parts: &[&str]) {
+pub(super) fn assert_says<T>(result: Result<T>, parts: &[&str]) {
     let message = message(result);
     for part in parts {
         assert!(message.contains(part), "{message:?} does not say {part:?}");
