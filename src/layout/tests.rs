@@ -1007,7 +1007,7 @@ fn of_eight_threads_tagging_at_once_no_tag_is_lost() {
             scope.spawn(move || {
                 for turn in 0..4 {
                     let tag = format!("t{thread}-{turn}");
-                    set_tag(&layout, &tag, &entry_of(b"x")).unwrap();
+                    set_tag(layout, &tag, &entry_of(b"x")).unwrap();
                     layout.select(&Selection::Tag(tag)).unwrap();
                     layout.tidy();
                 }
