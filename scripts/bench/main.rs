@@ -8,7 +8,12 @@
 
 mod child;
 mod layouts;
+#[path = "../../tests/server/mod.rs"]
+mod s3;
+mod serve;
 mod server;
+#[path = "../synthetic.rs"]
+mod synthetic;
 mod table;
 mod tools;
 
@@ -72,6 +77,14 @@ enum Internal {
         size: u64,
         /// Unix seconds
         mtime: u64,
+    },
+    /// Runs the S3 server
+    #[command(hide = true)]
+    Serve {
+        /// The blobs of a layout
+        blobs: PathBuf,
+        delay_ms: u64,
+        rate_mib: u64,
     },
 }
 
@@ -223,7 +236,6 @@ struct Bench {
     begun: Instant,
     /// Removed at the end.
     scratch: PathBuf,
-    server: PathBuf,
     layercache: PathBuf,
     tools: Vec<Tool>,
     series: Vec<Series>,
@@ -245,6 +257,14 @@ fn main() -> Result<()> {
             size,
             mtime,
         }) => return layouts::write(&dir, layers, size, mtime),
+        Some(Internal::Serve {
+            blobs,
+            delay_ms,
+            rate_mib,
+        }) => {
+            let network = Network { delay_ms, rate_mib };
+            return serve::run(&blobs, network);
+        }
         None => {}
     }
     ensure!(args.runs > 0, "no rounds, nothing to measure");
@@ -257,21 +277,15 @@ fn main() -> Result<()> {
         Some(path) => fs::canonicalize(path).with_context(|| path.display().to_string())?,
         None => release.join("layercache"),
     };
-    let server = examples.join("bench-server");
-    for (program, how) in [
-        (&layercache, "cargo build --release"),
-        (&server, "cargo build --release --example bench-server"),
-    ] {
-        ensure!(
-            program.exists(),
-            "{} is not there: {how}",
-            program.display()
-        );
-    }
+    ensure!(
+        layercache.exists(),
+        "{} is not there: cargo build --release",
+        layercache.display()
+    );
 
     let (scratch, place) = scratch_dir(args.dir.as_deref(), target)?;
     remove_when_interrupted(scratch.clone());
-    let outcome = measure(args, scratch.clone(), place, server, layercache, target);
+    let outcome = measure(args, scratch.clone(), place, layercache, target);
     fs::remove_dir_all(&scratch)?;
     outcome
 }
@@ -280,7 +294,6 @@ fn measure(
     args: Args,
     scratch: PathBuf,
     place: String,
-    server: PathBuf,
     layercache: PathBuf,
     target: &Path,
 ) -> Result<()> {
@@ -289,7 +302,6 @@ fn measure(
     let mut bench = Bench {
         begun: Instant::now(),
         scratch,
-        server,
         layercache,
         tools,
         series: Vec::new(),
@@ -374,12 +386,7 @@ impl Bench {
             scenario.size,
             &self.scratch,
         )?;
-        let server = Server::start(
-            &self.server,
-            scenario.network,
-            &layout.blobs(),
-            &self.scratch,
-        )?;
+        let server = Server::start(scenario.network, &layout.blobs())?;
         let first = self.series.len();
         for &operation in scenario.operations {
             for tool in &self.tools {
@@ -515,6 +522,7 @@ impl Bench {
         }
         let name = largest.1.file_name().unwrap_or_default().to_string_lossy();
         let key = format!("blobs/{name}");
+        server.clear("single")?;
         let up = server.upload("single", &key, &largest.1)?;
         let down = server.download("single", &key)?;
         println!(
@@ -814,9 +822,6 @@ fn plan_milliseconds() -> Result<f64> {
     }
     Ok(worst)
 }
-
-#[path = "../synthetic.rs"]
-mod synthetic;
 
 /// A folder of this run's own where files cost least, and a line that says which that is.
 fn scratch_dir(asked: Option<&Path>, target: &Path) -> Result<(PathBuf, String)> {

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use url::{Host, Url};
 
 use crate::cache::digest::Digest;
-use crate::config::{ExportConfig, ImportConfig, Mode, RetryMode, S3Config, StaticCredentials};
+use crate::config::{ExportConfig, Mode, RetryMode, S3Config, StaticCredentials};
 
 /// How the environment is asked for a variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -61,12 +61,10 @@ pub fn cache_to(spec: &str, env: Env) -> Result<Parsed<ExportConfig>> {
 ///
 /// # Errors
 /// As [`cache_to`].
-pub fn cache_from(spec: &str, env: Env) -> Result<Parsed<ImportConfig>> {
+pub fn cache_from(spec: &str, env: Env) -> Result<Parsed<S3Config>> {
     let mut warnings = Vec::new();
     let mut attributes = Attributes::parse(spec, Direction::From, &mut warnings)?;
-    let config = ImportConfig {
-        s3: s3_config(&mut attributes, Direction::From, env, &mut warnings)?,
-    };
+    let config = s3_config(&mut attributes, Direction::From, env, &mut warnings)?;
     Ok(Parsed { config, warnings })
 }
 
@@ -864,7 +862,7 @@ pub(crate) mod tests {
             }
         );
         let imported = cache_from(MINIMAL, &no_env).unwrap();
-        assert_eq!(imported.config.s3, parsed.config.s3);
+        assert_eq!(imported.config, parsed.config.s3);
         assert_eq!(imported.warnings, Vec::<String>::new());
     }
 
@@ -1046,15 +1044,15 @@ pub(crate) mod tests {
             ("AWS_DEFAULT_REGION", "eu-west-2"),
             ("AWS_BUCKET", "from-env"),
         ]);
-        let s3 = cache_from("type=s3", &env).unwrap().config.s3;
+        let s3 = cache_from("type=s3", &env).unwrap().config;
         assert_eq!(
             (s3.region, s3.bucket),
             ("eu-west-1".into(), "from-env".into())
         );
-        let s3 = cache_from(MINIMAL, &env).unwrap().config.s3;
+        let s3 = cache_from(MINIMAL, &env).unwrap().config;
         assert_eq!((s3.region, s3.bucket), ("us-east-1".into(), "cache".into()));
         let env = env_of(&[("AWS_REGION", ""), ("AWS_DEFAULT_REGION", "eu-west-2")]);
-        let s3 = cache_from("type=s3,bucket=abc", &env).unwrap().config.s3;
+        let s3 = cache_from("type=s3,bucket=abc", &env).unwrap().config;
         assert_eq!(s3.region, "eu-west-2");
     }
 
@@ -1166,7 +1164,7 @@ pub(crate) mod tests {
             (MINIMAL, &general, Some("http://all.test:2/")),
             (MINIMAL, &off, None),
         ] {
-            let endpoint = cache_from(spec, env).unwrap().config.s3.endpoint_url;
+            let endpoint = cache_from(spec, env).unwrap().config.endpoint_url;
             assert_eq!(endpoint.as_ref().map(Url::as_str), expected, "{spec}");
         }
     }
@@ -1396,7 +1394,7 @@ pub(crate) mod tests {
     #[test]
     fn cache_from_reads_the_first_name_and_says_so() {
         let parsed = cache_from(&format!("{MINIMAL},name=a;b"), &no_env).unwrap();
-        assert_eq!(parsed.config.s3.names, ["a"]);
+        assert_eq!(parsed.config.names, ["a"]);
         assert_eq!(
             parsed.warnings,
             ["name: only the first name, \"a\", is imported; for the others repeat --cache-from"]

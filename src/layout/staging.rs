@@ -17,6 +17,7 @@ use super::dir::{Dir, READ};
 use super::lock::{lock_file, try_lock_file};
 use super::{INDEX, Layout, OCI_LAYOUT};
 use crate::cache::digest::Digest;
+use crate::transfer::download::Growing;
 
 /// The staging directory. Neither BuildKit nor containerd looks into it.
 pub(super) const STAGING: &str = ".layercache";
@@ -42,26 +43,8 @@ const SLOW_SYNC: Duration = Duration::from_micros(200);
 /// stays for the next run to resume.
 #[derive(Debug)]
 pub struct Staged {
-    pub digest: Digest,
-    /// Positioned at `have`; open for reading and writing.
-    pub file: Arc<File>,
-    /// Bytes already there from an earlier run, not verified.
-    pub have: u64,
-    /// Of the whole blob, bytes.
-    size: u64,
+    pub growing: Growing,
     path: PathBuf,
-}
-
-impl Staged {
-    /// Discards what an earlier run left, because it turned out to be wrong.
-    pub fn restart(&mut self) -> Result<()> {
-        self.file
-            .set_len(0)
-            .and_then(|()| (&*self.file).rewind())
-            .with_context(|| format!("cannot empty {}", self.path.display()))?;
-        self.have = 0;
-        Ok(())
-    }
 }
 
 fn partial(name: &str) -> String {
@@ -231,13 +214,13 @@ impl Layout {
                 )
             });
         }
-        Ok(Some(Staged {
+        let growing = Growing {
             digest: *digest,
+            size,
             file: Arc::new(held.file),
             have,
-            size,
-            path,
-        }))
+        };
+        Ok(Some(Staged { growing, path }))
     }
 
     /// Syncs verified blobs and gives them their names: many in one call, because they share the cost of
@@ -252,16 +235,17 @@ impl Layout {
         }
         for blob in &staged {
             let length = blob
+                .growing
                 .file
                 .metadata()
                 .with_context(|| format!("cannot look at {}", blob.path.display()))?
                 .len();
-            if length != blob.size {
+            if length != blob.growing.size {
                 bail!(
                     "{} has {length} bytes, but blob {} has {}: it is not whole",
                     blob.path.display(),
-                    blob.digest,
-                    blob.size
+                    blob.growing.digest,
+                    blob.growing.size
                 );
             }
         }
@@ -270,9 +254,9 @@ impl Layout {
         let (blobs, _) = self.make_blobs(&root)?;
         let (staging, _) = root.make_subdir(STAGING)?;
         let renamed = staged.iter().try_for_each(|blob| {
-            let hex = blob.digest.hex();
+            let hex = blob.growing.digest.hex();
             let name = partial(&hex);
-            if !staging.names(&name, &blob.file)? {
+            if !staging.names(&name, &blob.growing.file)? {
                 bail!(
                     "{} has been removed while it was written",
                     blob.path.display()
@@ -288,10 +272,10 @@ impl Layout {
     /// manifest cared to claim. Never fails an import.
     pub fn discard_empty(&self, staged: Staged) {
         let discard = || -> Result<()> {
-            let name = partial(&staged.digest.hex());
-            if staged.file.metadata()?.len() == 0
+            let name = partial(&staged.growing.digest.hex());
+            if staged.growing.file.metadata()?.len() == 0
                 && let Some(staging) = self.open_root()?.subdir(STAGING)?
-                && staging.names(&name, &staged.file)?
+                && staging.names(&name, &staged.growing.file)?
             {
                 staging.unlink(&name)?;
             }
@@ -395,7 +379,7 @@ fn sync_files(staged: &[Staged]) -> Result<()> {
         let Some(blob) = staged.get(next.fetch_add(1, Ordering::Relaxed)) else {
             return false;
         };
-        if let Err(error) = blob.file.sync_data() {
+        if let Err(error) = blob.growing.file.sync_data() {
             let context = format!("cannot sync {}", blob.path.display());
             let _ = failed.set(anyhow::Error::new(error).context(context));
         }

@@ -432,7 +432,7 @@ fn a_directory_that_leads_out_of_the_layout_is_refused_and_nothing_is_written_th
         assert_says(layout.write_document(&digest, b"new"), &parts);
         let outcome = layout.stage(&digest, 3, || {}).and_then(|stage| {
             let mut blob = staged(stage);
-            blob.file.write_all(b"new")?;
+            blob.growing.file.write_all(b"new")?;
             layout.publish(vec![blob])
         });
         assert_says(outcome, &parts);
@@ -456,7 +456,7 @@ fn a_staging_file_that_is_a_link_to_another_file_is_not_written_through() {
     fs::remove_file(partial_path(dir.path(), &digest)).unwrap();
     fs::hard_link(&victim, partial_path(dir.path(), &digest)).unwrap();
     let mut blob = staged(layout.stage(&digest, 3, || {}).unwrap());
-    blob.file.write_all(b"new").unwrap();
+    blob.growing.file.write_all(b"new").unwrap();
     layout.publish(vec![blob]).unwrap();
     assert_eq!(fs::read(&victim).unwrap(), b"precious");
     assert_eq!(fs::read(blob_path(dir.path(), &digest)).unwrap(), b"new");
@@ -570,8 +570,8 @@ fn a_blob_gets_its_name_only_when_published_and_leaves_no_staging() {
     for content in &contents {
         let digest = Digest::of(content);
         let mut blob = staged(layout.stage(&digest, content.len() as u64, || {}).unwrap());
-        assert_eq!((blob.digest, blob.have), (digest, 0));
-        blob.file.write_all(content).unwrap();
+        assert_eq!((blob.growing.digest, blob.growing.have), (digest, 0));
+        blob.growing.file.write_all(content).unwrap();
         blobs.push(blob);
     }
     assert_eq!(names(&root.join("blobs/sha256")), [""; 0]);
@@ -591,12 +591,12 @@ fn an_interrupted_download_is_resumed_where_it_stopped() {
     let (_dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     let mut first = staged(layout.stage(&digest, 5, || {}).unwrap());
-    first.file.write_all(b"who").unwrap();
+    first.growing.file.write_all(b"who").unwrap();
     drop(first);
     layout.tidy();
     let mut second = staged(layout.stage(&digest, 5, || {}).unwrap());
-    assert_eq!(second.have, 3);
-    second.file.write_all(b"le").unwrap();
+    assert_eq!(second.growing.have, 3);
+    second.growing.file.write_all(b"le").unwrap();
     layout.publish(vec![second]).unwrap();
     assert!(verify(&layout, &digest, 5).unwrap());
 }
@@ -607,15 +607,15 @@ fn left_over_bytes_beyond_the_blobs_size_or_found_wrong_are_discarded() {
     let digest = Digest::of(b"whole");
     fs::write(partial_path(dir.path(), &digest), "too long").unwrap();
     let mut blob = staged(layout.stage(&digest, 5, || {}).unwrap());
-    assert_eq!(blob.have, 0);
-    assert_eq!(blob.file.metadata().unwrap().len(), 0);
+    assert_eq!(blob.growing.have, 0);
+    assert_eq!(blob.growing.file.metadata().unwrap().len(), 0);
 
-    blob.file.write_all(b"wrong").unwrap();
-    blob.restart().unwrap();
-    blob.file.write_all(b"whole").unwrap();
+    blob.growing.file.write_all(b"wrong").unwrap();
+    blob.growing.restart().unwrap();
+    blob.growing.file.write_all(b"whole").unwrap();
     let mut back = String::new();
-    blob.file.rewind().unwrap();
-    blob.file.read_to_string(&mut back).unwrap();
+    blob.growing.file.rewind().unwrap();
+    blob.growing.file.read_to_string(&mut back).unwrap();
     assert_eq!(back, "whole");
 }
 
@@ -624,7 +624,7 @@ fn an_incomplete_blob_is_not_published() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     let mut blob = staged(layout.stage(&digest, 5, || {}).unwrap());
-    blob.file.write_all(b"who").unwrap();
+    blob.growing.file.write_all(b"who").unwrap();
     assert_says(layout.publish(vec![blob]), &["has 3 bytes", "has 5"]);
     assert_eq!(names(&dir.path().join("blobs/sha256")), [""; 0]);
 }
@@ -639,7 +639,7 @@ fn a_blob_of_the_wrong_size_is_replaced_and_one_of_the_right_size_on_request() {
             assert!(layout.stage(&digest, 5, || {}).unwrap().is_none());
         }
         let mut blob = staged(layout.stage_replacement(&digest, 5, || {}).unwrap());
-        blob.file.write_all(b"whole").unwrap();
+        blob.growing.file.write_all(b"whole").unwrap();
         layout.publish(vec![blob]).unwrap();
         assert!(verify(&layout, &digest, 5).unwrap());
     }
@@ -655,7 +655,7 @@ fn who_waits_for_a_blob_finds_it_present_once_the_other_has_published_it() {
     let mut first = staged(layout.stage(&digest, 5, || {}).unwrap());
     std::thread::scope(|scope| {
         let second = scope.spawn(|| layout.stage(&digest, 5, || {}).unwrap());
-        first.file.write_all(b"whole").unwrap();
+        first.growing.file.write_all(b"whole").unwrap();
         layout.publish(vec![first]).unwrap();
         assert!(second.join().unwrap().is_none());
     });
@@ -698,10 +698,12 @@ fn space_set_aside_does_not_count_as_downloaded() {
     let (_dir, layout) = prepared();
     let digest = Digest::of(b"x");
     let first = staged(layout.stage(&digest, 8 << 20, || {}).unwrap());
-    assert_eq!(first.file.metadata().unwrap().len(), 0);
+    assert_eq!(first.growing.file.metadata().unwrap().len(), 0);
     drop(first);
     assert_eq!(
-        staged(layout.stage(&digest, 8 << 20, || {}).unwrap()).have,
+        staged(layout.stage(&digest, 8 << 20, || {}).unwrap())
+            .growing
+            .have,
         0
     );
 }
@@ -716,8 +718,8 @@ fn eight_threads_writing_the_same_blobs_leave_each_once_and_whole() {
                 for content in &contents {
                     let digest = Digest::of(content);
                     if let Some(mut blob) = layout.stage(&digest, 5000, || {}).unwrap() {
-                        blob.restart().unwrap();
-                        blob.file.write_all(content).unwrap();
+                        blob.growing.restart().unwrap();
+                        blob.growing.file.write_all(content).unwrap();
                         layout.publish(vec![blob]).unwrap();
                     }
                     // Removes the staging directory under the others' feet.
@@ -747,7 +749,7 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
     fs::write(staging.join("index.json.partial"), "{").unwrap();
     fs::write(staging.join("notes"), "mine").unwrap();
     let in_use = staged(layout.stage(&held, 9, || {}).unwrap());
-    in_use.file.set_modified(age).unwrap();
+    in_use.growing.file.set_modified(age).unwrap();
 
     layout.tidy();
 

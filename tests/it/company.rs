@@ -11,7 +11,8 @@ use layercache::config::{RetryMode, S3Config, StaticCredentials};
 use layercache::layout::{Layout, Selection};
 use layercache::progress::Progress;
 use layercache::store::{Part, Store};
-use layercache::transfer::upload::{Document, Limits};
+use layercache::transfer::body::InMemory;
+use layercache::transfer::limits::Limits;
 
 use crate::aftermath::{
     assert_layout_is_sound, assert_store_is_sound, layout_of, noise, put_cache, soak,
@@ -345,7 +346,7 @@ async fn an_upload_that_holds_other_bytes_is_not_taken_up_and_aborted_in_the_end
     let (store, key) = another_client(&server, &noise(1, 40 * MIB)).await;
     let upload = store.create_upload(&key, None).await.expect("an upload");
     let part = usize::try_from(Limits::default().part).expect("it fits");
-    let other = Document(noise(2, part).into());
+    let other = InMemory(noise(2, part).into());
     store
         .upload_part(&key, &upload, 1, Arc::new(other))
         .await
@@ -375,7 +376,7 @@ async fn the_uploads_of_another_client_are_left_alone_until_they_are_a_day_old()
                 .succeeds();
             assert_store_is_sound(&server, "beside another client");
         }
-        let body = Arc::new(Document(bytes.to_vec().into()));
+        let body = Arc::new(InMemory(bytes.to_vec().into()));
         let etag = store.upload_part(&key, &theirs, number, body).await;
         let (size, etag) = (bytes.len() as u64, etag.expect("a part"));
         parts.push(Part { number, size, etag });

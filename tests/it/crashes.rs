@@ -320,7 +320,7 @@ fn what_was_done_before_a_signal_is_reported() {
     assert_eq!(run.stdout.lines().count(), 1, "{}", run.stdout);
     assert!(
         run.stdout
-            .starts_with("exported 10 layers to s3://cache/manifests/a"),
+            .starts_with("exported 10 blobs to s3://cache/manifests/a"),
         "{}",
         run.stdout
     );

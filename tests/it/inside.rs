@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use layercache::cli::args;
+use layercache::commands::{Context, perform};
 use layercache::config::{S3Config, Task};
 use layercache::interrupt::Interrupt;
-use layercache::perform_within;
 use layercache::progress::Progress;
-use layercache::report::Report;
+use layercache::report::AnyReport;
 use layercache::s3::Timing;
 use layercache::store::Store;
-use layercache::transfer::upload::Limits;
+use layercache::transfer::limits::Limits;
 
 /// Makes a test's store of the real one.
 pub type Wrap = Arc<dyn Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync>;
@@ -63,7 +63,7 @@ impl Inside {
     ///
     /// # Panics
     /// If the run does not come to an end.
-    pub async fn run(&self, task: &Task) -> Result<Vec<Report>, String> {
+    pub async fn run(&self, task: &Task) -> Result<Vec<Box<dyn AnyReport>>, String> {
         let connect = connector(|config, progress| {
             let (config, progress) = (config.clone(), progress.clone());
             let (timing, wrap) = (self.timing, self.wrap.clone());
@@ -76,7 +76,13 @@ impl Inside {
             })
         });
         let (interrupt, progress) = (Interrupt::never(), Progress::silent());
-        let run = perform_within(self.limits, task, &connect, &interrupt, &progress);
+        let context = Context {
+            connect: &connect,
+            limits: self.limits,
+            interrupt: &interrupt,
+            progress: &progress,
+        };
+        let run = perform(task, &context);
         match tokio::time::timeout(FOR_EVER, run).await {
             Ok(done) if done.errors.is_empty() => Ok(done.reports),
             Ok(done) => Err(done

@@ -13,8 +13,10 @@ mod fidelity;
 mod filesystems;
 mod hostile;
 mod inside;
+mod output;
 mod program;
 mod retries;
+#[path = "../scripted/mod.rs"]
 mod scripted;
 mod secrets;
 #[path = "../server/mod.rs"]

@@ -1,25 +1,18 @@
 //! Stores behind https, and behind a proxy.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
-use rustls_pki_types::PrivateKeyDer;
-use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::program::{Program, files, fixture, s3_manifest};
-use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
+use crate::server::{ACCESS_KEY, Authority, SECRET_KEY, Server};
 
 /// A listener on a runtime of its own, which ends with it.
 struct Front {
     port: u16,
-    /// Connections so far.
-    accepted: Arc<AtomicUsize>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -37,17 +30,13 @@ impl Front {
             .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
             .expect("bind a port of 127.0.0.1");
         let port = listener.local_addr().expect("the listener's port").port();
-        let accepted = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&accepted);
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                count.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(serve(stream));
             }
         });
         Front {
             port,
-            accepted,
             runtime: Some(runtime),
         }
     }
@@ -61,68 +50,20 @@ impl Drop for Front {
     }
 }
 
-/// A CA of our own, and the file its certificate is in.
-struct Authority {
-    key: KeyPair,
-    certificate: rcgen::Certificate,
-    folder: TempDir,
-}
-
-impl Authority {
-    fn new() -> Authority {
-        let mut params = CertificateParams::new([]).expect("no names");
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "layercache's tests");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let key = KeyPair::generate().expect("a key");
-        let certificate = params.self_signed(&key).expect("a certificate");
-        let folder = tempfile::tempdir().expect("a temporary directory");
-        std::fs::write(folder.path().join("ca.pem"), certificate.pem())
-            .expect("a file can be written");
-        Authority {
-            key,
-            certificate,
-            folder,
-        }
-    }
-
-    fn bundle(&self) -> PathBuf {
-        self.folder.path().join("ca.pem")
-    }
-
-    /// TLS with a certificate for `names`, before the store at `to`.
-    fn front(&self, names: &[&str], to: SocketAddr) -> Front {
-        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        let key = KeyPair::generate().expect("a key");
-        let certificate = CertificateParams::new(names)
-            .expect("names")
-            .signed_by(&key, &self.certificate, &self.key)
-            .expect("a certificate");
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![certificate.der().clone()],
-                PrivateKeyDer::try_from(key.serialize_der()).expect("a key"),
-            )
-            .expect("the key fits");
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        Front::start(move |stream| {
-            let acceptor = acceptor.clone();
-            async move {
-                let Ok(mut outer) = acceptor.accept(stream).await else {
-                    return;
-                };
-                if let Ok(mut inner) = TcpStream::connect(to).await {
-                    let _ = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
-                }
+/// TLS with a certificate of `authority` for `names`, before the listener at `to`.
+fn front(authority: &Authority, names: &[&str], to: SocketAddr) -> Front {
+    let acceptor = authority.acceptor(names);
+    Front::start(move |stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(mut outer) = acceptor.accept(stream).await else {
+                return;
+            };
+            if let Ok(mut inner) = TcpStream::connect(to).await {
+                let _ = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
             }
-        })
-    }
+        }
+    })
 }
 
 fn spec(endpoint: &str, bucket: &str, extra: &str) -> String {
@@ -144,9 +85,9 @@ fn export_over_tls(host: &str, front: &Front, bucket: &str, authority: &Authorit
 
 #[test]
 fn a_store_whose_certificate_aws_ca_bundle_vouches_for_is_used_both_ways() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     export(&spec)
         .env("AWS_CA_BUNDLE", authority.bundle())
         .run()
@@ -161,9 +102,9 @@ fn a_store_whose_certificate_aws_ca_bundle_vouches_for_is_used_both_ways() {
 
 #[test]
 fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     let run = export(&spec)
         .run()
         .ends_with(1)
@@ -175,9 +116,9 @@ fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() 
 
 #[test]
 fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     let spec = spec.replace(",mode=max", "");
     let directory = tempfile::tempdir().expect("a temporary directory");
     let absent = directory.path().join("absent.pem");
@@ -189,14 +130,14 @@ fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
             "cannot read AWS_CA_BUNDLE",
         ),
     ] {
-        front.accepted.store(0, Ordering::SeqCst);
+        server.clear_log();
         let run = Program::import(&spec, &directory.path().join("layout"))
             .env("AWS_CA_BUNDLE", bundle)
             .run()
             .ends_with(1)
             .says(complaint);
         assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
-        assert_eq!(front.accepted.load(Ordering::SeqCst), connections);
+        assert_eq!(server.connections(), connections);
     }
     assert_eq!(server.log().len(), 0);
 }
@@ -204,7 +145,7 @@ fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
 #[test]
 fn a_certificate_for_another_host_is_an_error_that_says_which() {
     let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["s3.example"], server.addr());
+    let front = front(&authority, &["s3.example"], server.addr());
     export_over_tls("127.0.0.1", &front, "cache", &authority)
         .run()
         .ends_with(1)
@@ -231,7 +172,7 @@ fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_f
     );
 
     let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["s3.localhost"], server.addr());
+    let front = front(&authority, &["s3.localhost"], server.addr());
     export_over_tls("s3.localhost", &front, "cache", &authority)
         .run()
         .ends_with(1)
@@ -244,16 +185,17 @@ fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_f
 
 #[test]
 fn a_bundle_that_cannot_be_used_is_named() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     let keyless = spec.replace(
         &format!(",access_key_id={ACCESS_KEY},secret_access_key={SECRET_KEY}"),
         "",
     );
-    let garbage = authority.folder.path().join("garbage.pem");
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let garbage = folder.path().join("garbage.pem");
     std::fs::write(&garbage, "\u{0}\u{1}garbage").expect("a file can be written");
-    for bundle in [garbage, authority.folder.path().join("absent.pem")] {
+    for bundle in [garbage, folder.path().join("absent.pem")] {
         for spec in [&spec, &keyless] {
             export(spec)
                 .env("AWS_CA_BUNDLE", &bundle)
@@ -268,7 +210,7 @@ fn a_bundle_that_cannot_be_used_is_named() {
 fn a_bucket_s_own_host_name_is_covered_by_a_wildcard() {
     let (server, authority) = (Server::start(), Authority::new());
     // Not *.localhost: a wildcard directly below a top-level domain covers nothing.
-    let front = authority.front(&["*.s3.localhost"], server.addr());
+    let front = front(&authority, &["*.s3.localhost"], server.addr());
     export_over_tls("s3.localhost", &front, "cache", &authority)
         .run()
         .succeeds();
@@ -284,7 +226,11 @@ fn a_bucket_s_own_host_name_is_covered_by_a_wildcard() {
 fn a_bucket_with_dots_is_reached_by_path_as_no_wildcard_covers_it() {
     let server = Server::builder().bucket("ci.cache").start();
     let authority = Authority::new();
-    let front = authority.front(&["s3.localhost", "*.s3.localhost"], server.addr());
+    let front = front(
+        &authority,
+        &["s3.localhost", "*.s3.localhost"],
+        server.addr(),
+    );
     export_over_tls("s3.localhost", &front, "ci.cache", &authority)
         .run()
         .succeeds();
@@ -346,7 +292,7 @@ fn taken(asked: &Asked) -> Vec<(String, Option<String>)> {
 fn https_goes_through_a_tunnel_of_https_proxy() {
     let (server, authority) = (Server::start(), Authority::new());
     // Only the proxy knows this host.
-    let front = authority.front(&["s3.example.test"], server.addr());
+    let front = front(&authority, &["s3.example.test"], server.addr());
     let asked = Asked::default();
     let proxy = proxy((Ipv4Addr::LOCALHOST, front.port).into(), &asked);
     export(&spec(
@@ -473,7 +419,7 @@ fn a_proxy_that_is_not_there_is_named_with_its_port_and_the_reason() {
 #[test]
 fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
     let (server, authority) = (Server::start(), Authority::new());
-    let store = authority.front(&["s3.example.test"], server.addr());
+    let store = front(&authority, &["s3.example.test"], server.addr());
     for (scheme, variable, to) in [
         (
             "https",
@@ -484,7 +430,11 @@ fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
     ] {
         let asked = Asked::default();
         let proxy = proxy(to, &asked);
-        let front = authority.front(&["127.0.0.1"], (Ipv4Addr::LOCALHOST, proxy.port).into());
+        let front = front(
+            &authority,
+            &["127.0.0.1"],
+            (Ipv4Addr::LOCALHOST, proxy.port).into(),
+        );
         let exported = |bundle: &str| {
             export(&spec(
                 &format!("{scheme}://s3.example.test"),

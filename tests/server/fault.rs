@@ -1,14 +1,15 @@
 //! What can go wrong on the wire, and the raw bytes that make it so.
 //!
-//! Most faults are an ordinary answer of hyper's. Those that break HTTP itself (a lying length, a
-//! reset in the middle) take the connection away from hyper and write to the socket.
+//! Most faults are ordinary answers of hyper. Those that break HTTP itself (a wrong length, a reset in
+//! the middle) take the connection away from hyper and write to it directly.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::io::AsyncWriteExt as _;
+
+use super::connection::Connection;
 
 /// What the server does wrong with one request.
 ///
@@ -65,6 +66,8 @@ pub enum Fault {
     NonAsciiHeader,
     /// Performed; the answer has this header too, in place of its own of that name.
     Header(&'static str, &'static str),
+    /// Performed; the answer's body is what this function makes of it, with the right length.
+    Rewrite(fn(&str) -> String),
     /// A 200 whose body never ends, with this content-length or with none.
     EndlessBody { length: Option<u64> },
 }
@@ -84,9 +87,9 @@ pub enum Then {
 }
 
 impl Ending {
-    pub async fn perform(self, mut stream: TcpStream) {
+    pub async fn perform(self, mut stream: Connection) {
         match self {
-            Self::Reset => reset(stream),
+            Self::Reset => stream.reset(),
             Self::Write { bytes, then } => {
                 if stream.write_all(&bytes).await.is_err() {
                     return;
@@ -95,14 +98,9 @@ impl Ending {
                     Then::Reset => {
                         // A reset discards what the kernel has not sent yet, so let it be sent.
                         tokio::time::sleep(Duration::from_millis(50)).await;
-                        reset(stream);
+                        stream.reset();
                     }
-                    Then::Close => {
-                        // Unread bytes would turn the close into a reset.
-                        let _ = stream.shutdown().await;
-                        let mut rest = [0; 4096];
-                        while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {}
-                    }
+                    Then::Close => stream.close().await,
                     Then::CloseUnread => {
                         let _ = stream.shutdown().await;
                         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -119,11 +117,7 @@ impl Ending {
     }
 }
 
-fn reset(stream: TcpStream) {
-    let _ = stream.set_zero_linger();
-}
-
-/// The bytes of an HTTP/1.1 answer with a length of our choosing and the first bytes of a body.
+/// The bytes of an HTTP/1.1 answer with a chosen length and the first bytes of a body.
 pub fn raw_answer(
     status: StatusCode,
     headers: &HeaderMap,
@@ -162,7 +156,7 @@ pub fn error_xml(code: &str) -> Bytes {
     ))
 }
 
-/// The name S3 gives a request, from its method, path, query and headers alone.
+/// S3's name for a request, from its method, path, query and headers alone.
 pub fn operation(
     method: &Method,
     has_key: bool,
@@ -191,10 +185,13 @@ pub fn operation(
         {
             "ListObjectsV2"
         }
+        ("GET", false) if has("lifecycle") => "GetBucketLifecycleConfiguration",
         ("GET", false) if has("location") => "GetBucketLocation",
         ("GET", false) => "ListObjects",
         ("HEAD", false) => "HeadBucket",
         ("POST", false) if has("delete") => "DeleteObjects",
+        ("PUT", false) if has("lifecycle") => "PutBucketLifecycleConfiguration",
+        ("DELETE", false) if has("lifecycle") => "DeleteBucketLifecycle",
         _ => "Unknown",
     }
 }
