@@ -784,7 +784,12 @@ fn a_damaged_blob_is_moved_to_where_nothing_reads_it_and_a_good_one_is_not() {
         assert_eq!(moved.as_ref(), Some(&aside));
         assert!(!layout.has_blob(&digest, 5));
         assert_eq!(fs::read_to_string(&aside).unwrap(), damage);
-        assert_eq!(staged(layout.stage(&digest, 5, || {}).unwrap()).have, 3);
+        assert_eq!(
+            staged(layout.stage(&digest, 5, || {}).unwrap())
+                .growing
+                .have,
+            3
+        );
     }
     assert_eq!(names(&dir.path().join("blobs/sha256")), [good.hex()]);
 }
