@@ -133,7 +133,7 @@ fn blobs_that_go_before_the_tag_is_set_are_fetched_again() {
     Program::import(&server.spec(""), layout.path())
         .run()
         .succeeds()
-        .says("deleted 2 blob(s)")
+        .says("another process deleted 2 blobs")
         .says("3 fetched");
     assert_layout_is_sound(layout.path(), "at the end");
 }
