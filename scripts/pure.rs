@@ -1,4 +1,4 @@
-//! Criterion benchmarks of the parts that do no I/O: specs, cache configs, `mode=min`, a plan.
+//! Criterion benchmarks of the parts without I/O: specs, cache configs, `mode=min`, planning.
 
 use std::collections::BTreeSet;
 use std::hint::black_box;
@@ -70,7 +70,7 @@ fn cache_configs(criterion: &mut Criterion) {
 }
 
 fn specs(criterion: &mut Criterion) {
-    // As people write it, and with what they can put into it.
+    // As people write it, and with every attribute.
     let short = "type=s3,region=us-east-1,bucket=cache,name=main";
     let long = "type=s3,region=us-east-1,bucket=cache,\"name=main;feature/a,b\",prefix=team/,\
         blobs_prefix=b/,manifests_prefix=m/,endpoint_url=https://s3.example.org:9000/,\

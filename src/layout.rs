@@ -37,6 +37,7 @@ pub use self::write::{Documents, Published};
 use crate::cache::DOCUMENT_LIMIT;
 use crate::cache::digest::{Digest, Hasher};
 use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
+use crate::quote::quoted;
 
 const INDEX: &str = "index.json";
 const OCI_LAYOUT: &str = "oci-layout";
@@ -427,10 +428,10 @@ fn check_version(root: &Dir) -> Result<bool> {
     let Version { version } = serde_json::from_slice(&bytes)
         .with_context(|| format!("{} says no imageLayoutVersion", path.display()))?;
     if !version.starts_with("1.") {
-        let version: String = version.chars().take(50).collect();
         bail!(
-            "{} has imageLayoutVersion {version:?}; only 1.x is known",
-            path.display()
+            "{} has imageLayoutVersion {}; only 1.x is known",
+            path.display(),
+            quoted(&version)
         );
     }
     Ok(true)

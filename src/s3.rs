@@ -43,6 +43,7 @@ pub use self::timing::Timing;
 use self::tls::Trust;
 use crate::config::S3Config;
 use crate::progress::Progress;
+use crate::quote;
 use crate::retry::RetryPolicy;
 use crate::store::{
     Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
@@ -133,7 +134,10 @@ impl S3Store {
             Err(_) => "rusoto panicked over it".to_owned(),
         };
         Err(call.failure().unwrap_or_else(|| {
-            let why = format!("the store's answer makes no sense: {}", why.escape_debug());
+            let why = format!(
+                "the store's answer makes no sense: {}",
+                quote::printable(&why)
+            );
             call.error(Kind::Nonsense, &self.connection, &why)
         }))
     }

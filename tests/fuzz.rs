@@ -1,7 +1,7 @@
-//! Fuzz targets: every parser of what comes from files, the network and the user, over mutations of
-//! true documents rather than random bytes alone, with what must hold of whatever is accepted.
+//! Fuzzing: every parser of input from files, the network and the user gets mutations of real documents,
+//! not just random bytes. Each test states what must hold for accepted input.
 //!
-//! proptest, so that the stable toolchain is enough. `make fuzz` runs more cases: PROPTEST_CASES.
+//! It uses proptest, which needs only a stable toolchain. `make fuzz` runs more cases (PROPTEST_CASES).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -38,7 +38,7 @@ fn fixture(path: &str) -> Vec<u8> {
 
 // Mutations of text.
 
-/// What parsers stumble over.
+/// Text that parsers stumble over.
 const TOKENS: &[&str] = &[
     "1e400",
     "-1",
@@ -145,7 +145,7 @@ enum Change {
     /// The node becomes a copy of another.
     Copy(Index, Index),
     Remove(Index),
-    /// An array's element stands there again; a field gets a twin of another name.
+    /// An array's element is repeated; a field is copied under another name.
     Double(Index),
 }
 
@@ -282,7 +282,7 @@ fn changed(mut value: Value, changes: &[Change]) -> Value {
     value
 }
 
-/// A document of the fixtures, changed in its structure, then perhaps in its text.
+/// A document from the fixtures, changed in its structure and perhaps in its text.
 fn json_like(documents: &'static [Vec<u8>]) -> impl Strategy<Value = Vec<u8>> {
     let text = prop_oneof![3 => Just(Vec::new()), 1 => edits(3)];
     (any::<Index>(), changes(4), text).prop_map(|(which, changes, edits)| {
@@ -298,7 +298,7 @@ static S3_MANIFESTS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     let mut documents: Vec<Vec<u8>> = ["max", "min", "multiarch"]
         .map(|name| fixture(&format!("s3-manifests/{name}.json")))
         .into();
-    // One with the field that gives an image back.
+    // One with the field that restores an image.
     for name in ["image-inline", "image-plain"] {
         documents.push(
             read(&fixtures().join(name))
@@ -342,7 +342,7 @@ fn annotations(diff_id: Digest) -> LayerAnnotations {
     }
 }
 
-/// What must hold of every cache that was accepted.
+/// What must hold for every accepted cache.
 fn check(cache: &CacheConfig, gone: &[Index]) {
     let written = cache.to_s3().expect("it can be written");
     let again = CacheConfig::parse_s3(&written).expect("what we write, we read");
@@ -445,8 +445,8 @@ fn blob_of(files: &Files, descriptor: &Value) -> Option<Value> {
     serde_json::from_slice(files.get(hex)?).ok()
 }
 
-/// Changes a document that the root refers to (which one, `at` says), the root, and the index, each
-/// so that what is above still finds it.
+/// Changes the document with index `at` that the root refers to, the root, and the index, and updates
+/// each reference to what changed.
 fn rebuilt(
     files: &Files,
     at: Index,
@@ -493,7 +493,7 @@ fn write(files: &Files) -> tempfile::TempDir {
     folder
 }
 
-/// For what writes and syncs files in every case.
+/// For tests that write and sync files in every case.
 fn on_disk() -> ProptestConfig {
     let mut config = ProptestConfig::default();
     config.cases = config.cases.div_ceil(10);
@@ -542,7 +542,7 @@ proptest! {
                 prop_assert!(said.len() < 20_000, "{} bytes", said.len());
             }
         }
-        // Whatever was there, what is added can be found, or the index is refused as it is.
+        // Whatever was there: the new tag can be found, or the index is refused and unchanged.
         let before = std::fs::read(folder.path().join("index.json")).expect("the index");
         let root = read(&fixtures().join("local-min"));
         let written = Documents::of(&root).expect("a good cache");
@@ -566,7 +566,7 @@ proptest! {
 
 // A listing.
 
-/// Lists what it was told to, and holds nothing.
+/// A store that lists what it was told to, and holds nothing.
 struct Lister {
     /// Digests on each page, over and over; the listing ends with them if `ends`.
     pages: Vec<Vec<Digest>>,
@@ -681,7 +681,7 @@ proptest! {
         };
         let mut wanted: BTreeSet<Digest> = wanted.into_iter().map(digest).collect();
         if highest {
-            // Which no page ever reaches.
+            // No page ever reaches it.
             wanted.insert(format!("sha256:{}", "f".repeat(64)).parse().expect("a digest"));
         }
         let store = Arc::new(Lister {
@@ -728,7 +728,7 @@ static COMPRESSED: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     ]
 });
 
-/// So that a bomb which a mutation happened to make ends.
+/// The limit for a decompression bomb that a mutation happened to make.
 struct Little<'a>(&'a [u8]);
 
 impl std::io::Read for Little<'_> {
@@ -805,7 +805,7 @@ proptest! {
         let _ = spec::cache_from(&spec, &|_| None);
     }
 
-    /// One slip of the finger at most: a key lost, doubled or wrong.
+    /// At most one typing error: a character lost, doubled or wrong.
     #[test]
     fn specs_with_a_slip_show_no_secret(
         which in any::<Index>(),
@@ -825,7 +825,7 @@ proptest! {
         let mut said = Vec::new();
         match spec::cache_to(&spec, &|_| None) {
             Ok(parsed) => {
-                // What the program itself shows of a spec that it took.
+                // What the program shows of an accepted spec.
                 said.push(format!("{:?}", parsed.config.s3.credentials));
                 said.extend(parsed.warnings);
             }
@@ -835,7 +835,7 @@ proptest! {
             Ok(parsed) => said.extend(parsed.warnings),
             Err(error) => said.push(format!("{error:#}")),
         }
-        // Half a secret is one, too.
+        // Half a secret is still a secret.
         for secret in [SECRET, TOKEN] {
             for part in [&secret[..12], &secret[12..24], &secret[secret.len() - 12..]] {
                 for text in &said {

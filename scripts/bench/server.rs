@@ -39,20 +39,19 @@ pub struct Server {
     port: u16,
 }
 
-/// What one command asked of the server.
+/// The requests of one command.
 #[derive(Debug, Clone)]
 pub struct Asked {
     pub requests: u64,
     /// The longest chain of requests that waited for each other.
     pub round_trips: u64,
     pub at_once: u64,
-    /// How the bodies it sent were signed: hashing for that is part of the command's CPU time.
+    /// How bodies were signed: hashing for that is part of the command's CPU time.
     pub signing: String,
 }
 
 impl Server {
-    /// Starts a server that has the blobs of the directory `blobs` at hand and keeps nothing it is sent
-    /// of them.
+    /// Starts a server that has the blobs of the directory `blobs`, and discards them when they are sent.
     pub fn start(network: Network, blobs: &Path) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command
@@ -82,7 +81,7 @@ impl Server {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// Sends a line; the line that the server answers.
+    /// Sends a command; returns the server's answer.
     fn control(&self, line: &str) -> Result<Value> {
         let mut control = self.control.lock().map_err(|_| anyhow!("a panic"))?;
         writeln!(control.0, "{line}").context("asking the server")?;
@@ -105,7 +104,7 @@ impl Server {
         Ok(stream)
     }
 
-    /// Sends a request's head; then `body`, if there is one; then reads the answer's head.
+    /// Sends a request's head and `body`, if there is one, then reads the response's head.
     fn request(&self, line: &str, body: Option<&mut File>) -> Result<(u64, BufReader<TcpStream>)> {
         let mut stream = self.connect()?;
         let length = match &body {

@@ -8,6 +8,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
+use crate::quote::quoted;
+
 /// Bytes that [`Hasher::consume`] reads at a time: few enough to be hashed while in the CPU's cache.
 const BUFFER: usize = 256 << 10;
 
@@ -21,11 +23,10 @@ pub struct InvalidDigest(String);
 
 impl fmt::Display for InvalidDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A hostile text can be long and hold control characters, so show its start, escaped.
-        let start: String = self.0.chars().take(100).collect();
         write!(
             f,
-            "{start:?} is not a digest (expected sha256: and 64 lower-case hex digits)"
+            "{} is not a digest (expected sha256: and 64 lower-case hex digits)",
+            quoted(&self.0)
         )
     }
 }

@@ -7,6 +7,8 @@ use serde::{Serialize, Serializer};
 use time::macros::utc_datetime;
 use time::{Date, Duration, Month, OffsetDateTime, UtcOffset};
 
+use crate::quote::quoted;
+
 /// A time as Go writes it in JSON: RFC 3339, UTC, nanoseconds without trailing zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub OffsetDateTime);
@@ -17,10 +19,10 @@ pub struct InvalidTime(String);
 
 impl fmt::Display for InvalidTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let start: String = self.0.chars().take(100).collect();
         write!(
             f,
-            "{start:?} is not a time (expected RFC 3339, years 0 to 9999)"
+            "{} is not a time (expected RFC 3339, years 0 to 9999)",
+            quoted(&self.0)
         )
     }
 }

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use futures::stream::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
+use self::fetch::Haul;
 use crate::blocking::blocking;
 use crate::bucket::{Bucket, Certainty};
 use crate::cache::CacheConfig;
@@ -19,7 +20,8 @@ use crate::cache::digest::Digest;
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ImportTask, Missing, S3Config};
 use crate::layout::{Layout, Published, tag_of};
-use crate::progress::{self, Activity, Progress, printable};
+use crate::progress::{self, Progress, Verb};
+use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report, count};
 use crate::transfer::limits::Limits;
 
@@ -268,7 +270,7 @@ impl Work<ImportDetails> for ImportFrom<'_> {
         Ok(())
     }
 
-    async fn clean_up(&mut self, _: bool) -> Result<()> {
+    async fn clean_up(&mut self) -> Result<()> {
         if self.task.dry_run {
             return Ok(());
         }
@@ -338,7 +340,7 @@ impl ImportFrom<'_> {
         let checks = blobs.into_iter().map(|(digest, size)| {
             let (layout, progress) = (self.layout.clone(), self.progress.clone());
             blocking(move || {
-                let blob = progress.blob(Activity::Hash, &digest, size);
+                let blob = progress.blob(Verb::Hash, &digest, size);
                 let good = layout.verify_blob(&digest, size, |read| blob.advance(read))?;
                 blob.done();
                 Ok((!good).then_some((digest, size)))
@@ -384,8 +386,14 @@ impl ImportFrom<'_> {
     async fn execute(&self, plan: Plan, details: &mut ImportDetails) -> Result<()> {
         let layout = self.layout.clone();
         blocking(move || layout.prepare()).await?;
-        let (missing, bytes) = self.fetch(plan.fetch).await?;
+        let Haul {
+            missing,
+            present,
+            bytes,
+        } = self.fetch(plan.fetch).await?;
         details.bytes += bytes;
+        details.transferred -= present;
+        details.present += present;
         let mut cache = plan.cache;
         if !missing.is_empty() {
             self.set_damaged_aside(&missing, &cache.blobs()?).await?;
@@ -444,8 +452,14 @@ impl ImportFrom<'_> {
             ));
             gone.sort_by_key(|&(digest, size)| (Reverse(size), digest));
             details.transferred += gone.len() as u64;
-            let (missing, bytes) = self.fetch(gone).await?;
+            let Haul {
+                missing,
+                present,
+                bytes,
+            } = self.fetch(gone).await?;
             details.bytes += bytes;
+            details.transferred -= present;
+            details.present += present;
             if !missing.is_empty() {
                 cache = self.without(&cache, &missing, details)?;
             }

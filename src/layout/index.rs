@@ -10,6 +10,7 @@ use serde_json::value::RawValue;
 
 use super::Selection;
 use crate::cache::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
+use crate::quote::{one_line, quoted};
 
 /// Entries that an error lists at most.
 const LISTED: usize = 20;
@@ -102,24 +103,9 @@ impl fmt::Display for Entry {
         f.write_str(&self.label())?;
         match &self.descriptor {
             Ok(descriptor) => write!(f, " ({})", descriptor.digest),
-            Err(reason) => write!(f, " (unusable: {})", shortened(reason)),
+            Err(reason) => write!(f, " (unusable: {})", one_line(reason)),
         }
     }
-}
-
-/// A text from the file, so that it can neither flood nor control a terminal.
-fn quoted(text: &str) -> String {
-    format!("{:?}", shortened(text))
-}
-
-fn shortened(text: &str) -> String {
-    let plain = text.chars().filter(|c| !c.is_control());
-    let mut start: String = plain.take(201).collect();
-    if start.chars().count() > 200 {
-        start.pop();
-        start.push('…');
-    }
-    start
 }
 
 impl IndexJson {
@@ -277,7 +263,7 @@ fn find_tag(entries: &[Entry], tag: &str) -> Result<Option<(Descriptor, String)>
             Err(reason) => Err(anyhow!(
                 "the entry of tag {} cannot be used: {}",
                 quoted(tag),
-                shortened(reason)
+                one_line(reason)
             )),
         },
     }

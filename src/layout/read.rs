@@ -17,7 +17,7 @@ use crate::cache::digest::{Digest, Hasher};
 use crate::cache::oci::{self, AnyManifest, Descriptor, ImageManifest};
 use crate::cache::{CacheConfig, Content, Image, LayerAnnotations, Time, add_blob, diff_id};
 use crate::layout::Layout;
-use crate::progress::{Activity, Blob, Progress};
+use crate::progress::{Blob, Progress, Verb};
 
 /// Indexes within indexes, counted from the chosen one. Real images have two levels; a hostile layout
 /// could have any number.
@@ -308,7 +308,7 @@ impl Reader<'_> {
     }
 
     fn compute_diff_id(&self, blob: &Digest, size: u64) -> Result<Digest> {
-        let shown = self.progress.blob(Activity::Hash, blob, size);
+        let shown = self.progress.blob(Verb::Hash, blob, size);
         let mut file = Tee {
             inner: self.layout.open_blob(blob, size)?,
             hasher: Hasher::default(),

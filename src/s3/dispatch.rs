@@ -34,6 +34,7 @@ use super::timing::Timing;
 use super::tls::Trust;
 use super::wire::{self, ProxyError, Unresolved, Wire};
 use crate::progress::Progress;
+use crate::quote::printable;
 use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{ByteStream, Kind, StoreError, UploadBody};
 
@@ -135,8 +136,7 @@ impl Call {
             kind,
             status: None,
             code: None,
-            // Keys come from the user's own prefix, but nothing here may end a line.
-            message: format!("cannot {} {}: {why}", self.doing, subject.escape_debug()),
+            message: format!("cannot {} {}: {why}", self.doing, printable(&subject)),
             source: None,
         }
     }

@@ -210,7 +210,7 @@ impl Writer {
             let left = FileFeed::new(Arc::clone(&target.file), 0..target.have);
             let reading = || format!("reading what there is of blob {}", target.digest);
             (hasher, _) = hashing.run(hasher, left).await.with_context(reading)?;
-            blob.advance(target.have);
+            blob.resumed(target.have);
         }
         let target = target.clone();
         Ok(Writer { target, hasher })

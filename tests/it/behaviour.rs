@@ -1,4 +1,4 @@
-//! What the commands do in the cases that people meet: again, elsewhere, partly, wrongly.
+//! What the commands do in everyday cases: run again, with other prefixes, interrupted, or used wrongly.
 
 use std::time::Duration;
 
@@ -251,7 +251,7 @@ fn an_object_of_the_wrong_size_is_uploaded_again() {
 fn a_missing_diff_id_is_computed() {
     let server = Server::start();
     let layout = copy_of(&fixture("local-max"));
-    // The same cache, its manifest without the annotations that hold the diffIDs.
+    // The same cache, with a manifest that lacks the annotations for diffIDs.
     let index = layout.path().join("index.json");
     let mut entry: serde_json::Value =
         serde_json::from_slice(&std::fs::read(&index).expect("the index is there")).expect("JSON");

@@ -20,7 +20,7 @@ fn export(server: &Server) -> Program {
     Program::export(&server.keyless_spec("mode=max"), &fixture("local-max"))
 }
 
-/// The cache is there, and each request was signed with `key` and had its token, if any.
+/// Checks that the cache arrived and that each request was signed with `key` and had its token, if any.
 #[track_caller]
 fn exported_with(server: &Server, key: &str, token: Option<&str>) {
     assert_eq!(
@@ -70,7 +70,7 @@ fn at(time: SystemTime) -> String {
         .expect("the time can be written")
 }
 
-/// What the metadata services and credential processes say.
+/// The answer of metadata services and credential processes.
 fn temporary(expires: SystemTime) -> serde_json::Value {
     json!({
         "Version": 1,
@@ -252,7 +252,7 @@ fn a_single_sign_on_profile_uses_the_token_that_aws_sso_login_left() {
     }
 }
 
-/// The two names that the AWS CLI gives its token files here.
+/// The names of the AWS CLI's token files for these two.
 fn sha1(text: &str) -> &'static str {
     match text {
         "https://example.awsapps.com/start" => "e8be5486177c5b5392bd9aa76563515b29358e6e",
@@ -306,7 +306,7 @@ fn a_web_identity_s_token_is_exchanged_for_the_role_s_credentials() {
     );
 }
 
-/// A container's endpoint, which gives credentials that end at `expires(n)` to the n-th who asks.
+/// A container's endpoint. The credentials it gives to the n-th request end at `expires(n)`.
 fn container(expires: impl Fn(usize) -> SystemTime + Send + Sync + 'static) -> Scripted {
     Scripted::start(move |before, heard| match heard.header("authorization") {
         Some("the-pod-s-token") => ok(temporary(expires(before)).to_string()),
@@ -402,7 +402,7 @@ fn credentials_that_end_soon_are_not_asked_for_at_every_request() {
 #[test]
 fn a_token_that_the_store_calls_expired_is_renewed_once() {
     let server = Server::start();
-    // The second answer differs from the first, as that of a service with something new does.
+    // The second answer differs from the first, as with new credentials.
     let endpoint = container(|before| SystemTime::now() + HOUR * (before as u32 + 1));
     server.fail_first(1, "PutObject", Fault::Status(400, "ExpiredToken"));
     in_container(&server, &endpoint).run().succeeds();
@@ -430,7 +430,7 @@ fn a_token_that_stays_expired_is_an_error_after_one_renewal() {
         .ends_with(1)
         .says("the session token may have expired");
     assert!(server.objects().is_empty());
-    // Each request that failed was tried twice, with a renewal in between that others share.
+    // Each failed request was sent twice, with a shared renewal in between.
     assert!(endpoint.requests().len() <= 1 + server.log().len() / 2);
 }
 
@@ -453,7 +453,7 @@ fn without_credentials_the_metadata_service_is_asked_four_times_at_most() {
         let metadata = Scripted::start(move |_, _| status(refusal));
         names_the_sources(on_ec2(&server, &metadata).run().ends_with(1));
         let asked = metadata.requests().len();
-        // Ten layers want to be looked for: what fails once is not asked for each.
+        // Ten blobs are looked up, but the failed source is not asked again for each.
         assert!((1..=4).contains(&asked), "{refusal}: {asked} times");
         assert_eq!(server.log().len(), 0);
     }

@@ -1,4 +1,4 @@
-//! Blobs that a lifecycle rule removed while the manifest still names them (moby/buildkit#3223).
+//! A lifecycle rule has removed blobs that the manifest still names (moby/buildkit#3223).
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -10,7 +10,7 @@ use layercache::cache::digest::Digest;
 use crate::program::{Program, files, fixture, s3_manifest};
 use crate::server::Server;
 
-/// The base of every layer, and a layer that nothing stands on.
+/// The base of all layers, and a layer that is no other's parent.
 const BASE: &str = "sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2";
 const LEAF: &str = "sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece";
 /// The parent of two others.
@@ -29,7 +29,7 @@ fn digest(text: &str) -> Digest {
     text.parse().expect("a digest")
 }
 
-/// The cache that a layout's tag leads to, on S3's side of the world: exported to a server of its own.
+/// The cache under a layout's tag, as an export to a new server writes it.
 fn reexported(layout: &Path) -> CacheConfig {
     let server = Server::start();
     Program::export(&server.spec("mode=max"), layout)
@@ -47,7 +47,7 @@ fn whole() -> CacheConfig {
     CacheConfig::parse_s3(&s3_manifest("max.json")).expect("the fixture is valid")
 }
 
-/// Every layer of a cache with its ancestors, from the bottom up, for each result.
+/// For each result, its layer with all ancestors, from the bottom up.
 fn results(cache: &CacheConfig) -> BTreeSet<Vec<Digest>> {
     let results = cache.records.iter().flat_map(|record| &record.results);
     results
@@ -149,7 +149,7 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
         let mut expected = results(&whole());
         expected.retain(|path| !path.contains(&digest(missing)));
         assert_eq!(results(&kept), expected, "without {missing}");
-        // BuildKit finds results by way of records and links: all of them stay.
+        // BuildKit finds results through records and links, so all of these stay.
         assert_eq!(kept.records.len(), whole().records.len());
     }
 }
@@ -267,7 +267,7 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
     assert!(!layout.exists());
     assert_eq!(server.count("GetObject"), 2, "the manifest, twice");
 
-    // What the real run leaves out is what was announced.
+    // The real run leaves out what was announced.
     let announced = run.stdout.lines().nth(1).expect("a second line");
     let done = import().run().succeeds().stdout;
     let done = done.lines().nth(1).expect("a second line");
@@ -356,7 +356,7 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
         .run()
         .succeeds();
     let cache = CacheConfig::parse_s3(&server.objects()["manifests/buildkit"]).expect("valid");
-    // A blob that only the image needs: its own manifest.
+    // A blob that only the image needs: its manifest.
     let root = cache.image.expect("an image").root.digest;
     assert!(server.remove(&format!("blobs/{root}")));
     let layout = tempfile::tempdir().expect("a temporary directory");

@@ -1,6 +1,6 @@
-//! Attacks: manifests, layouts and servers that mean harm. Each ends in a clear error (or is borne),
-//! in bounded time and memory, without a panic, and leaves everything outside the layout as it was
-//! and nothing in it that is not what its name says.
+//! Attacks: malicious manifests, layouts and servers. Each ends in a clear error or is tolerated, in
+//! bounded time and memory and without a panic. Everything outside the layout stays as it was, and
+//! every blob inside matches its name.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -26,7 +26,8 @@ const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// A run that was watched: it ended in time, and did not panic. With its peak memory, bytes.
+/// Runs the program, and checks that it ends in time and does not panic. Also returns its peak memory
+/// in bytes.
 fn watched(program: Program) -> (Run, u64) {
     let mut child = program.spawn();
     fn drain(from: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
@@ -78,7 +79,7 @@ fn peak_memory(child: &Child) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// A place with a layout in it, and things around it that must stay as they are.
+/// A directory with a layout, surrounded by files that must stay as they are.
 struct Place {
     folder: tempfile::TempDir,
     before: BTreeMap<String, Vec<u8>>,
@@ -112,7 +113,7 @@ impl Place {
         self.folder.path().join("in/here/precious/file")
     }
 
-    /// What is around the layout is as it was.
+    /// Checks that the layout's surroundings are as they were.
     #[track_caller]
     fn untouched(&self) {
         let read = |path: &Path| std::fs::read(path).unwrap_or_default();
@@ -135,7 +136,7 @@ impl Place {
         assert_eq!(names("in/here/precious"), ["file"]);
     }
 
-    /// Every blob is its digest, and the index names nothing that is not all there.
+    /// Checks that every blob matches its digest, and that everything in the index is complete.
     #[track_caller]
     fn sound(&self) {
         self.untouched();
@@ -181,7 +182,7 @@ fn layer(n: u64, parent: i64) -> Value {
         "mediaType": TAR, "diffID": digest, "size": bytes.len(), "createdAt": "2026-01-01T00:00:00Z"}})
 }
 
-/// A good manifest of two layers and two records.
+/// A valid manifest with two layers and two records.
 fn manifest() -> Value {
     json!({
         "layers": [layer(0, -1), layer(1, 0)],
@@ -201,7 +202,7 @@ fn with_blobs() -> Server {
     server
 }
 
-/// The good manifest, with the text of one of its nodes in JSON replaced.
+/// The valid manifest, with the JSON text of one node replaced.
 fn with(pointer: &str, text: &str) -> Vec<u8> {
     let mut manifest = manifest();
     let (parent, key) = pointer.rsplit_once('/').expect("a pointer");
@@ -261,7 +262,7 @@ fn a_manifest_that_is_not_true_is_refused_and_nothing_is_written() {
             "/records/1/layers/0/layer",
             "/records/1/inputs/0/0/link",
         ] {
-            // Arrays on the way are indexed by a second pointer.
+            // Inside an array, a second pointer names the element.
             let mut manifest = manifest();
             *manifest.pointer_mut(pointer).expect("it is there") = json!("@@");
             let text = manifest.to_string().replace("\"@@\"", number);
@@ -367,7 +368,7 @@ fn sizes_that_lie_are_found_out_without_memory_or_disk_space() {
             assert!(!place.layout().join("index.json").exists());
         }
     }
-    // An object that is not there, and a size that no one can check: nothing stays reserved.
+    // An absent object, so the size cannot be checked: no disk space stays reserved.
     let mut lost = manifest();
     lost["layers"][1] = layer(9, 0);
     lost["layers"][1]["annotations"]["size"] = json!(1u64 << 30);
@@ -612,7 +613,7 @@ fn an_image_that_is_not_what_the_manifest_says_is_never_tagged() {
             .ends_with(1);
         place.untouched();
     }
-    // The good one, so that the others are known to fail for their own reasons.
+    // The valid one, to know that the others fail for their own reasons.
     let mut good = manifest();
     good["layercache"] = json!({"version": 1, "root": image, "contents": all});
     docs.0.put("manifests/buildkit", good.to_string());
@@ -628,7 +629,7 @@ fn a_hundred_thousand_layers_and_records_in_one_line_are_borne() {
     let soak = std::env::var_os("LAYERCACHE_SOAK").is_some();
     let count = if soak { 100_000u64 } else { 10_000 };
     let server = with_blobs();
-    // All of one blob, each the parent of the next, and so the records.
+    // All layers use one blob, and each is the parent of the next; likewise the records.
     let one = layer(0, -1);
     let layers = (0..count).map(|n| {
         let mut layer = one.clone();
@@ -876,7 +877,7 @@ fn bombs_are_decompressed_in_constant_memory() {
     encoder.write_all(&zeros).expect("memory takes it");
     let gzip = encoder.finish().expect("memory takes it");
     let zstd = zstd::encode_all(zeros.as_slice(), 1).expect("memory takes it");
-    // Members and frames in a row are one content: 256 MiB of gzip, 1 GiB of zstd.
+    // Consecutive members and frames are one content: 256 MiB of gzip, 1 GiB of zstd.
     for bomb in [gzip.repeat(16), zstd.repeat(64)] {
         let place = Place::new();
         made(&place.layout(), std::slice::from_ref(&bomb));
@@ -885,7 +886,7 @@ fn bombs_are_decompressed_in_constant_memory() {
         run.succeeds();
         assert!(peak < 200 * MIB, "{peak} bytes of memory");
     }
-    // A frame that asks for 2 GiB of window.
+    // A frame that demands a window of 2 GiB.
     let window = [
         0x28,
         0xb5,
@@ -906,7 +907,7 @@ fn bombs_are_decompressed_in_constant_memory() {
     assert!(!server.objects().contains_key("manifests/w"));
 }
 
-/// What this file needs of the system that std does not have.
+/// System calls that std lacks.
 mod rustix_like {
     use std::path::Path;
 
@@ -916,7 +917,7 @@ mod rustix_like {
     }
 
     pub fn socket(path: &Path) {
-        // Its path has to be short, and so is made elsewhere.
+        // A socket's path has to be short, so it is made elsewhere and moved.
         let folder = tempfile::tempdir_in("/tmp").expect("a temporary directory");
         let short = folder.path().join("s");
         std::os::unix::net::UnixListener::bind(&short).expect("a socket");
@@ -924,9 +925,9 @@ mod rustix_like {
     }
 }
 
-// Servers that answer whatever they like.
+// Servers that answer anything.
 
-/// A server that answers by its script, and closes.
+/// A server that answers each request by its script, and closes.
 struct Liar(Scripted);
 
 impl Liar {
@@ -964,7 +965,7 @@ fn said(status: &str, headers: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// What an honest, empty store says to an export; its listing is `list`'s.
+/// What an honest, empty store answers to an export, except that listings come from `list`.
 fn empty_but(
     list: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static,
 ) -> impl Fn(&str, &str, Option<&str>) -> Vec<u8> + Send + Sync + 'static {
@@ -997,7 +998,7 @@ fn object(key: &str, size: &str) -> String {
     )
 }
 
-/// Enough blobs that they are listed.
+/// Enough blobs to make an export list them.
 fn many() -> Place {
     let place = Place::new();
     let blobs: Vec<Vec<u8>> = (0..40).map(blob).collect();
@@ -1084,7 +1085,7 @@ fn a_listing_may_say_what_it_likes() {
     for (what, list) in lists {
         let liar = Liar::start(empty_but(move |_| list.clone()));
         let (run, peak) = watched(Program::export(&liar.spec(), &place.layout()));
-        // Without a listing each blob is asked for; a listing that breaks off ends the run.
+        // Without a listing, each blob is looked up; a listing that breaks off ends the run.
         let code = run.code;
         assert!(
             code == Some(0) || what == "without an end" || what == "too long",
@@ -1235,7 +1236,7 @@ fn answers_to_an_import_that_lie_are_refused() {
 
 #[test]
 fn what_others_say_does_not_steer_the_terminal() {
-    // `watched` looks for control characters.
+    // `watched` checks for control characters.
     let message = "\u{9b}31m\u{202e}gnp.exe\u{85}line\u{2028}";
     let body = format!(
         "<Error><Code>Bad{message}</Code><Message>{message}{}</Message></Error>",

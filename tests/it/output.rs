@@ -38,7 +38,8 @@ pub fn lasting(text: &str) -> String {
     let text = text.replace(env!("CARGO_MANIFEST_DIR"), "REPOSITORY");
     let text = replace(&text, "127.0.0.1:", "127.0.0.1:PORT", digits);
     let text = replace(&text, "localhost:", "localhost:PORT", digits);
-    let mut lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
+    let lines = text.split_inclusive('\n').map(without_seconds);
+    let mut lines: Vec<String> = lines.map(|line| without_count(&line)).collect();
     for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
         about_blobs.sort();
     }
@@ -94,17 +95,31 @@ fn without_seconds(line: &str) -> String {
     out + rest
 }
 
+/// `[3/10] uploaded` as `[K/10] uploaded`, behind the elapsed seconds that begin a line: blobs finish in
+/// any order.
+fn without_count(line: &str) -> String {
+    let start = line.trim_start();
+    let rest = start.strip_prefix("Ns ").unwrap_or(line);
+    let Some((count, rest)) = rest.strip_prefix('[').and_then(|rest| rest.split_once('/')) else {
+        return rest.to_owned();
+    };
+    match count.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => format!("[K/{rest}"),
+        false => format!("[{count}/{rest}"),
+    }
+}
+
 #[test]
 fn what_differs_from_run_to_run_is_replaced() {
     let temporary = std::env::temp_dir().join(".tmpA1b2C3/cache");
     let text = format!(
         "uploaded sha256:b 1.5 KiB\nuploaded sha256:a 2 B\nwrote {} at http://127.0.0.1:4711/x; \
-         21 requests in 0.1 s\nwaiting 12.0s for sha256:0\n",
+         21 requests in 0.1 s\nwaiting 12.0s for sha256:0\n   0.2s [1/2] uploaded sha256:a\n",
         temporary.display()
     );
     assert_eq!(
         lasting(&text),
         "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
-         http://127.0.0.1:PORT/x; 21 requests in N s\nwaiting Ns for sha256:0\n"
+         http://127.0.0.1:PORT/x; 21 requests in N s\nwaiting Ns for sha256:0\n[K/2] uploaded sha256:a\n"
     );
 }

@@ -1,4 +1,4 @@
-//! Stores behind https, and behind a proxy.
+//! Stores reached over https or through a proxy.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::program::{Program, files, fixture, s3_manifest};
 use crate::server::{ACCESS_KEY, Authority, SECRET_KEY, Server};
 
-/// A listener on a runtime of its own, which ends with it.
+/// A listener with its own runtime; dropping it ends both.
 struct Front {
     port: u16,
     runtime: Option<tokio::runtime::Runtime>,
@@ -77,7 +77,7 @@ fn export(spec: &str) -> Program {
     Program::export(spec, &fixture("local-max"))
 }
 
-/// An export to `bucket` by way of `front`, which is known as `host`, that trusts `authority`.
+/// An export to `bucket` through `front`, addressed as `host`, that trusts `authority`.
 fn export_over_tls(host: &str, front: &Front, bucket: &str, authority: &Authority) -> Program {
     let endpoint = format!("https://{host}:{}", front.port);
     export(&spec(&endpoint, bucket, "")).env("AWS_CA_BUNDLE", authority.bundle())
@@ -155,7 +155,7 @@ fn a_certificate_for_another_host_is_an_error_that_says_which() {
 
 #[test]
 fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_failed() {
-    // No DNS knows anything below .invalid.
+    // Names below .invalid never resolve.
     let run = |extra: &str| {
         let spec = spec("http://minio.invalid:9000", "cache", extra);
         export(&spec).run().ends_with(1)
@@ -240,10 +240,10 @@ fn a_bucket_with_dots_is_reached_by_path_as_no_wildcard_covers_it() {
     assert_eq!(host, format!("s3.localhost:{}", front.port));
 }
 
-/// The first lines that a proxy was sent, and their Proxy-Authorization.
+/// The request lines that a proxy got, with their Proxy-Authorization.
 type Asked = Arc<Mutex<Vec<(String, Option<String>)>>>;
 
-/// A proxy that knows one way only, to `to`, whatever it is asked for.
+/// A proxy that connects to `to`, whatever it is asked for.
 fn proxy(to: SocketAddr, asked: &Asked) -> Front {
     let asked = asked.clone();
     Front::start(move |stream| {
@@ -276,7 +276,7 @@ fn proxy(to: SocketAddr, asked: &Asked) -> Front {
             if tunnel {
                 let _ = client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
             } else {
-                // The store takes the absolute form too, and verifies the signature.
+                // The store accepts the absolute form too, and verifies the signature.
                 let _ = inner.write_all(format!("{head}\r\n").as_bytes()).await;
             }
             let _ = tokio::io::copy_bidirectional(&mut client, &mut inner).await;
@@ -358,7 +358,7 @@ fn no_proxy_and_this_machine_itself_are_reached_directly() {
     };
     proxied(&server.url()).run().succeeds();
     proxied(&server.localhost_url()).run().succeeds();
-    // This machine too, by an address that does not tell.
+    // Also this machine, but not recognisable as loopback.
     let other_name = server.url().replace("127.0.0.1", "0.0.0.0");
     proxied(&other_name)
         .env("NO_PROXY", "example.test,0.0.0.0")

@@ -33,7 +33,7 @@ pub enum Fault {
     /// A 200 with nothing.
     Empty200,
 
-    /// The connection is reset once the request is read.
+    /// The connection is reset after the request was read.
     Reset,
     /// The connection is reset with the request's body unread.
     ResetBeforeReading,
@@ -48,23 +48,24 @@ pub enum Fault {
     /// Performed; then answered with an error: status, code.
     ApplyThenStatus(u16, &'static str),
 
-    /// Performed; reset after this many bytes of the answer's body. The length promises all.
+    /// Performed; reset after this many bytes of the answer's body. The length is the whole body's.
     ResetMidBody(usize),
-    /// Performed; closed in good order after this many bytes of the answer's body. The length promises all.
+    /// Performed; closed in good order after this many bytes of the answer's body. The length is the
+    /// whole body's.
     Truncate(usize),
     /// Performed; the length is one byte less than what is sent.
     ShortLength,
-    /// Performed; the length promises seven bytes more than the whole body, which is sent.
+    /// Performed; the length is seven bytes more than the body, which is sent whole.
     WrongLength,
     /// Performed; the byte at this offset of the answer's body (modulo its size) has its bits flipped.
     FlipByte(usize),
-    /// Performed; the answer's body comes so many bytes at a time.
+    /// Performed; the answer's body comes in pieces of this many bytes, one each tick.
     SlowDrip { bytes: usize, tick: Duration },
     /// Performed, after a pause.
     Delay(Duration),
-    /// Performed; one header of the answer holds a byte that is no ASCII.
+    /// Performed; one header of the answer holds a non-ASCII byte.
     NonAsciiHeader,
-    /// Performed; the answer has this header too, in place of its own of that name.
+    /// Performed; this header is added to the answer, or replaces it.
     Header(&'static str, &'static str),
     /// Performed; the answer's body is what this function makes of it, with the right length.
     Rewrite(fn(&str) -> String),
@@ -96,7 +97,7 @@ impl Ending {
                 }
                 match then {
                     Then::Reset => {
-                        // A reset discards what the kernel has not sent yet, so let it be sent.
+                        // A reset discards what the kernel has not sent yet, so give it time.
                         tokio::time::sleep(Duration::from_millis(50)).await;
                         stream.reset();
                     }
