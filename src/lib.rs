@@ -24,6 +24,7 @@ pub mod interrupt;
 pub mod layout;
 mod process;
 pub mod progress;
+pub mod quote;
 pub mod report;
 pub mod retry;
 pub mod s3;
@@ -51,9 +52,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let env = |name: &str| std::env::var(name).ok();
     let progress = match args.global.progress(&env) {
-        Ok(mode) => Progress::new(mode, args.global.verbose),
+        Ok(display) => Progress::new(display, i8::from(args.global.verbose)),
         Err(error) => {
-            Progress::new(progress::Mode::Quiet, false).error(&format!("{error:#}"));
+            Progress::new(progress::Display::Quiet, 0).error(&format!("{error:#}"));
             return exit_code(&[error]);
         }
     };

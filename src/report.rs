@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::S3Config;
-use crate::progress;
+use crate::quote;
 
 /// What came of one spec.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -88,7 +88,7 @@ impl Place {
         let addresses = self
             .keys
             .iter()
-            .map(|key| progress::printable(&format!("s3://{}/{key}", self.bucket)).into_owned());
+            .map(|key| quote::printable(&format!("s3://{}/{key}", self.bucket)).into_owned());
         addresses.collect::<Vec<_>>().join(", ")
     }
 
@@ -97,7 +97,7 @@ impl Place {
         let names = self
             .names
             .iter()
-            .map(|name| format!("'{}'", progress::printable(name)));
+            .map(|name| format!("'{}'", quote::printable(name)));
         names.collect::<Vec<_>>().join(", ")
     }
 }
@@ -140,7 +140,7 @@ impl<D: Details> Report<D> {
             "{} {} failed{ignored}: {}; {cost}",
             self.place.doing,
             self.place.addresses(),
-            progress::printable(error)
+            quote::printable(error)
         )
     }
 }

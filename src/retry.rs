@@ -4,7 +4,7 @@
 //! that every request of the run draws its retries from (so that a store in trouble is not hit
 //! three times as hard), and in `adaptive` mode a rate limit of our own once the store throttles.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rand::Rng;
@@ -23,22 +23,30 @@ const BUDGET: u32 = 500;
 const RETRY_COST: u32 = 5;
 const TIMEOUT_COST: u32 = 10;
 
-/// Shared by every request of a run.
-pub struct RetryPolicy {
+/// Many requests fail alike at once: the same report is not repeated within this time.
+const REPORT_STANDS: Duration = Duration::from_secs(5);
+
+/// Shared by every request of a run: clones share one budget.
+#[derive(Clone)]
+pub struct RetryPolicy(Arc<Shared>);
+
+struct Shared {
     mode: RetryMode,
     max_attempts: u32,
     base: Duration,
     budget: Mutex<u32>,
     rate: Mutex<Rate>,
+    report: Box<dyn Fn(&str) + Send + Sync>,
+    reported: Mutex<Option<(Instant, String)>>,
 }
 
 /// The tries of one operation.
-pub struct Tries<'a> {
-    policy: &'a RetryPolicy,
+pub struct Tries {
+    policy: RetryPolicy,
     made: u32,
     /// What the last retry cost, given back when it turns out well.
     cost: u32,
-    /// There would have been another try, had the run's budget had something left.
+    /// The run's budget had nothing left for another try.
     over_budget: bool,
 }
 
@@ -54,26 +62,29 @@ pub struct Trouble {
 }
 
 impl RetryPolicy {
-    /// `max_attempts` counts the first try.
-    pub fn new(mode: RetryMode, max_attempts: u32) -> Self {
-        Self::with_base(mode, max_attempts, BASE)
-    }
-
-    /// As [`new`](Self::new), with a backoff that starts at `base`.
-    pub fn with_base(mode: RetryMode, max_attempts: u32, base: Duration) -> Self {
-        RetryPolicy {
+    /// `max_attempts` counts the first try; the backoff starts at `base`. Each retry is passed to
+    /// `report` in words, before the wait.
+    pub fn new(
+        mode: RetryMode,
+        max_attempts: u32,
+        base: Duration,
+        report: impl Fn(&str) + Send + Sync + 'static,
+    ) -> Self {
+        RetryPolicy(Arc::new(Shared {
             mode,
             max_attempts: max_attempts.max(1),
             base,
             budget: Mutex::new(BUDGET),
             rate: Mutex::new(Rate::new(Instant::now())),
-        }
+            report: Box::new(report),
+            reported: Mutex::default(),
+        }))
     }
 
     /// Begins an operation.
-    pub fn tries(&self) -> Tries<'_> {
+    pub fn tries(&self) -> Tries {
         Tries {
-            policy: self,
+            policy: self.clone(),
             made: 1,
             cost: 0,
             over_budget: false,
@@ -82,7 +93,7 @@ impl RetryPolicy {
 
     /// Takes `cost` from the run's budget, if it is there.
     fn spend(&self, cost: u32) -> bool {
-        let mut budget = lock(&self.budget);
+        let mut budget = lock(&self.0.budget);
         match budget.checked_sub(cost) {
             Some(left) => {
                 *budget = left;
@@ -93,26 +104,39 @@ impl RetryPolicy {
     }
 
     fn earn(&self, tokens: u32) {
-        let mut budget = lock(&self.budget);
+        let mut budget = lock(&self.0.budget);
         *budget = budget.saturating_add(tokens).min(BUDGET);
     }
 
     /// A random time up to the backoff that is due after `made` tries.
     fn backoff(&self, made: u32) -> Duration {
         let doubled = 1u32.checked_shl(made.saturating_sub(1)).unwrap_or(u32::MAX);
-        let most = self.base.saturating_mul(doubled).min(LONGEST_BACKOFF);
+        let most = self.0.base.saturating_mul(doubled).min(LONGEST_BACKOFF);
         most.mul_f64(rand::rng().random_range(0.0..=1.0))
+    }
+
+    fn report(&self, text: String) {
+        {
+            let mut last = lock(&self.0.reported);
+            let stands =
+                |(at, said): &(Instant, String)| *said == text && at.elapsed() < REPORT_STANDS;
+            if last.as_ref().is_some_and(stands) {
+                return;
+            }
+            *last = Some((Instant::now(), text.clone()));
+        }
+        (self.0.report)(&text);
     }
 }
 
-impl Tries<'_> {
+impl Tries {
     /// Waits until a try may be sent: at once, unless `adaptive` mode is holding requests back.
     pub async fn permit(&mut self) {
-        if self.policy.mode != RetryMode::Adaptive {
+        if self.policy.0.mode != RetryMode::Adaptive {
             return;
         }
         loop {
-            let wait = lock(&self.policy.rate).take(Instant::now());
+            let wait = lock(&self.policy.0.rate).take(Instant::now());
             if wait.is_zero() {
                 return;
             }
@@ -120,13 +144,13 @@ impl Tries<'_> {
         }
     }
 
-    /// A try failed in a way that may pass. Waits, then true; or false at once if the attempts or
-    /// the run's budget are used up.
-    pub async fn again(&mut self, trouble: Trouble) -> bool {
-        if self.policy.mode == RetryMode::Adaptive {
-            lock(&self.policy.rate).answered(Instant::now(), trouble.throttled);
+    /// A try failed in a way that may pass, because of `why`. Reports it, waits, then true; or false
+    /// at once if the attempts or the run's budget are used up.
+    pub async fn again(&mut self, trouble: Trouble, why: &str) -> bool {
+        if self.policy.0.mode == RetryMode::Adaptive {
+            lock(&self.policy.0.rate).answered(Instant::now(), trouble.throttled);
         }
-        if self.made >= self.policy.max_attempts {
+        if self.made >= self.policy.0.max_attempts {
             return false;
         }
         let cost = if trouble.timed_out {
@@ -139,6 +163,11 @@ impl Tries<'_> {
             return false;
         }
         self.cost = cost;
+        self.policy.report(format!(
+            "{why}, trying again ({} of {})",
+            self.made.saturating_add(1),
+            self.policy.0.max_attempts
+        ));
         let asked = trouble.retry_after.unwrap_or_default();
         let wait = self
             .policy
@@ -152,8 +181,8 @@ impl Tries<'_> {
     /// The operation came along: gives budget back, and counts attempts from one again.
     pub fn progressed(&mut self) {
         self.policy.earn(self.cost.max(1));
-        if self.policy.mode == RetryMode::Adaptive {
-            lock(&self.policy.rate).answered(Instant::now(), false);
+        if self.policy.0.mode == RetryMode::Adaptive {
+            lock(&self.policy.0.rate).answered(Instant::now(), false);
         }
         self.cost = 0;
         self.made = 1;
@@ -303,25 +332,29 @@ mod tests {
         timed_out: false,
     };
 
+    fn retries(mode: RetryMode, max_attempts: u32) -> RetryPolicy {
+        RetryPolicy::new(mode, max_attempts, BASE, |_| {})
+    }
+
     #[tokio::test(start_paused = true)]
     async fn max_attempts_counts_the_first_try() {
-        let policy = RetryPolicy::new(RetryMode::Standard, 3);
+        let policy = retries(RetryMode::Standard, 3);
         let mut tries = policy.tries();
-        assert!(tries.again(TROUBLE).await);
-        assert!(tries.again(TROUBLE).await);
+        assert!(tries.again(TROUBLE, "why").await);
+        assert!(tries.again(TROUBLE, "why").await);
         assert_eq!(tries.made(), 3);
-        assert!(!tries.again(TROUBLE).await);
+        assert!(!tries.again(TROUBLE, "why").await);
         assert!(
-            !RetryPolicy::new(RetryMode::Standard, 1)
+            !retries(RetryMode::Standard, 1)
                 .tries()
-                .again(TROUBLE)
+                .again(TROUBLE, "why")
                 .await
         );
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_backoff_doubles_up_to_twenty_seconds() {
-        let policy = RetryPolicy::new(RetryMode::Standard, 100);
+        let policy = retries(RetryMode::Standard, 100);
         for (made, most) in [
             (1, 100),
             (2, 200),
@@ -342,16 +375,19 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn retry_after_is_waited_for_but_no_longer_than_a_minute() {
-        let policy = RetryPolicy::new(RetryMode::Standard, 10);
+        let policy = retries(RetryMode::Standard, 10);
         for (asked, waited) in [(7, 7), (60, 60), (86_400, 60)] {
             let mut tries = policy.tries();
             let before = Instant::now();
             assert!(
                 tries
-                    .again(Trouble {
-                        retry_after: Some(Duration::from_secs(asked)),
-                        ..TROUBLE
-                    })
+                    .again(
+                        Trouble {
+                            retry_after: Some(Duration::from_secs(asked)),
+                            ..TROUBLE
+                        },
+                        "why"
+                    )
                     .await
             );
             assert_eq!(before.elapsed().as_secs(), waited);
@@ -360,62 +396,62 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_run_s_budget_ends_the_retries_of_all_and_success_refills_it() {
-        let policy = RetryPolicy::new(RetryMode::Standard, u32::MAX);
+        let policy = retries(RetryMode::Standard, u32::MAX);
         let mut tries = policy.tries();
         for _ in 0..BUDGET / RETRY_COST {
-            assert!(tries.again(TROUBLE).await);
+            assert!(tries.again(TROUBLE, "why").await);
         }
-        assert!(!tries.again(TROUBLE).await);
-        assert!(!policy.tries().again(TROUBLE).await);
+        assert!(!tries.again(TROUBLE, "why").await);
+        assert!(!policy.tries().again(TROUBLE, "why").await);
 
         // The retry that worked gives its own cost back.
         tries.progressed();
         assert_eq!(tries.made(), 1);
-        assert!(tries.again(TROUBLE).await);
-        assert!(!tries.again(TROUBLE).await);
+        assert!(tries.again(TROUBLE, "why").await);
+        assert!(!tries.again(TROUBLE, "why").await);
 
         // A first try that worked gives one token.
         for _ in 0..RETRY_COST {
             policy.tries().progressed();
         }
-        assert!(policy.tries().again(TROUBLE).await);
+        assert!(policy.tries().again(TROUBLE, "why").await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_summary_says_how_many_tries_there_were_and_whether_the_budget_ended_them() {
-        let policy = RetryPolicy::new(RetryMode::Standard, 3);
+        let policy = retries(RetryMode::Standard, 3);
         let mut tries = policy.tries();
         assert_eq!(tries.summary(), None);
-        while tries.again(TROUBLE).await {}
+        while tries.again(TROUBLE, "why").await {}
         assert_eq!(tries.summary().as_deref(), Some("3 tries"));
 
         assert!(policy.spend(BUDGET - 3 * RETRY_COST));
         let over = "the run's budget of retries is used up";
         let mut tries = policy.tries();
-        while tries.again(TROUBLE).await {}
+        while tries.again(TROUBLE, "why").await {}
         assert_eq!(tries.summary(), Some(format!("2 tries; {over}")));
         let mut late = policy.tries();
-        assert!(!late.again(TROUBLE).await);
+        assert!(!late.again(TROUBLE, "why").await);
         assert_eq!(late.summary(), Some(format!("1 try; {over}")));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_timeout_costs_double() {
-        let policy = RetryPolicy::new(RetryMode::Standard, u32::MAX);
+        let policy = retries(RetryMode::Standard, u32::MAX);
         let mut tries = policy.tries();
         let slow = Trouble {
             timed_out: true,
             ..TROUBLE
         };
         for _ in 0..BUDGET / TIMEOUT_COST {
-            assert!(tries.again(slow).await);
+            assert!(tries.again(slow, "why").await);
         }
-        assert!(!tries.again(slow).await);
+        assert!(!tries.again(slow, "why").await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn adaptive_holds_requests_back_only_after_throttling_and_then_recovers() {
-        let policy = RetryPolicy::new(RetryMode::Adaptive, 100);
+        let policy = retries(RetryMode::Adaptive, 100);
         let mut tries = policy.tries();
         let before = Instant::now();
         for _ in 0..1000 {
@@ -425,7 +461,7 @@ mod tests {
         assert_eq!(before.elapsed(), Duration::ZERO);
 
         // Twenty requests a second, then the store throttles.
-        let policy = RetryPolicy::new(RetryMode::Adaptive, 100);
+        let policy = retries(RetryMode::Adaptive, 100);
         let mut tries = policy.tries();
         for _ in 0..40 {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -433,12 +469,15 @@ mod tests {
             tries.progressed();
         }
         tries
-            .again(Trouble {
-                throttled: true,
-                ..TROUBLE
-            })
+            .again(
+                Trouble {
+                    throttled: true,
+                    ..TROUBLE
+                },
+                "why",
+            )
             .await;
-        let limited = lock(&policy.rate).per_second;
+        let limited = lock(&policy.0.rate).per_second;
         assert!((SLOWEST..20.0).contains(&limited), "{limited}");
         let before = Instant::now();
         for _ in 0..10 {
@@ -451,20 +490,23 @@ mod tests {
             tries.permit().await;
             tries.progressed();
         }
-        assert!(lock(&policy.rate).per_second > limited);
+        assert!(lock(&policy.0.rate).per_second > limited);
     }
 
     #[tokio::test(start_paused = true)]
     async fn standard_never_holds_requests_back() {
-        let policy = RetryPolicy::with_base(RetryMode::Standard, 100, Duration::ZERO);
+        let policy = RetryPolicy::new(RetryMode::Standard, 100, Duration::ZERO, |_| {});
         let mut tries = policy.tries();
         let before = Instant::now();
         for _ in 0..20 {
             tries
-                .again(Trouble {
-                    throttled: true,
-                    ..TROUBLE
-                })
+                .again(
+                    Trouble {
+                        throttled: true,
+                        ..TROUBLE
+                    },
+                    "why",
+                )
                 .await;
             tries.permit().await;
         }

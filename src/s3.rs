@@ -8,8 +8,6 @@ mod credentials;
 mod dispatch;
 mod endpoint;
 mod outgoing;
-#[doc(hidden)]
-pub mod probe;
 mod sign;
 mod timing;
 mod tls;
@@ -17,7 +15,6 @@ mod wire;
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::io;
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -40,16 +37,16 @@ use time::format_description::well_known::Rfc3339;
 use tokio::sync::OnceCell;
 
 use self::credentials::Keyring;
-use self::dispatch::{Call, Dispatcher, Expect, Say, Shared};
+use self::dispatch::{Call, Connection, Dispatcher, Expect};
 use self::endpoint::{Endpoint, encode_key};
 pub use self::timing::Timing;
 use self::tls::Trust;
 use crate::config::S3Config;
 use crate::progress::Progress;
+use crate::quote;
 use crate::retry::RetryPolicy;
 use crate::store::{
-    ByteStream, Kind, Object, ObjectInfo, Page, Part, Store, StoreError, StoreResult, Upload,
-    UploadBody,
+    Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
 };
 
 /// A listing that goes on for longer than this many pages is the store's mistake.
@@ -68,27 +65,27 @@ pub async fn connect_with(
     progress: Progress,
     timing: Timing,
 ) -> Result<Arc<dyn Store>> {
-    let loud = progress.clone();
-    let say = Say {
-        warn: Box::new(move |text| loud.warn(text)),
-        debug: Box::new(move |text| progress.debug(text)),
-    };
-    Ok(Arc::new(S3Store::new(config, say, timing)?))
+    Ok(Arc::new(S3Store::new(config, progress, timing)?))
 }
 
 struct S3Store {
-    shared: Arc<Shared>,
+    connection: Arc<Connection>,
 }
 
 impl S3Store {
-    fn new(config: &S3Config, say: Say, timing: Timing) -> Result<Self> {
-        let retry =
-            RetryPolicy::with_base(config.retry_mode, config.retry_max_attempts, timing.backoff);
+    fn new(config: &S3Config, progress: Progress, timing: Timing) -> Result<Self> {
+        let reports = progress.clone();
+        let retry = RetryPolicy::new(
+            config.retry_mode,
+            config.retry_max_attempts,
+            timing.backoff,
+            move |text| reports.note(text),
+        );
         let trust = Trust::from_env();
         let endpoint = Endpoint::new(config)
             .with_context(|| format!("cannot reach bucket {:?}", config.bucket))?;
         Ok(S3Store {
-            shared: Arc::new(Shared {
+            connection: Arc::new(Connection {
                 keyring: Keyring::new(config.credentials.as_ref(), &config.region, trust.clone()),
                 endpoint,
                 bucket: config.bucket.clone(),
@@ -100,14 +97,14 @@ impl S3Store {
                 accept_encoding: !config.disable_accept_encoding,
                 trust,
                 wire: OnceCell::new(),
-                say,
+                progress,
                 warned: AtomicBool::new(false),
             }),
         })
     }
 
     fn bucket(&self) -> String {
-        self.shared.bucket.clone()
+        self.connection.bucket.clone()
     }
 
     /// Does one operation through a client of rusoto's that is made for it: cheap, and so what is
@@ -118,14 +115,14 @@ impl S3Store {
     {
         let call = Arc::new(call);
         let dispatcher = Dispatcher {
-            shared: self.shared.clone(),
+            connection: self.connection.clone(),
             call: call.clone(),
         };
         let client = S3Client::new_with_client(
             rusoto_core::Client::new_not_signing(dispatcher),
             // Addressing and signing are the dispatcher's.
             Region::Custom {
-                name: self.shared.region.clone(),
+                name: self.connection.region.clone(),
                 endpoint: String::new(),
             },
         );
@@ -137,8 +134,11 @@ impl S3Store {
             Err(_) => "rusoto panicked over it".to_owned(),
         };
         Err(call.failure().unwrap_or_else(|| {
-            let why = format!("the store's answer makes no sense: {}", why.escape_debug());
-            call.error(Kind::Nonsense, &self.shared, &why)
+            let why = format!(
+                "the store's answer makes no sense: {}",
+                quote::printable(&why)
+            );
+            call.error(Kind::Nonsense, &self.connection, &why)
         }))
     }
 
@@ -146,14 +146,14 @@ impl S3Store {
     fn lacks(&self, doing: &'static str, key: &str, what: &str) -> StoreError {
         Call::new(doing, Some(key), Expect::Nothing).error(
             Kind::Nonsense,
-            &self.shared,
+            &self.connection,
             &format!("the store's answer makes no sense: {what}"),
         )
     }
 
     /// `x-amz-copy-source` for an object of this bucket.
     fn copy_source(&self, key: &str) -> String {
-        encode_key(&format!("{}/{key}", self.shared.bucket))
+        encode_key(&format!("{}/{key}", self.connection.bucket))
     }
 }
 
@@ -225,43 +225,6 @@ fn is_url(encoding: Option<&str>) -> bool {
     encoding.is_some_and(|encoding| encoding.eq_ignore_ascii_case("url"))
 }
 
-/// Ends a body that is shorter or longer than announced with an error, so that no one takes it for
-/// whole.
-fn exactly(length: u64, body: ByteStream) -> ByteStream {
-    futures::stream::unfold(Some((body, length)), |state| async {
-        let (mut body, left) = state?;
-        match body.next().await {
-            Some(Ok(mut chunk)) => match left.checked_sub(chunk.len() as u64) {
-                Some(left) => Some((Ok(chunk), Some((body, left)))),
-                None if left > 0 => {
-                    // Shorter than the chunk, so it fits.
-                    chunk.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-                    let more = futures::stream::once(async { Err(too_long()) }).boxed();
-                    Some((Ok(chunk), Some((more, 0))))
-                }
-                None => Some((Err(too_long()), None)),
-            },
-            Some(Err(e)) => Some((Err(e), None)),
-            None if left > 0 => {
-                let e = io::Error::new(
-                    io::ErrorKind::UnexpectedEof,
-                    format!("the store's answer ended {left} bytes early"),
-                );
-                Some((Err(e), None))
-            }
-            None => None,
-        }
-    })
-    .boxed()
-}
-
-fn too_long() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        "the store's answer is longer than announced",
-    )
-}
-
 /// What `complete`, `copy` and so on answer under.
 const COPIED: Expect = Expect::Xml("CopyObjectResult");
 const COPIED_PART: Expect = Expect::Xml("CopyPartResult");
@@ -306,14 +269,14 @@ impl Store for S3Store {
         key: &str,
         range: Option<Range<u64>>,
         if_match: Option<&str>,
-    ) -> StoreResult<Option<Object>> {
+    ) -> StoreResult<Option<Response>> {
         const DOING: &str = "get";
         let call = Call::new(DOING, Some(key), Expect::Object);
         let asked = match &range {
             None => None,
             Some(range) => match range.end.checked_sub(1) {
                 Some(last) if range.start <= last => Some(format!("bytes={}-{last}", range.start)),
-                _ => return Err(call.error(Kind::Other, &self.shared, "an empty range")),
+                _ => return Err(call.error(Kind::Other, &self.connection, "an empty range")),
             },
         };
         let request = GetObjectRequest {
@@ -342,12 +305,8 @@ impl Store for S3Store {
                     .ok_or_else(|| self.lacks(DOING, key, &format!("Content-Range {:?}", text)))?,
             ),
         };
-        let (length, size) = match (range, given) {
-            (None, None) => {
-                let size = announced
-                    .ok_or_else(|| self.lacks(DOING, key, "an object without a length"))?;
-                (size, size)
-            }
+        let size = match (range, given) {
+            (None, None) => announced,
             (None, Some(_)) => {
                 return Err(self.lacks(DOING, key, "part of an object that was asked for whole"));
             }
@@ -355,19 +314,18 @@ impl Store for S3Store {
                 if first != range.start || last != range.end.min(size) - 1 {
                     return Err(self.lacks(DOING, key, "another range than was asked for"));
                 }
-                let length = last - first + 1;
-                if announced.is_some_and(|announced| announced != length) {
+                if announced.is_some_and(|announced| announced != last - first + 1) {
                     return Err(self.lacks(DOING, key, "a length that is not the range's"));
                 }
-                (length, size)
+                Some(size)
             }
             // The whole object is a fine answer to a range that covers it.
             (Some(range), None) => match announced {
-                Some(size) if range.start == 0 && range.end >= size => (size, size),
+                Some(size) if range.start == 0 && range.end >= size => Some(size),
                 _ => {
                     return Err(Call::new(DOING, Some(key), Expect::Object).error(
-                        Kind::Unsupported,
-                        &self.shared,
+                        Kind::NoRanges,
+                        &self.connection,
                         "the store does not do ranges",
                     ));
                 }
@@ -376,15 +334,12 @@ impl Store for S3Store {
         let body = found
             .body
             .ok_or_else(|| self.lacks(DOING, key, "an object without a body"))?;
-        Ok(Some(Object {
-            info: ObjectInfo {
-                size,
-                last_modified: http_date(found.last_modified),
-                etag: printable(found.e_tag),
-                storage_class: found.storage_class,
-            },
-            length,
-            body: exactly(length, body.boxed()),
+        Ok(Some(Response {
+            size,
+            last_modified: http_date(found.last_modified),
+            etag: printable(found.e_tag),
+            storage_class: found.storage_class,
+            body: body.boxed(),
         }))
     }
 
@@ -481,7 +436,7 @@ impl Store for S3Store {
             let call = Call::new("list the objects of", None, LISTED);
             return Err(call.error(
                 Kind::Nonsense,
-                &self.shared,
+                &self.connection,
                 "the store's answer makes no sense: a page that does not say where the next begins",
             ));
         }
@@ -546,7 +501,7 @@ impl Store for S3Store {
         // The last byte is part of the range (BuildKit's own arithmetic was one off here).
         let last = match range.end.checked_sub(1) {
             Some(last) if range.start <= last => last,
-            _ => return Err(call.error(Kind::Other, &self.shared, "an empty range")),
+            _ => return Err(call.error(Kind::Other, &self.connection, "an empty range")),
         };
         let request = UploadPartCopyRequest {
             bucket: self.bucket(),
@@ -610,14 +565,14 @@ impl Store for S3Store {
         }
     }
 
-    async fn list_uploads(&self, key: &str) -> StoreResult<Vec<Upload>> {
+    async fn list_uploads(&self, prefix: &str) -> StoreResult<Vec<Upload>> {
         let mut uploads = Vec::new();
         let (mut key_marker, mut id_marker) = (None, None);
         for _ in 0..MOST_PAGES {
             let request = ListMultipartUploadsRequest {
                 bucket: self.bucket(),
                 encoding_type: Some("url".into()),
-                prefix: Some(key.to_owned()),
+                prefix: Some(prefix.to_owned()),
                 key_marker: key_marker.clone(),
                 upload_id_marker: id_marker.clone(),
                 ..Default::default()
@@ -629,12 +584,13 @@ impl Store for S3Store {
             let found = sent.await?;
             let encoded = is_url(found.encoding_type.as_deref());
             for upload in found.uploads.unwrap_or_default() {
-                let found_key = upload.key.and_then(|key| decode(&key, encoded));
+                let key = upload.key.and_then(|key| decode(&key, encoded));
                 let id = upload.upload_id.filter(|id| !id.is_empty());
-                // The prefix finds longer keys, too.
-                if let (Some(id), true) = (id, found_key.as_deref() == Some(key)) {
+                if let (Some(key), Some(id)) = (key, id)
+                    && key.starts_with(prefix)
+                {
                     uploads.push(Upload {
-                        key: key.to_owned(),
+                        key,
                         id,
                         initiated: xml_date(upload.initiated),
                     });
@@ -647,9 +603,7 @@ impl Store for S3Store {
             let next_id = found.next_upload_id_marker.filter(|id| !id.is_empty());
             let more = found.is_truncated == Some(true)
                 && next_key.is_some()
-                && (&next_key, &next_id) != (&key_marker, &id_marker)
-                // Keys come in order, the shortest with this prefix first.
-                && next_key.as_deref() == Some(key);
+                && (&next_key, &next_id) != (&key_marker, &id_marker);
             if !more {
                 break;
             }
@@ -696,17 +650,19 @@ impl Store for S3Store {
     }
 
     fn may_hold_unknown_upload(&self, key: &str) -> bool {
-        self.shared.is_unanswered(key)
+        self.connection.is_unanswered(key)
     }
 
     fn requests(&self) -> u64 {
-        self.shared.requests.load(Ordering::Relaxed)
+        self.connection.requests.load(Ordering::Relaxed)
     }
 
     fn retries(&self) -> &RetryPolicy {
-        &self.shared.retry
+        &self.connection.retry
     }
 }
 
 #[cfg(test)]
-mod tests;
+mod fuzz;
+#[cfg(test)]
+pub(crate) mod tests;

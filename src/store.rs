@@ -1,5 +1,7 @@
-//! What export and import need of an object store. `s3/` is the one real implementation; tests wrap
-//! a store to make its k-th call fail.
+//! What we need from an object store. `s3/` is the one real implementation; tests wrap a store to make
+//! its k-th call fail. Objects are read with [`read`] or [`read_whole`], which resume.
+
+mod read;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,7 +11,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 
+pub use self::read::{Expected, Object, read, read_whole};
 use crate::cache::digest::Digest;
+use crate::retry::RetryPolicy;
 
 /// A body in flight: chunks, or the error that ended it.
 pub type ByteStream = BoxStream<'static, std::io::Result<Bytes>>;
@@ -21,15 +25,15 @@ pub trait UploadBody: Send + Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// The body's digest where it is known: sent as x-amz-content-sha256, so that the store refuses
-    /// other bytes.
+    /// The body's digest, if known: sent as x-amz-content-sha256, so that the store refuses other
+    /// bytes.
     fn sha256(&self) -> Option<Digest>;
     /// A fresh stream over the whole body. An error that it yields is a local failure: the request
     /// is cut off before its last byte and not tried again.
     fn open(&self) -> ByteStream;
 }
 
-/// What a store says of an object.
+/// What a store says about an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectInfo {
     /// Bytes of the whole object, also where only a range was asked for.
@@ -39,12 +43,13 @@ pub struct ObjectInfo {
     pub storage_class: Option<String>,
 }
 
-/// An object, or a range of one, being read. The body ends early with an error if it is shorter
-/// than announced, and never yields more than was announced.
-pub struct Object {
-    pub info: ObjectInfo,
-    /// Bytes that `body` will yield.
-    pub length: u64,
+/// The response to a GET as it came: its body may break off, and be shorter or longer than announced.
+pub struct Response {
+    /// Bytes of the whole object. `None`: the response does not say (chunked encoding).
+    pub size: Option<u64>,
+    pub last_modified: Option<SystemTime>,
+    pub etag: Option<String>,
+    pub storage_class: Option<String>,
     pub body: ByteStream,
 }
 
@@ -59,6 +64,7 @@ pub struct Page {
 /// A multipart upload that is under way or was abandoned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upload {
+    /// The object that it is to become.
     pub key: String,
     pub id: String,
     pub initiated: Option<SystemTime>,
@@ -84,6 +90,12 @@ pub enum Kind {
     Changed,
     /// 404 NoSuchUpload (some stores: 403).
     NoSuchUpload,
+    /// The object was there when a read began, and is gone.
+    Deleted,
+    /// The object does not have the size that the reader expects.
+    WrongSize { found: u64 },
+    /// The store ignores Range.
+    NoRanges,
     /// 501 or 405: the store does not do this operation.
     Unsupported,
     /// Still failing in a way that passes, after the last try.
@@ -138,13 +150,14 @@ pub trait Store: Send + Sync {
     async fn head(&self, key: &str) -> StoreResult<Option<ObjectInfo>>;
 
     /// GET, whole or the bytes of `range`. With `if_match`, [`Kind::Changed`] if the object's ETag
-    /// is another. What breaks after the first byte of the body is the caller's to resume.
+    /// is another; [`Kind::NoRanges`] if the whole object came instead of `range`. Use [`read`], which
+    /// checks and resumes the body.
     async fn get(
         &self,
         key: &str,
         range: Option<Range<u64>>,
         if_match: Option<&str>,
-    ) -> StoreResult<Option<Object>>;
+    ) -> StoreResult<Option<Response>>;
 
     /// PUT, whole.
     async fn put(&self, key: &str, body: Arc<dyn UploadBody>) -> StoreResult<()>;
@@ -187,21 +200,19 @@ pub trait Store: Send + Sync {
     /// Gives a multipart upload up. An upload that is gone already is no error.
     async fn abort_upload(&self, key: &str, upload: &str) -> StoreResult<()>;
 
-    /// Unfinished multipart uploads to exactly `key`.
-    async fn list_uploads(&self, key: &str) -> StoreResult<Vec<Upload>>;
+    /// Unfinished multipart uploads to keys that begin with `prefix`.
+    async fn list_uploads(&self, prefix: &str) -> StoreResult<Vec<Upload>>;
 
     /// The parts that an unfinished upload holds, in order.
     async fn list_parts(&self, key: &str, upload: &str) -> StoreResult<Vec<Part>>;
 
-    /// Whether a multipart upload to `key` may have begun whose id we were never told, because an
-    /// answer to [`create_upload`](Self::create_upload) was lost on a try that did not count.
-    fn may_hold_unknown_upload(&self, _key: &str) -> bool {
-        false
-    }
+    /// Whether we may have started a multipart upload to `key` but never received its id, because the
+    /// response to a [`create_upload`](Self::create_upload) was lost and the next try answered.
+    fn may_hold_unknown_upload(&self, key: &str) -> bool;
 
     /// Requests sent so far, retries included.
     fn requests(&self) -> u64;
 
-    /// What decides whether a body that broke off is worth asking for again.
-    fn retries(&self) -> &crate::retry::RetryPolicy;
+    /// Decides whether a body that broke off is asked for again.
+    fn retries(&self) -> &RetryPolicy;
 }

@@ -12,8 +12,8 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use crate::cache::digest::Digest;
 use crate::cli::spec::{self, Env, Parsed};
 use crate::config::{ExportTask, ImportTask, Missing, Task};
-use crate::layout::Selection;
-use crate::progress::Mode;
+use crate::layout::{Selection, check_tag};
+use crate::progress::Display;
 
 const CACHE_TO: &str = "LAYERCACHE_CACHE_TO";
 const CACHE_FROM: &str = "LAYERCACHE_CACHE_FROM";
@@ -45,7 +45,7 @@ pub struct Global {
     /// How progress is shown [default: auto, or BUILDKIT_PROGRESS]
     // The variable is read by `Global::progress`: an empty one counts as none, unlike with clap.
     #[arg(long, global = true, value_enum, value_name = "MODE")]
-    pub progress: Option<Mode>,
+    pub progress: Option<Display>,
 
     /// Write the summary to this file, as JSON
     #[arg(long, global = true, value_name = "FILE")]
@@ -191,13 +191,13 @@ impl Global {
     ///
     /// # Errors
     /// A [`UsageError`] if the variable holds something else.
-    pub fn progress(&self, env: Env) -> Result<Mode> {
-        if let Some(mode) = self.progress {
-            return Ok(mode);
+    pub fn progress(&self, env: Env) -> Result<Display> {
+        if let Some(display) = self.progress {
+            return Ok(display);
         }
         match env("BUILDKIT_PROGRESS").as_deref() {
-            None | Some("") => Ok(Mode::Auto),
-            Some(value) => Mode::from_str(value, false).map_err(|_| {
+            None | Some("") => Ok(Display::Auto),
+            Some(value) => Display::from_str(value, false).map_err(|_| {
                 usage(format!(
                     "BUILDKIT_PROGRESS: {value:?} is not a mode (accepted: auto, plain, tty, \
                      quiet, rawjson)"
@@ -334,13 +334,7 @@ fn looks_like_spec(text: &str) -> bool {
 }
 
 fn tag_name(name: &str) -> Result<String, &'static str> {
-    if name.is_empty() {
-        return Err("a tag is not empty");
-    }
-    if name.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err("a tag holds no spaces and no control characters");
-    }
-    Ok(name.to_owned())
+    check_tag(name).map(|()| name.to_owned())
 }
 
 #[cfg(test)]
@@ -462,7 +456,7 @@ mod tests {
         ];
         let rest = ["export", "--cache-to", SPEC, "dir"];
         let expected = Global {
-            progress: Some(Mode::Rawjson),
+            progress: Some(Display::Rawjson),
             metadata_file: Some(PathBuf::from("meta.json")),
             verbose: true,
         };
@@ -475,15 +469,15 @@ mod tests {
         let flag = typed(&["--progress", "tty", "export", "dir"]).global;
         let none = typed(&["export", "dir"]).global;
         let plain = env_of(&[("BUILDKIT_PROGRESS", "plain")]);
-        assert_eq!(flag.progress(&plain).unwrap(), Mode::Tty);
-        assert_eq!(none.progress(&plain).unwrap(), Mode::Plain);
-        assert_eq!(none.progress(&no_env).unwrap(), Mode::Auto);
+        assert_eq!(flag.progress(&plain).unwrap(), Display::Tty);
+        assert_eq!(none.progress(&plain).unwrap(), Display::Plain);
+        assert_eq!(none.progress(&no_env).unwrap(), Display::Auto);
         let empty = env_of(&[("BUILDKIT_PROGRESS", "")]);
-        assert_eq!(none.progress(&empty).unwrap(), Mode::Auto);
+        assert_eq!(none.progress(&empty).unwrap(), Display::Auto);
         let buildx = env_of(&[("BUILDKIT_PROGRESS", "none")]);
-        assert_eq!(none.progress(&buildx).unwrap(), Mode::Quiet);
+        assert_eq!(none.progress(&buildx).unwrap(), Display::Quiet);
         let flag = typed(&["--progress=none", "export", "dir"]).global;
-        assert_eq!(flag.progress(&no_env).unwrap(), Mode::Quiet);
+        assert_eq!(flag.progress(&no_env).unwrap(), Display::Quiet);
         let error = none
             .progress(&env_of(&[("BUILDKIT_PROGRESS", "fancy")]))
             .unwrap_err();

@@ -16,6 +16,7 @@ use url::{Host, Url};
 
 use crate::cache::digest::Digest;
 use crate::config::{ExportConfig, Mode, RetryMode, S3Config, StaticCredentials};
+use crate::quote;
 
 /// How the environment is asked for a variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -252,7 +253,7 @@ fn unknown(key: &str, position: usize, after_secret: bool) -> anyhow::Error {
         .filter(|(likeness, _)| *likeness >= 0.85)
         .max_by(|a, b| a.0.total_cmp(&b.0));
     let key = key.chars().take(60).collect::<String>();
-    let key = key.escape_debug();
+    let key = quote::printable(&key);
     match near {
         Some((_, known)) => anyhow!("{key}: unknown attribute (did you mean `{known}`?)"),
         // What follows a credential may be the rest of one that holds a comma.
@@ -758,16 +759,13 @@ fn duration(key: &str, value: &str) -> Result<Duration> {
     Ok(Duration::from_nanos(nanoseconds))
 }
 
-/// A value for an error: what a terminal could take for commands is escaped, and a long one cut.
-/// Separated by something other than commas, a spec becomes one value, credentials and all.
+/// A value for an error, unless it may hold a credential: separated by something other than commas, a
+/// spec becomes one value, credentials and all.
 fn quoted(value: &str) -> String {
-    const SHOWN: usize = 100;
     if may_hold_credentials(value) {
         return "the value (not shown: it may hold a credential)".to_owned();
     }
-    let start: String = value.chars().take(SHOWN).collect();
-    let more = if start.len() < value.len() { "..." } else { "" };
-    format!("{start:?}{more}")
+    quote::quoted(value)
 }
 
 /// Whether a text that should be something else is a spec, or holds a credential as one does.

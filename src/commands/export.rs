@@ -14,11 +14,11 @@ use serde::Serialize;
 
 use crate::blocking::blocking;
 use crate::bucket::{Bucket, Certainty};
+use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ExportConfig, ExportTask, Mode, S3Config};
 use crate::layout::Layout;
-use crate::layout::snapshot::{Snapshot, blobs_of};
 use crate::progress::{self, Progress};
 use crate::report::{Details, Outcome, Place, Report, count};
 use crate::store::ObjectInfo;
@@ -102,7 +102,7 @@ struct Export<'a> {
 struct Exported {
     layout: Layout,
     manifest: Digest,
-    snapshot: Snapshot,
+    cache: CacheConfig,
 }
 
 #[async_trait]
@@ -135,13 +135,13 @@ impl PerSpec for Export<'_> {
         blocking(move || {
             let layout = Layout::open(&root, LOCK_WAIT)?;
             let entry = layout.select(&selection)?;
-            let snapshot = Snapshot::read(&layout, &entry, &progress).with_context(|| {
+            let cache = layout.read_cache(&entry, &progress).with_context(|| {
                 format!("reading manifest {} of {}", entry.digest, root.display())
             })?;
             Ok(Exported {
                 layout,
                 manifest: entry.digest,
-                snapshot,
+                cache,
             })
         })
         .await
@@ -203,11 +203,11 @@ impl ExportTo<'_> {
     /// Compares the cache with what the bucket has.
     async fn plan(&self) -> Result<Plan> {
         let cache = match self.target.mode {
-            Mode::Max => self.exported.snapshot.cache.clone(),
-            Mode::Min => self.exported.snapshot.cache.min(),
+            Mode::Max => self.exported.cache.clone(),
+            Mode::Min => self.exported.cache.min(),
         };
         let manifest = Bytes::from(cache.to_s3()?);
-        let blobs = blobs_of(&cache)?;
+        let blobs = cache.blobs()?;
         self.progress.stage("looking for blobs on s3", 0, 0);
         let certainty = match self.task.dry_run {
             true => Certainty::Unknown,

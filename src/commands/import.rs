@@ -7,21 +7,21 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use async_trait::async_trait;
 use futures::stream::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
+use self::fetch::Haul;
 use crate::blocking::blocking;
 use crate::bucket::{Bucket, Certainty};
 use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
-use crate::cache::oci::Descriptor;
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ImportTask, Missing, S3Config};
-use crate::layout::Layout;
-use crate::layout::snapshot::{self, blobs_of, documents};
-use crate::progress::{self, Activity, Progress, printable};
+use crate::layout::{Layout, Published, tag_of};
+use crate::progress::{self, Progress, Verb};
+use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report, count};
 use crate::transfer::limits::Limits;
 
@@ -29,7 +29,10 @@ use crate::transfer::limits::Limits;
 const HASHES: usize = 4;
 
 /// Bytes of the largest cache config that BuildKit's local import reads.
-const BUILDKIT_CONFIG_LIMIT: usize = 1 << 20;
+const BUILDKIT_CONFIG_LIMIT: u64 = 1 << 20;
+
+/// How often blobs that another process deletes during the import are fetched again.
+const REFETCHES: usize = 10;
 
 /// Digests that an error lists.
 const LISTED: usize = 5;
@@ -205,8 +208,8 @@ impl PerSpec for Import<'_> {
         earlier: &[Report<ImportDetails>],
         context: &'a Context<'_>,
     ) -> Box<dyn Work<ImportDetails> + 'a> {
-        let taken = earlier.iter().filter_map(|r| r.details.tag.as_deref());
         let name = &source.names[0];
+        let taken = earlier.iter().filter_map(|r| r.details.tag.as_deref());
         Box::new(ImportFrom {
             task: self.task,
             name,
@@ -225,7 +228,7 @@ fn tag_for(task: &ImportTask, name: &str, taken: &[&str]) -> String {
     let wanted = match (taken, &task.tag) {
         ([], Some(tag)) => tag.as_str(),
         ([], None) => "latest",
-        _ => name,
+        _ => &tag_of(name),
     };
     let mut tag = wanted.to_owned();
     let mut count = 2;
@@ -304,7 +307,7 @@ impl ImportFrom<'_> {
         let Some(cache) = self.bucket.manifest(self.name).await? else {
             return Ok(None);
         };
-        let blobs = blobs_of(&cache)?;
+        let blobs = cache.blobs()?;
         let all = blobs.len();
         let mut fetch = match self.task.verify {
             true => self.not_intact(blobs).await?,
@@ -337,9 +340,8 @@ impl ImportFrom<'_> {
         let checks = blobs.into_iter().map(|(digest, size)| {
             let (layout, progress) = (self.layout.clone(), self.progress.clone());
             blocking(move || {
-                let blob = progress.blob(Activity::Hash, &digest, size);
-                let good = layout.verify_blob(&digest, size)?;
-                blob.advance(size);
+                let blob = progress.blob(Verb::Hash, &digest, size);
+                let good = layout.verify_blob(&digest, size, |read| blob.advance(read))?;
                 blob.done();
                 Ok((!good).then_some((digest, size)))
             })
@@ -380,26 +382,89 @@ impl ImportFrom<'_> {
         Ok(())
     }
 
-    /// Fetches the blobs, then writes the documents and the tag.
+    /// Fetches the blobs, then publishes the cache in the layout.
     async fn execute(&self, plan: Plan, details: &mut ImportDetails) -> Result<()> {
         let layout = self.layout.clone();
         blocking(move || layout.prepare()).await?;
-        let (missing, bytes) = self.fetch(plan.fetch).await?;
+        let Haul {
+            missing,
+            present,
+            bytes,
+        } = self.fetch(plan.fetch).await?;
         details.bytes += bytes;
+        details.transferred -= present;
+        details.present += present;
         let mut cache = plan.cache;
         if !missing.is_empty() {
+            self.set_damaged_aside(&missing, &cache.blobs()?).await?;
             cache = self.without(&cache, &missing, details)?;
         }
-        let (layout, tag) = (self.layout.clone(), self.tag.clone());
-        let (manifest, config_bytes) = blocking(move || write(&layout, &cache, &tag)).await?;
-        if config_bytes > BUILDKIT_CONFIG_LIMIT {
-            let size = progress::bytes(config_bytes as u64);
+        let (manifest, config_size) = self.publish(cache, details).await?;
+        if config_size > BUILDKIT_CONFIG_LIMIT {
+            let size = progress::bytes(config_size);
             self.progress.warn(&format!(
                 "the cache config has {size}: BuildKit's local import refuses more than 1 MiB; export with mode=min, or fewer stages"
             ));
         }
         details.manifest = Some(manifest);
         Ok(())
+    }
+
+    /// Moves what the layout has under the names of these blobs out of the way. It is damaged, and no
+    /// later run would replace it.
+    async fn set_damaged_aside(
+        &self,
+        missing: &BTreeSet<Digest>,
+        sizes: &BTreeMap<Digest, u64>,
+    ) -> Result<()> {
+        for digest in missing {
+            let (layout, digest, size) = (self.layout.clone(), *digest, sizes[digest]);
+            let moved = blocking(move || layout.set_damaged_aside(&digest, size)).await?;
+            if let Some(path) = moved {
+                self.progress.warn(&format!(
+                    "blob {digest} of the layout is damaged: moved to {}",
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tags the cache once all its blobs are there at the same time: what another process deletes in
+    /// between is fetched again. Returns the manifest's digest and the bytes of the cache config.
+    async fn publish(
+        &self,
+        mut cache: CacheConfig,
+        details: &mut ImportDetails,
+    ) -> Result<(Digest, u64)> {
+        for _ in 0..REFETCHES {
+            let (layout, tag, tagged) = (self.layout.clone(), self.tag.clone(), cache.clone());
+            let mut gone = match blocking(move || layout.publish_cache(&tag, &tagged)).await? {
+                Published::Done {
+                    manifest,
+                    config_size,
+                } => return Ok((manifest, config_size)),
+                Published::Gone(gone) => gone,
+            };
+            let count = count(gone.len() as u64, "blob");
+            self.progress.note(&format!(
+                "another process deleted {count} of this cache from the layout; fetching again"
+            ));
+            gone.sort_by_key(|&(digest, size)| (Reverse(size), digest));
+            details.transferred += gone.len() as u64;
+            let Haul {
+                missing,
+                present,
+                bytes,
+            } = self.fetch(gone).await?;
+            details.bytes += bytes;
+            details.transferred -= present;
+            details.present += present;
+            if !missing.is_empty() {
+                cache = self.without(&cache, &missing, details)?;
+            }
+        }
+        bail!("another process keeps deleting blobs of this cache from the layout")
     }
 
     /// The cache without what S3 no longer has.
@@ -436,25 +501,6 @@ impl ImportFrom<'_> {
         ));
         Ok(kept)
     }
-}
-
-/// Writes the documents of `cache` and points `tag` to them. Returns the manifest's digest and the bytes
-/// of the cache config.
-fn write(layout: &Layout, cache: &CacheConfig, tag: &str) -> Result<(Digest, usize)> {
-    if let Some(image) = &cache.image {
-        // The manifest on S3 says what belongs to the image; only the image itself is proof.
-        snapshot::check_complete(layout, &image.root)
-            .context("checking the image that came from s3")?;
-        layout.tag(tag, &image.root)?;
-        return Ok((image.root.digest, 0));
-    }
-    let documents = documents(cache)?;
-    let config = Digest::of(&documents.config);
-    layout.write_document(&config, &documents.config)?;
-    let entry: Descriptor = documents.descriptor;
-    layout.write_document(&entry.digest, &documents.manifest)?;
-    layout.tag(tag, &entry)?;
-    Ok((entry.digest, documents.config.len()))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use http::{HeaderMap, StatusCode};
 use xml::reader::{EventReader, ParserConfig, XmlEvent};
 
+use crate::quote::one_line;
 use crate::retry::Trouble;
 use crate::store::Kind;
 
@@ -24,8 +25,6 @@ const NUMBERS: &[&str] = &[
 ];
 /// Elements that rusoto parses as booleans, and panics if they are none.
 const BOOLEANS: &[&str] = &["IsTruncated", "BucketKeyEnabled"];
-/// Of a message from the store, no more is shown.
-const LONGEST_MESSAGE: usize = 300;
 
 /// An answer that is not success.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -67,7 +66,7 @@ pub(super) fn examine(body: &[u8], root: &str, status: u16) -> Content {
             ..found.refusal
         }),
         Ok(found) if is_named(&found.root, root) => Content::Good { start },
-        Ok(found) => Content::Nonsense(format!("an answer of {:?}", clean(&found.root))),
+        Ok(found) => Content::Nonsense(format!("an answer of {:?}", one_line(&found.root))),
         Err(why) => Content::Nonsense(why),
     }
 }
@@ -86,7 +85,7 @@ pub(super) fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> R
     let said = error_in(body, status.as_u16()).unwrap_or_default();
     Refusal {
         status: status.as_u16(),
-        region: text("x-amz-bucket-region").map(clean).or(said.region),
+        region: text("x-amz-bucket-region").map(one_line).or(said.region),
         date: text("date").and_then(|date| httpdate::parse_http_date(date).ok()),
         retry_after: retry_after(headers, SystemTime::now()),
         ..said
@@ -143,7 +142,7 @@ fn walk(body: &[u8]) -> Result<Found, String> {
     let mut text = String::new();
     let mut pieces = 0;
     for event in EventReader::new_with_config(body, config) {
-        let event = event.map_err(|e| format!("malformed XML ({})", clean(&e.to_string())))?;
+        let event = event.map_err(|e| format!("malformed XML ({})", one_line(&e.to_string())))?;
         match event {
             XmlEvent::StartDocument { encoding, .. } if !encoding.eq_ignore_ascii_case("utf-8") => {
                 return Err("XML that is not UTF-8".into());
@@ -178,10 +177,10 @@ fn walk(body: &[u8]) -> Result<Found, String> {
                         || (pieces == 1 && text.parse::<bool>().is_ok())
                 };
                 if !good {
-                    return Err(format!("XML with {:?} for {name}", clean(&text)));
+                    return Err(format!("XML with {:?} for {name}", one_line(&text)));
                 }
                 if root.as_deref().is_some_and(is_error_root) {
-                    let value = Some(clean(&text)).filter(|value| !value.is_empty());
+                    let value = Some(one_line(&text)).filter(|value| !value.is_empty());
                     match name.as_str() {
                         "Code" => refusal.code = value,
                         "Message" => refusal.message = value,
@@ -207,29 +206,6 @@ fn holds(body: &[u8], what: &[u8]) -> bool {
 
 fn is_parsed(name: &str) -> bool {
     NUMBERS.contains(&name) || BOOLEANS.contains(&name)
-}
-
-/// A text from the store as it may stand in a message: one line, not endless, nothing that a
-/// terminal acts on.
-fn clean(text: &str) -> String {
-    let mut words = String::new();
-    for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
-        if word.is_empty() {
-            continue;
-        }
-        if !words.is_empty() {
-            words.push(' ');
-        }
-        words.push_str(word);
-        if words.len() > LONGEST_MESSAGE {
-            break;
-        }
-    }
-    if words.chars().count() > LONGEST_MESSAGE {
-        words = words.chars().take(LONGEST_MESSAGE).collect();
-        words.push('…');
-    }
-    words
 }
 
 /// What follows from a refusal.
@@ -660,6 +636,6 @@ mod tests {
         assert_eq!(refusal.code.as_deref(), Some("A B"));
         let message = refusal.message.unwrap();
         assert!(message.starts_with("a b"));
-        assert!(message.chars().count() <= LONGEST_MESSAGE + 1);
+        assert!(message.chars().count() <= crate::quote::ONE_LINE + 1);
     }
 }

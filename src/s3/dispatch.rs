@@ -33,6 +33,8 @@ use super::sign::{self, Payload};
 use super::timing::Timing;
 use super::tls::Trust;
 use super::wire::{self, ProxyError, Unresolved, Wire};
+use crate::progress::Progress;
+use crate::quote::printable;
 use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{ByteStream, Kind, StoreError, UploadBody};
 
@@ -42,7 +44,7 @@ const LARGEST_ANSWER: usize = 16 << 20;
 const SLOWEST: u64 = 64 << 10;
 
 /// What all requests to one bucket share.
-pub(super) struct Shared {
+pub(super) struct Connection {
     pub(super) endpoint: Endpoint,
     pub(super) bucket: String,
     pub(super) region: String,
@@ -56,20 +58,14 @@ pub(super) struct Shared {
     pub(super) accept_encoding: bool,
     pub(super) trust: Trust,
     pub(super) wire: OnceCell<Wire>,
-    pub(super) say: Say,
+    pub(super) progress: Progress,
     pub(super) warned: AtomicBool,
 }
 
-impl Shared {
+impl Connection {
     pub(super) fn is_unanswered(&self, key: &str) -> bool {
         lock(&self.unanswered).contains(key)
     }
-}
-
-/// Whom to tell what happens.
-pub(super) struct Say {
-    pub(super) warn: Box<dyn Fn(&str) + Send + Sync>,
-    pub(super) debug: Box<dyn Fn(&str) + Send + Sync>,
 }
 
 /// What the success of a request looks like.
@@ -131,17 +127,16 @@ impl Call {
     }
 
     /// An error of this call.
-    pub(super) fn error(&self, kind: Kind, shared: &Shared, why: &str) -> StoreError {
+    pub(super) fn error(&self, kind: Kind, connection: &Connection, why: &str) -> StoreError {
         let subject = match &self.key {
-            Some(key) => format!("s3://{}/{key}", shared.bucket),
-            None => format!("s3://{}", shared.bucket),
+            Some(key) => format!("s3://{}/{key}", connection.bucket),
+            None => format!("s3://{}", connection.bucket),
         };
         StoreError {
             kind,
             status: None,
             code: None,
-            // Keys come from the user's own prefix, but nothing here may end a line.
-            message: format!("cannot {} {}: {why}", self.doing, subject.escape_debug()),
+            message: format!("cannot {} {}: {why}", self.doing, printable(&subject)),
             source: None,
         }
     }
@@ -158,7 +153,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// Sends the requests of one call.
 pub(super) struct Dispatcher {
-    pub(super) shared: Arc<Shared>,
+    pub(super) connection: Arc<Connection>,
     pub(super) call: Arc<Call>,
 }
 
@@ -168,12 +163,12 @@ impl DispatchSignedRequest for Dispatcher {
         request: SignedRequest,
         _timeout: Option<Duration>,
     ) -> DispatchSignedRequestFuture {
-        let shared = self.shared.clone();
+        let connection = self.connection.clone();
         let call = self.call.clone();
-        let ready = Ready::new(&shared, &call, request);
+        let ready = Ready::new(&connection, &call, request);
         Box::pin(async move {
             let sent = match ready {
-                Ok(ready) => send(&shared, &call, &ready).await,
+                Ok(ready) => send(&connection, &call, &ready).await,
                 Err(e) => Err(e),
             };
             sent.map_err(|e| {
@@ -193,11 +188,15 @@ struct Ready {
 }
 
 impl Ready {
-    fn new(shared: &Shared, call: &Call, request: SignedRequest) -> Result<Self, StoreError> {
+    fn new(
+        connection: &Connection,
+        call: &Call,
+        request: SignedRequest,
+    ) -> Result<Self, StoreError> {
         let unsendable = |what: &str| {
             call.error(
                 Kind::Other,
-                shared,
+                connection,
                 &format!("the request cannot be sent: {what}"),
             )
         };
@@ -211,7 +210,9 @@ impl Ready {
                 format!("{}={}", encode_query(name), encode_query(value))
             })
             .collect();
-        let uri = shared.endpoint.uri(call.key.as_deref(), &query.join("&"));
+        let uri = connection
+            .endpoint
+            .uri(call.key.as_deref(), &query.join("&"));
         let has_body = !matches!(method, Method::GET | Method::HEAD | Method::DELETE);
 
         let mut headers = HeaderMap::new();
@@ -237,12 +238,12 @@ impl Ready {
             }
             Err(_) => Err(unsendable(&format!("{name} is malformed"))),
         };
-        set(header::HOST, shared.endpoint.authority())?;
+        set(header::HOST, connection.endpoint.authority())?;
         set(
             header::USER_AGENT,
             concat!("layercache/", env!("CARGO_PKG_VERSION")),
         )?;
-        if shared.accept_encoding {
+        if connection.accept_encoding {
             // Or a gateway might compress what is to be stored as it is.
             set(header::ACCEPT_ENCODING, "identity")?;
         }
@@ -297,16 +298,20 @@ impl Failure {
 }
 
 /// Tries until it works, or is not worth another try.
-async fn send(shared: &Shared, call: &Call, ready: &Ready) -> Result<HttpResponse, StoreError> {
-    let denied = |e: anyhow::Error| call.error(Kind::Denied, shared, &format!("{e:#}"));
-    let mut tries = shared.retry.tries();
+async fn send(
+    connection: &Connection,
+    call: &Call,
+    ready: &Ready,
+) -> Result<HttpResponse, StoreError> {
+    let denied = |e: anyhow::Error| call.error(Kind::Denied, connection, &format!("{e:#}"));
+    let mut tries = connection.retry.tries();
     let mut renewed = false;
     loop {
         tries.permit().await;
-        let credentials = shared.keyring.get().await.map_err(denied)?;
-        warn_of_open_token(shared, &credentials);
-        shared.requests.fetch_add(1, Ordering::Relaxed);
-        let mut failure = match attempt(shared, call, ready, &credentials).await {
+        let credentials = connection.keyring.get().await.map_err(denied)?;
+        warn_of_open_token(connection, &credentials);
+        connection.requests.fetch_add(1, Ordering::Relaxed);
+        let mut failure = match attempt(connection, call, ready, &credentials).await {
             Ok(response) => {
                 tries.progressed();
                 return Ok(response);
@@ -319,23 +324,30 @@ async fn send(shared: &Shared, call: &Call, ready: &Ready) -> Result<HttpRespons
             && !refused
             && let Some(key) = &call.key
         {
-            lock(&shared.unanswered).insert(key.clone());
+            lock(&connection.unanswered).insert(key.clone());
         }
         failure.error.message = Keyring::redact(&credentials, &failure.error.message);
         if failure.renew && !renewed {
             renewed = true;
-            (shared.say.debug)(&format!(
+            connection.progress.debug(&format!(
                 "{}; looking for new credentials",
                 failure.error.message
             ));
-            if shared.keyring.renew(&credentials).await.map_err(denied)? {
+            if connection
+                .keyring
+                .renew(&credentials)
+                .await
+                .map_err(denied)?
+            {
                 continue;
             }
         }
         let made = tries.made();
         if let Some(trouble) = failure.again {
-            (shared.say.debug)(&format!("{} (try {made})", failure.error.message));
-            if tries.again(trouble).await {
+            connection
+                .progress
+                .debug(&format!("{} (try {made})", failure.error.message));
+            if tries.again(trouble, &failure.error.message).await {
                 continue;
             }
         }
@@ -347,22 +359,22 @@ async fn send(shared: &Shared, call: &Call, ready: &Ready) -> Result<HttpRespons
 }
 
 /// A session token that anyone on the way can read is worth a warning, once.
-fn warn_of_open_token(shared: &Shared, credentials: &Credentials) {
+fn warn_of_open_token(connection: &Connection, credentials: &Credentials) {
     if credentials.session_token().is_some()
-        && !shared.endpoint.is_https()
-        && !shared.endpoint.is_loopback()
-        && !shared.warned.swap(true, Ordering::Relaxed)
+        && !connection.endpoint.is_https()
+        && !connection.endpoint.is_loopback()
+        && !connection.warned.swap(true, Ordering::Relaxed)
     {
-        (shared.say.warn)(&format!(
+        connection.progress.warn(&format!(
             "the session token is sent to {} over plain http, where others can read it: use https",
-            shared.endpoint.authority()
+            connection.endpoint.authority()
         ));
     }
 }
 
 /// Signs and sends once, and reads the answer as far as it goes into memory.
 async fn attempt(
-    shared: &Shared,
+    connection: &Connection,
     call: &Call,
     ready: &Ready,
     credentials: &Credentials,
@@ -372,10 +384,12 @@ async fn attempt(
         None => Outgoing::memory(ready.payload.clone()),
     };
     let other =
-        |e: anyhow::Error| Failure::last(call.error(Kind::Other, shared, &format!("{e:#}")));
-    let wire = shared
+        |e: anyhow::Error| Failure::last(call.error(Kind::Other, connection, &format!("{e:#}")));
+    let wire = connection
         .wire
-        .get_or_try_init(|| async { Wire::new(&shared.endpoint, &shared.trust, &shared.timing) })
+        .get_or_try_init(|| async {
+            Wire::new(&connection.endpoint, &connection.trust, &connection.timing)
+        })
         .await
         .map_err(other)?;
     let payload = match &call.body {
@@ -388,7 +402,7 @@ async fn attempt(
     let mut headers = ready.headers.clone();
     sign::sign(
         credentials,
-        &shared.region,
+        &connection.region,
         SystemTime::now(),
         ready.method.as_str(),
         &ready.uri,
@@ -408,29 +422,29 @@ async fn attempt(
     *request.headers_mut() = headers;
 
     let limit = if call.slow {
-        shared.timing.idle_at_work
+        connection.timing.idle_at_work
     } else {
-        shared.timing.idle
+        connection.timing.idle
     };
     let capture = capture_connection(&mut request);
     let answered = tokio::select! {
         biased;
         answered = wire.client.request(request) => answered,
         () = wire::idle(capture, limit) => {
-            return Err(too_quiet(shared, call, limit));
+            return Err(too_quiet(connection, call, limit));
         }
     };
     let response = match answered {
         Ok(response) => response,
-        Err(e) => return Err(broken(shared, call, &e, watch.fate())),
+        Err(e) => return Err(broken(connection, call, &e, watch.fate())),
     };
 
     let (head, body) = response.into_parts();
     if call.expect == Expect::Object && matches!(head.status.as_u16(), 200 | 206) {
-        let body = rusoto_core::ByteStream::new(incoming(body, shared.timing));
-        return hand_over(shared, call, head.status, &head.headers, body);
+        let body = rusoto_core::ByteStream::new(incoming(body, connection.timing));
+        return hand_over(connection, call, head.status, &head.headers, body);
     }
-    let read = match tokio::time::timeout(shared.timing.answer, buffer(body, limit)).await {
+    let read = match tokio::time::timeout(connection.timing.answer, buffer(body, limit)).await {
         Ok(read) => read,
         Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
     };
@@ -438,17 +452,17 @@ async fn attempt(
         // The status alone says enough, should the rest be lost.
         let body = read.unwrap_or_default();
         let refusal = answer::refusal(head.status, &head.headers, &body);
-        return Err(refused(shared, call, &refusal));
+        return Err(refused(connection, call, &refusal));
     }
     let body = match read {
         Ok(body) => body,
         Err(e) if e.kind() == io::ErrorKind::TimedOut => {
-            return Err(too_quiet(shared, call, limit));
+            return Err(too_quiet(connection, call, limit));
         }
         Err(e) => {
             let error = call.error(
                 Kind::Unavailable,
-                shared,
+                connection,
                 &format!("the answer broke off: {e}"),
             );
             return Err(Failure::passing(error, false));
@@ -457,7 +471,7 @@ async fn attempt(
     let nonsense = |what: &str| {
         let error = call.error(
             Kind::Nonsense,
-            shared,
+            connection,
             &format!("the store's answer makes no sense: {what}"),
         );
         Failure::passing(
@@ -471,20 +485,20 @@ async fn attempt(
     match watch.fate() {
         Fate::Sent => {}
         Fate::Underway => return Err(nonsense("success before it had the whole body")),
-        Fate::Local(e) => return Err(local(shared, call, e)),
+        Fate::Local(e) => return Err(local(connection, call, e)),
     }
     let mut start = 0;
     match call.expect {
         Expect::Xml(root) => match answer::examine(&body, root, head.status.as_u16()) {
             Content::Good { start: from } => start = from,
             Content::Error(refusal) => {
-                return Err(refused(shared, call, &refusal));
+                return Err(refused(connection, call, &refusal));
             }
             Content::Nonsense(what) => return Err(nonsense(&what)),
         },
         _ => {
             if let Some(refusal) = answer::error_in(&body, head.status.as_u16()) {
-                return Err(refused(shared, call, &refusal));
+                return Err(refused(connection, call, &refusal));
             }
             let has = |name| head.headers.contains_key(name);
             if call.expect == Expect::ETag && !has(header::ETAG) {
@@ -501,12 +515,12 @@ async fn attempt(
     let body = rusoto_core::ByteStream::new(futures::stream::iter(
         Some(body).filter(|body| !body.is_empty()).map(Ok),
     ));
-    hand_over(shared, call, head.status, &head.headers, body)
+    hand_over(connection, call, head.status, &head.headers, body)
 }
 
 /// The success, as rusoto wants it.
 fn hand_over(
-    shared: &Shared,
+    connection: &Connection,
     call: &Call,
     status: StatusCode,
     headers: &HeaderMap,
@@ -518,7 +532,7 @@ fn hand_over(
     let wrong = || {
         Failure::last(call.error(
             Kind::Nonsense,
-            shared,
+            connection,
             "the store's answer makes no sense: malformed headers",
         ))
     };
@@ -529,10 +543,10 @@ fn hand_over(
     })
 }
 
-fn refused(shared: &Shared, call: &Call, refusal: &Refusal) -> Failure {
+fn refused(connection: &Connection, call: &Call, refusal: &Refusal) -> Failure {
     let reads = matches!(call.expect, Expect::Object | Expect::Description);
     let verdict = refusal.verdict();
-    let mut why = refusal.explain(&shared.region, &shared.bucket, reads);
+    let mut why = refusal.explain(&connection.region, &connection.bucket, reads);
     // An answer to HEAD has no body to say that the token has expired: S3 gives a bare 400.
     let mute = call.expect == Expect::Description
         && refusal.status == 400
@@ -548,40 +562,40 @@ fn refused(shared: &Shared, call: &Call, refusal: &Refusal) -> Failure {
         error: StoreError {
             status: Some(refusal.status),
             code: refusal.code.clone(),
-            ..call.error(verdict.kind, shared, &why)
+            ..call.error(verdict.kind, connection, &why)
         },
         again: verdict.again,
         renew: verdict.renew || mute,
     }
 }
 
-fn too_quiet(shared: &Shared, call: &Call, limit: Duration) -> Failure {
+fn too_quiet(connection: &Connection, call: &Call, limit: Duration) -> Failure {
     let why = format!(
         "nothing came from or went to {} for {} s",
-        shared.endpoint.authority(),
+        connection.endpoint.authority(),
         limit.as_secs()
     );
-    Failure::passing(call.error(Kind::Unavailable, shared, &why), true)
+    Failure::passing(call.error(Kind::Unavailable, connection, &why), true)
 }
 
-fn local(shared: &Shared, call: &Call, e: io::Error) -> Failure {
+fn local(connection: &Connection, call: &Call, e: io::Error) -> Failure {
     Failure::last(StoreError {
         source: Some(Box::new(e)),
-        ..call.error(Kind::LocalBody, shared, "reading it failed")
+        ..call.error(Kind::LocalBody, connection, "reading it failed")
     })
 }
 
 /// The request did not get an answer.
 fn broken(
-    shared: &Shared,
+    connection: &Connection,
     call: &Call,
     e: &hyper_util::client::legacy::Error,
     fate: Fate,
 ) -> Failure {
     if let Fate::Local(e) = fate {
-        return local(shared, call, e);
+        return local(connection, call, e);
     }
-    let peer = shared.endpoint.authority();
+    let peer = connection.endpoint.authority();
     let causes = Causes::of(e);
     let reasons = &causes.text;
     let mut why = if causes.certificate {
@@ -599,10 +613,10 @@ fn broken(
         format!("the connection to {peer} broke ({reasons})")
     };
     // A name that only AWS would know, or vouch for. A proxy's own name is another matter.
-    if shared.endpoint.is_prefixed() && causes.proxy.is_none() && causes.wrong_name {
+    if connection.endpoint.is_prefixed() && causes.proxy.is_none() && causes.wrong_name {
         why.push_str("; the bucket is part of that name: try use_path_style=true");
     }
-    let error = call.error(Kind::Unavailable, shared, &why);
+    let error = call.error(Kind::Unavailable, connection, &why);
     if causes.certificate {
         Failure::last(StoreError {
             kind: Kind::Other,

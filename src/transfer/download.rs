@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use futures::future::{Fuse, FusedFuture, FutureExt};
 
 use crate::cache::digest::Digest;
 use crate::progress::{Blob, Progress};
-use crate::store::Store;
+use crate::store::{Kind, Store, StoreError};
 use crate::transfer::buffers::{Buffers, DOWNLOADS};
 use crate::transfer::hashing::{Feed, FileFeed, Hasher, Hashing};
 use crate::transfer::limits::Limits;
@@ -65,6 +65,8 @@ pub struct Downloader {
     pub(super) limits: Limits,
     /// Blobs of several pieces in flight.
     pub(super) active: AtomicUsize,
+    /// The store ignores ranges: blobs are fetched in one stream.
+    one_stream: AtomicBool,
 }
 
 impl Downloader {
@@ -76,6 +78,7 @@ impl Downloader {
             progress,
             limits,
             active: AtomicUsize::new(0),
+            one_stream: AtomicBool::new(false),
         }
     }
 
@@ -91,8 +94,20 @@ impl Downloader {
         let mut refetched = 0;
         let mut bytes = 0;
         loop {
-            if !self.fetch_rest(key, &mut writer, blob, &mut bytes).await? {
-                return Ok(Fetched::Missing);
+            let one_stream = self.one_stream.load(Ordering::Relaxed);
+            let piece = match one_stream {
+                true => u64::MAX,
+                false => self.limits.piece,
+            };
+            let rest = self.fetch_rest(key, piece, &mut writer, blob, &mut bytes);
+            match rest.await {
+                Ok(true) => {}
+                Ok(false) => return Ok(Fetched::Missing),
+                Err(error) if !one_stream && ignores_ranges(&error) => {
+                    self.one_stream.store(true, Ordering::Relaxed);
+                    continue;
+                }
+                Err(error) => return Err(error),
             }
             let found = writer.hasher.digest();
             if found == digest {
@@ -114,10 +129,12 @@ impl Downloader {
         }
     }
 
-    /// Fetches everything from where `writer` is. `false`: the object is not there.
+    /// Fetches everything from where `writer` is, in pieces of `piece` bytes. `false`: the object is
+    /// not there.
     async fn fetch_rest(
         &self,
         key: &str,
+        piece: u64,
         writer: &mut Writer,
         blob: &Arc<Blob>,
         bytes: &mut u64,
@@ -126,7 +143,7 @@ impl Downloader {
         if have == size && size > 0 {
             return Ok(true);
         }
-        let mut pieces = Pieces::new(self, key, have..size, size, blob);
+        let mut pieces = Pieces::new(self, key, have..size, size, piece, blob);
         let mut writing = Fuse::terminated();
         let there = loop {
             if writing.is_terminated() {
@@ -152,6 +169,11 @@ impl Downloader {
         *bytes += pieces.fetched();
         Ok(there)
     }
+}
+
+fn ignores_ranges(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<StoreError>();
+    error.is_some_and(|error| error.kind == Kind::NoRanges)
 }
 
 /// An object on the store whose bytes are not the blob's.
@@ -188,7 +210,7 @@ impl Writer {
             let left = FileFeed::new(Arc::clone(&target.file), 0..target.have);
             let reading = || format!("reading what there is of blob {}", target.digest);
             (hasher, _) = hashing.run(hasher, left).await.with_context(reading)?;
-            blob.advance(target.have);
+            blob.resumed(target.have);
         }
         let target = target.clone();
         Ok(Writer { target, hasher })

@@ -148,7 +148,7 @@ impl Uploader {
             hasher = hashed;
             if let Some(part) = known {
                 let part = part.ok_or(Failed::Untrusted)?;
-                blob.advance(size);
+                blob.resumed(size);
                 parts.push(part);
                 continue;
             }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, anyhow};
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -13,8 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use crate::progress::Blob;
-use crate::retry::Trouble;
-use crate::store::Kind;
+use crate::store::{self, Expected, Kind, StoreError};
 use crate::transfer::buffers::Room;
 use crate::transfer::download::Downloader;
 
@@ -62,20 +61,20 @@ pub(super) struct Pieces<'a> {
 }
 
 impl<'a> Pieces<'a> {
-    /// The bytes of `range` of the blob at `key`, which has `size` bytes.
+    /// The bytes of `range` of the blob at `key`, which has `size` bytes, in pieces of `piece` bytes.
     pub(super) fn new(
         downloader: &'a Downloader,
         key: &'a str,
         range: Range<u64>,
         size: u64,
+        piece: u64,
         blob: &'a Arc<Blob>,
     ) -> Self {
-        let piece = downloader.limits.piece;
         // An empty blob is requested all the same: it may not be there.
         let count = (range.end - range.start).div_ceil(piece).max(1);
         let ranges = (0..count).map(move |nth| {
             let start = range.start + nth * piece;
-            start..range.end.min(start + piece)
+            start..range.end.min(start.saturating_add(piece))
         });
         Pieces {
             downloader,
@@ -177,100 +176,49 @@ impl<'a> Pieces<'a> {
 }
 
 impl Downloader {
-    /// Fetches one piece, going on after every break where that is worth it. Returns its bytes; `None`
-    /// if the object is not there.
+    /// Fetches one piece. Returns its bytes; `None` if the object is not there.
     async fn fetch_piece(
         &self,
         key: &str,
         piece: &Piece,
         size: u64,
-        blob: &Arc<Blob>,
+        blob: &Blob,
     ) -> Result<Option<u64>> {
         let range = piece.range.clone();
         let length = range.end - range.start;
-        // A piece whose turn has not come may have to wait as a whole.
+        // A piece whose turn has not come may have to wait in memory whole.
         let most = if piece.has_turn() { AHEAD } else { length };
         piece.settle(self.buffers.room(length.min(most) + READ).await);
-        let mut tries = self.store.retries().tries();
-        let mut have = 0;
-        let mut etag: Option<String> = None;
-        loop {
-            let rest = range.start + have..range.end;
-            let ranged = (rest != (0..size)).then(|| rest.clone());
-            let object = match self.store.get(key, ranged, etag.as_deref()).await {
-                Ok(Some(object)) => object,
-                Ok(None) => return Ok(None),
-                // Replaced while it was read: the same digest, so the same bytes, under a new ETag. An
-                // answer that makes no sense may be a proxy's, and not come again.
-                Err(error)
-                    if error.kind == Kind::Changed && etag.is_some() || error.is_nonsense() =>
-                {
-                    etag = None;
-                    if !tries.again(Trouble::default()).await {
-                        return Err(error.into());
-                    }
-                    continue;
+        let expected = Expected {
+            size: Some(size),
+            content_addressed: true,
+        };
+        let Some(mut object) = store::read(&self.store, key, Some(range), expected)
+            .await
+            .map_err(|error| explain(key, size, error))?
+        else {
+            return Ok(None);
+        };
+        while let Some(chunk) = object.body.next().await {
+            match chunk {
+                Ok(chunk) => {
+                    blob.advance(chunk.len() as u64);
+                    piece.add(chunk).await;
                 }
-                Err(error) => return Err(error.into()),
-            };
-            if object.info.size != size || object.length != rest.end - rest.start {
-                // An answer that lost its way (a proxy's page, a wrong header) is not asked for again
-                // under If-Match: its ETag may be as wrong.
-                etag = None;
-                if tries.again(Trouble::default()).await {
-                    continue;
-                }
-                bail!(
-                    "blob {key} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
-                    object.info.size
-                );
-            }
-            etag = object.info.etag;
-            let mut body = object.body;
-            let before = have;
-            let broke = loop {
-                match body.next().await {
-                    Some(Ok(chunk)) => {
-                        let room = length - have;
-                        if room == 0 && !chunk.is_empty() {
-                            // More than was announced, perhaps without end.
-                            break None;
-                        }
-                        let chunk = if chunk.len() as u64 > room {
-                            chunk.slice(..room as usize)
-                        } else {
-                            chunk
-                        };
-                        have += chunk.len() as u64;
-                        blob.advance(chunk.len() as u64);
-                        piece.add(chunk).await;
-                    }
-                    Some(Err(error)) => break Some(error),
-                    None => break None,
-                }
-            };
-            if have == length {
-                return Ok(Some(length));
-            }
-            let error = broke.unwrap_or_else(|| std::io::ErrorKind::UnexpectedEof.into());
-            self.progress.debug(&format!(
-                "{key}: the body broke off at byte {}: {error}",
-                range.start + have
-            ));
-            // Coming along in strides is not failing; a few bytes at a time is.
-            if have - before >= self.limits.piece / 4 {
-                tries.progressed();
-            }
-            if !tries.again(Trouble::default()).await {
-                let tried = tries.summary().map(|tried| format!(" ({tried})"));
-                return Err(error).with_context(|| {
-                    format!(
-                        "getting {key} from s3: the body broke off after {have} of {length} bytes{}",
-                        tried.unwrap_or_default()
-                    )
-                });
+                Err(error) if error.kind == Kind::Deleted => return Ok(None),
+                Err(error) => return Err(explain(key, size, error)),
             }
         }
+        Ok(Some(length))
+    }
+}
+
+fn explain(key: &str, size: u64, error: StoreError) -> anyhow::Error {
+    match error.kind {
+        Kind::WrongSize { found } => anyhow!(
+            "blob {key} on s3 is damaged: it has {found} bytes where the manifest says {size}; delete the object and export it again"
+        ),
+        _ => error.into(),
     }
 }
 

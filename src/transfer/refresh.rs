@@ -3,7 +3,7 @@
 use futures::stream::StreamExt;
 
 use crate::cache::digest::Digest;
-use crate::progress::Activity;
+use crate::progress::Verb;
 use crate::store::{Kind, ObjectInfo, Part, StoreError};
 use crate::transfer::limits::ranges;
 use crate::transfer::upload::Uploader;
@@ -26,7 +26,7 @@ impl Uploader {
     /// Refreshes the object at `key` by copying it onto itself. Whatever the store answers is no error:
     /// the object is there and only its age is at stake.
     pub async fn refresh(&self, key: &str, digest: &Digest, info: &ObjectInfo) -> Refreshed {
-        let blob = self.progress.blob(Activity::Refresh, digest, info.size);
+        let blob = self.progress.blob(Verb::Refresh, digest, info.size);
         let touched = if info.size <= self.limits.copy {
             self.store.touch(key, info).await
         } else {

@@ -80,7 +80,7 @@ impl Uploader {
     /// this program, killed or under way, and those that nobody can be working on any more. BuildKit
     /// exports to the same keys, and fails if its upload is taken away.
     pub(super) async fn abandoned(&self, key: &str, size: u64) -> Vec<Abandoned> {
-        let mut uploads = match self.store.list_uploads(key).await {
+        let mut uploads = match self.uploads_to(key).await {
             Ok(uploads) => uploads,
             // Some stores cannot list uploads (OCI, Storj), and some roles may not.
             Err(error) => {
@@ -107,6 +107,13 @@ impl Uploader {
             }
         }
         abandoned
+    }
+
+    /// The unfinished uploads to exactly `key`.
+    async fn uploads_to(&self, key: &str) -> Result<Vec<Upload>, StoreError> {
+        let mut uploads = self.store.list_uploads(key).await?;
+        uploads.retain(|upload| upload.key == key);
+        Ok(uploads)
     }
 
     /// Creates an upload. Its id is recorded even if the caller stops waiting for the answer.
@@ -169,7 +176,7 @@ impl Uploader {
     /// Aborts the uploads to `key` that are not among `spared` and hold nothing: this run never sent
     /// a part to an upload whose id it does not know.
     async fn abort_unknown(&self, key: &str, spared: &[String]) {
-        let found = match self.store.list_uploads(key).await {
+        let found = match self.uploads_to(key).await {
             Ok(found) => found,
             Err(error) => {
                 self.progress.warn(&format!(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use crate::progress::{Activity, Progress};
+use crate::progress::{Progress, Verb};
 use crate::store::Store;
 use crate::transfer::body::{Means, Source, WholeBlob, explain_local};
 use crate::transfer::buffers::{Buffers, UPLOADS};
@@ -43,7 +43,7 @@ impl Uploader {
     /// visible at `key` then.
     pub async fn upload(&self, key: &str, source: Arc<dyn Source>) -> Result<()> {
         let (digest, size) = (source.digest(), source.size());
-        let blob = self.progress.blob(Activity::Upload, &digest, size);
+        let blob = self.progress.blob(Verb::Upload, &digest, size);
         if size < self.limits.multipart {
             let body = WholeBlob::new(source, self.means.clone(), &blob);
             let sent = self.store.put(key, Arc::new(body)).await;

@@ -304,7 +304,9 @@ fn a_lock_that_is_never_let_go_of_is_named_in_the_end() {
     );
     drop(lock);
     let entry = layout.select(&Selection::Default).expect("it is free now");
-    layout.tag("other", &entry).expect("it is free now");
+    layout
+        .publish_tag("other", &entry, &BTreeMap::new())
+        .expect("it is free now");
     layout.tidy();
     assert_eq!(tags(directory.path()).len(), 2);
     assert_eq!(files(directory.path()).len(), before.len());

@@ -324,7 +324,7 @@ fn what_was_done_before_a_signal_is_reported() {
         "{}",
         run.stdout
     );
-    assert_eq!(run.stderr.matches("layercache: ").count(), 1);
+    assert_eq!(run.stderr.matches("error: ").count(), 1);
     let metadata = std::fs::read(&file).expect("it was written");
     let metadata: serde_json::Value = serde_json::from_slice(&metadata).expect("JSON");
     let results = metadata["results"].as_array().expect("results");

@@ -17,7 +17,7 @@ use layercache::cache::digest::Digest;
 use layercache::config::Task;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
-    Kind, Object, ObjectInfo, Page, Part, Store, StoreError, StoreResult, Upload, UploadBody,
+    Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
 };
 use layercache::transfer::limits::Limits;
 use tempfile::TempDir;
@@ -580,7 +580,7 @@ impl Store for FaultStore {
         key: &str,
         range: Option<Range<u64>>,
         if_match: Option<&str>,
-    ) -> StoreResult<Option<Object>> {
+    ) -> StoreResult<Option<Response>> {
         let fault = self.plan.next();
         if let Some(StoreFault::Fail(kind) | StoreFault::DoneThenFail(kind)) = fault {
             return Err(error(kind));
@@ -588,10 +588,11 @@ impl Store for FaultStore {
         if let Some(StoreFault::Vanished) = fault {
             return Ok(None);
         }
-        let Some(mut object) = self.store.get(key, range, if_match).await? else {
+        let length = range.as_ref().map(|range| range.end - range.start);
+        let Some(mut response) = self.store.get(key, range, if_match).await? else {
             return Ok(None);
         };
-        let half = (object.length / 2) as usize;
+        let half = (length.or(response.size).unwrap_or(0) / 2) as usize;
         let first_half = |body: layercache::store::ByteStream| {
             body.scan(half, |left, chunk| {
                 let chunk = chunk.map(|chunk| chunk.slice(..chunk.len().min(*left)));
@@ -599,31 +600,30 @@ impl Store for FaultStore {
                 futures::future::ready(Some(chunk))
             })
         };
-        object.body = match fault {
-            Some(StoreFault::BodyBreaks) => first_half(object.body)
+        response.body = match fault {
+            Some(StoreFault::BodyBreaks) => first_half(response.body)
                 .chain(futures::stream::once(async {
                     Err(std::io::ErrorKind::ConnectionReset.into())
                 }))
                 .boxed(),
-            Some(StoreFault::BodyEnds) => first_half(object.body).boxed(),
-            Some(StoreFault::BodyGoesOn) => object
+            Some(StoreFault::BodyEnds) => first_half(response.body).boxed(),
+            Some(StoreFault::BodyGoesOn) => response
                 .body
                 .chain(futures::stream::repeat_with(|| {
                     Ok(Bytes::from_static(&[b'+'; 64 << 10]))
                 }))
                 .boxed(),
-            Some(StoreFault::BodyWrong) => object
+            Some(StoreFault::BodyWrong) => response
                 .body
                 .map(|chunk| chunk.map(|chunk| Bytes::from(vec![b'?'; chunk.len()])))
                 .boxed(),
             Some(StoreFault::SizeWrong) => {
-                object.info.size += 1;
-                object.length += 1;
-                object.body
+                response.size = response.size.map(|size| size + 1);
+                response.body
             }
-            _ => object.body,
+            _ => response.body,
         };
-        Ok(Some(object))
+        Ok(Some(response))
     }
 
     async fn put(&self, key: &str, body: Arc<dyn UploadBody>) -> StoreResult<()> {
@@ -682,8 +682,8 @@ impl Store for FaultStore {
         self.call(self.store.abort_upload(key, upload)).await
     }
 
-    async fn list_uploads(&self, key: &str) -> StoreResult<Vec<Upload>> {
-        self.call(self.store.list_uploads(key)).await
+    async fn list_uploads(&self, prefix: &str) -> StoreResult<Vec<Upload>> {
+        self.call(self.store.list_uploads(prefix)).await
     }
 
     async fn list_parts(&self, key: &str, upload: &str) -> StoreResult<Vec<Part>> {

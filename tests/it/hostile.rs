@@ -156,8 +156,7 @@ impl Place {
         let layout = Layout::open(&root, Duration::ZERO).expect("a layout");
         for entry in index["manifests"].as_array().expect("manifests") {
             let entry: Descriptor = serde_json::from_value(entry.clone()).expect("a descriptor");
-            layercache::layout::snapshot::check_complete(&layout, &entry)
-                .expect("all of it is there");
+            layout.check_complete(&entry).expect("all of it is there");
         }
         let partial = root.join(".layercache");
         for entry in std::fs::read_dir(partial).into_iter().flatten() {

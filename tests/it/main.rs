@@ -9,6 +9,8 @@ mod disk;
 mod expired;
 mod faults;
 mod fidelity;
+#[cfg(target_os = "linux")]
+mod filesystems;
 mod hostile;
 mod inside;
 mod output;

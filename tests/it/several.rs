@@ -59,7 +59,7 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
             uploading (5 blobs, 30.12 KiB)
             looking for blobs on s3
             wrote manifests/c
-            layercache: exporting to s3://absent/manifests/b: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            error: exporting to s3://absent/manifests/b: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
     assert_eq!(server.objects()["manifests/a"], s3_manifest("max.json"));
     assert_eq!(server.objects()["manifests/c"], s3_manifest("min.json"));
@@ -132,7 +132,7 @@ fn a_layout_that_cannot_be_read_is_one_error_and_in_every_result() {
         .prints(expect![[r#"
             exporting to s3://cache/manifests/b failed, which is ignored: no OCI layout at TMP/absent: no such directory; 0 requests in N s
         "#]], expect![[r#"
-            layercache: no OCI layout at TMP/absent: no such directory
+            error: no OCI layout at TMP/absent: no such directory
         "#]]);
     let results = results(&file);
     assert_eq!(results.len(), 2);
@@ -172,7 +172,7 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
             downloaded sha256:aa969215ace4 8.98 KiB
             downloaded sha256:b95b63489f91 11.97 KiB
             downloaded sha256:f898e33dc2c9 90 B
-            layercache: importing from s3://cache/manifests/damaged: reading the manifest manifests/damaged on s3 (3 tries): reading the cache manifest: it is not a JSON object
+            error: importing from s3://cache/manifests/damaged: reading the manifest manifests/damaged on s3 (3 tries): reading the cache manifest: it is not a JSON object
         "#]],
         ),
         (
@@ -194,7 +194,7 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
             downloaded sha256:aa969215ace4 8.98 KiB
             downloaded sha256:b95b63489f91 11.97 KiB
             downloaded sha256:f898e33dc2c9 90 B
-            layercache: importing from s3://cache/manifests/denied: cannot get s3://cache/manifests/denied: the store answered 403 AccessDenied (The test server was told to answer AccessDenied.); s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+            error: importing from s3://cache/manifests/denied: cannot get s3://cache/manifests/denied: the store answered 403 AccessDenied (The test server was told to answer AccessDenied.); s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
         "#]],
         ),
     ] {
@@ -295,8 +295,8 @@ fn require_wants_one_of_the_sources_to_be_there() {
         .prints(expect![[""]], expect![[r#"
             reading the manifest
             reading the manifest
-            layercache: importing from s3://cache/manifests/pr-7: there is no manifest manifests/pr-7 in bucket cache, and --require wants one
-            layercache: importing from s3://cache/manifests/pr-8: there is no manifest manifests/pr-8 in bucket cache, and --require wants one
+            error: importing from s3://cache/manifests/pr-7: there is no manifest manifests/pr-7 in bucket cache, and --require wants one
+            error: importing from s3://cache/manifests/pr-8: there is no manifest manifests/pr-8 in bucket cache, and --require wants one
         "#]]);
     for result in results(&folder.path().join("file")) {
         assert_eq!(result["notFound"], true);

@@ -10,9 +10,9 @@ use tokio::sync::{Semaphore, mpsc};
 use super::ImportFrom;
 use crate::blocking::blocking;
 use crate::cache::digest::Digest;
-use crate::layout::{Layout, Stage, Staged};
+use crate::layout::{Layout, Staged};
 use crate::process;
-use crate::progress::Activity;
+use crate::progress::Verb;
 use crate::transfer::download::{Downloader, Fetched};
 
 /// Blobs fetched at once. How many of them are large, the bound on buffers decides.
@@ -31,9 +31,20 @@ const BATCH: usize = 256;
 /// Staging files opened at once. More would be as many threads, for an instant.
 const STAGINGS: usize = 4;
 
+/// What came of fetching blobs.
+#[derive(Default)]
+pub(super) struct Haul {
+    /// Those that S3 does not have.
+    pub(super) missing: BTreeSet<Digest>,
+    /// How many other processes have fetched meanwhile.
+    pub(super) present: u64,
+    /// What came over the network.
+    pub(super) bytes: u64,
+}
+
 impl ImportFrom<'_> {
-    /// Fetches `blobs` into the layout. Returns those that S3 does not have, and the bytes fetched.
-    pub(super) async fn fetch(&self, blobs: Vec<(Digest, u64)>) -> Result<(BTreeSet<Digest>, u64)> {
+    /// Fetches `blobs` into the layout.
+    pub(super) async fn fetch(&self, blobs: Vec<(Digest, u64)>) -> Result<Haul> {
         if !blobs.is_empty() {
             let bytes = blobs.iter().map(|(_, size)| size).sum();
             self.progress.stage("fetching", blobs.len() as u64, bytes);
@@ -55,16 +66,17 @@ impl ImportFrom<'_> {
                     }
                 })
                 .buffer_unordered(process::within_open_files(BLOBS, FILES));
-            let (mut missing, mut bytes) = (BTreeSet::new(), 0);
+            let mut haul = Haul::default();
             while let Some((digest, fetched)) = fetches.try_next().await? {
                 match fetched {
-                    Fetched::Missing => {
-                        missing.insert(digest);
+                    None => haul.present += 1,
+                    Some(Fetched::Missing) => {
+                        haul.missing.insert(digest);
                     }
-                    Fetched::Whole { bytes: more } => bytes += more,
+                    Some(Fetched::Whole { bytes }) => haul.bytes += bytes,
                 }
             }
-            Ok((missing, bytes))
+            Ok(haul)
         };
         // Both run to their ends: what was verified before a failure is kept for the next run.
         let (fetched, published) = tokio::join!(fetching, publishing);
@@ -72,6 +84,7 @@ impl ImportFrom<'_> {
         fetched
     }
 
+    /// `None`: another process has fetched it meanwhile.
     async fn fetch_one(
         &self,
         digest: Digest,
@@ -79,20 +92,24 @@ impl ImportFrom<'_> {
         downloader: &Downloader,
         stagings: &Arc<Semaphore>,
         verified: &mpsc::Sender<Staged>,
-    ) -> Result<Fetched> {
+    ) -> Result<Option<Fetched>> {
+        let blob = self.progress.blob(Verb::Download, &digest, size);
         // Released as soon as another process has to be waited for, so that others can go on.
         let mut turn = Arc::clone(stagings).acquire_owned().await.ok();
-        let waiting = move || drop(turn.take());
+        let waited_for = Arc::clone(&blob);
+        let waiting = move || {
+            waited_for.waiting();
+            drop(turn.take());
+        };
         let (layout, replace) = (self.layout.clone(), self.task.verify);
         let staging = blocking(move || match replace {
             true => layout.stage_replacement(&digest, size, waiting),
             false => layout.stage(&digest, size, waiting),
         });
-        let staged = match staging.await? {
-            Stage::Present => return Ok(Fetched::Whole { bytes: 0 }),
-            Stage::Staged(staged) => staged,
+        let Some(staged) = staging.await? else {
+            blob.present();
+            return Ok(None);
         };
-        let blob = self.progress.blob(Activity::Download, &digest, size);
         let key = self.bucket.blob_key(&digest);
         let fetched = downloader.fetch(&key, &staged.growing, &blob).await;
         let Ok(Fetched::Whole { bytes }) = fetched else {
@@ -102,12 +119,12 @@ impl ImportFrom<'_> {
                 Ok(())
             })
             .await?;
-            return fetched;
+            return fetched.map(Some);
         };
         blob.done();
         let sent = verified.send(staged).await.ok();
         sent.context("the task that publishes blobs has ended")?;
-        Ok(Fetched::Whole { bytes })
+        Ok(Some(Fetched::Whole { bytes }))
     }
 }
 

@@ -1,5 +1,4 @@
-//! From a manifest in a layout to what an export sends, and from an S3 manifest to the documents
-//! that an import writes.
+//! Reads a cache from a layout: from a cache manifest in any of BuildKit's forms, or from an image.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
@@ -10,90 +9,55 @@ use anyhow::{Context, Result, bail};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
 
-use crate::cache::diff_id;
-use crate::cache::digest::Digest;
-use crate::cache::oci::{self, Descriptor, Index, Manifest};
-use crate::cache::{CacheConfig, Content, Image, LayerAnnotations, Time};
+use crate::cache::digest::{Digest, Hasher};
+use crate::cache::oci::{self, AnyManifest, Descriptor, ImageManifest};
+use crate::cache::{CacheConfig, Content, Image, LayerAnnotations, Time, add_blob, diff_id};
 use crate::layout::Layout;
-use crate::progress::{Activity, Blob, Progress};
+use crate::progress::{Blob, Progress, Verb};
 
-/// Indexes within indexes, counted from the chosen one: nobody nests them as deep, and a hostile
-/// layout could for ever.
-const MAX_DEPTH: usize = 8;
+/// Indexes within indexes, counted from the chosen one. Real images have two levels; a hostile layout
+/// could have any number.
+pub(super) const MAX_DEPTH: usize = 8;
 
-/// Bytes of documents that one manifest can make us read. Many manifests may share a large config,
-/// each of them small: a hostile layout could have it read without end.
+/// Bytes of documents to read for one manifest. Otherwise, a hostile layout could make us read one
+/// large config over and over, for many small manifests.
 const DOCUMENTS_LIMIT: u64 = 512 << 20;
 
-/// The annotation of an index entry that tells attestations from images.
+/// Annotation of an index entry that distinguishes attestations from images.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
-/// What the chosen manifest of a layout stands for.
-#[derive(Debug, Clone)]
-pub struct Snapshot {
-    /// The whole cache (`mode=max`). Layers lack annotations only until `Snapshot::read` returns.
-    pub cache: CacheConfig,
-    /// Sizes of all blobs that `cache` (its layers, and `cache.image` where there is one) names.
-    pub blobs: BTreeMap<Digest, u64>,
-}
-
-impl Snapshot {
-    /// Reads the manifest that `root` describes, in any of its forms. Computes diffIDs that nothing
-    /// tells, by decompressing; `progress` is told of each such blob.
-    pub fn read(layout: &Layout, root: &Descriptor, progress: &Progress) -> Result<Self> {
+impl Layout {
+    /// Reads the whole cache (`mode=max`) below the manifest that `root` describes. Computes missing
+    /// diffIDs by decompressing the blobs, and shows that in `progress`.
+    ///
+    /// # Errors
+    /// A document is absent, damaged or invalid, or a blob whose diffID is missing cannot be read.
+    pub fn read_cache(&self, root: &Descriptor, progress: &Progress) -> Result<CacheConfig> {
         let mut reader = Reader {
-            layout,
+            layout: self,
             progress,
             diff_ids: HashMap::new(),
             documents: Cell::new(0),
         };
-        let cache = match reader.document(root)? {
-            Document::Manifest(manifest) if manifest.config.media_type == oci::CACHE_CONFIG => {
-                reader.cache(&manifest.config, &manifest.layers)?
+        match reader.manifest(root)? {
+            AnyManifest::Image(manifest) if manifest.config.media_type == oci::CACHE_CONFIG => {
+                reader.cache(&manifest.config, &manifest.layers)
             }
-            Document::Index(index) => {
+            AnyManifest::Index(index) => {
                 let is_config = |entry: &&Descriptor| entry.media_type == oci::CACHE_CONFIG;
-                // BuildKit writes the config last, and reads the last.
+                // BuildKit writes the config last, and reads the last one.
                 match index.manifests.iter().rfind(is_config) {
-                    Some(config) => reader.cache(config, &index.manifests)?,
-                    None => reader.image(root, Document::Index(index))?,
+                    Some(config) => reader.cache(config, &index.manifests),
+                    None => reader.image(root, AnyManifest::Index(index)),
                 }
             }
-            image => reader.image(root, image)?,
-        };
-        let blobs = blobs_of(&cache)?;
-        Ok(Snapshot { cache, blobs })
+            image => reader.image(root, image),
+        }
     }
 }
 
-/// Makes sure that everything `root` refers to, directly or through other manifests, is in the
-/// layout: what a manifest on S3 said of an image is not trusted.
-///
-/// # Errors
-/// The first blob that is absent or of another size, or a document that makes no sense.
-pub fn check_complete(layout: &Layout, root: &Descriptor) -> Result<()> {
-    let snapshot = Snapshot::read(layout, root, &Progress::silent())?;
-    match snapshot
-        .blobs
-        .iter()
-        .find(|(digest, size)| !layout.has_blob(digest, **size))
-    {
-        Some((digest, size)) => bail!(
-            "{} refers to blob {digest} ({size} bytes), which is not in the layout",
-            root.digest
-        ),
-        None => Ok(()),
-    }
-}
-
-enum Document {
-    Manifest(Manifest),
-    Index(Index),
-}
-
-/// Of an image's config, what tells of its layers.
+/// The fields of an image's config that describe its layers.
 #[derive(Deserialize)]
 struct ImageConfig {
     #[serde(default, deserialize_with = "oci::null_is_default")]
@@ -121,40 +85,24 @@ struct History {
 struct Reader<'a> {
     layout: &'a Layout,
     progress: &'a Progress,
-    /// Those computed so far, by blob.
+    /// The diffIDs computed so far, by blob.
     diff_ids: HashMap<Digest, Digest>,
     /// Bytes of documents read so far.
     documents: Cell<u64>,
 }
 
 impl Reader<'_> {
-    fn document(&self, descriptor: &Descriptor) -> Result<Document> {
-        let digest = &descriptor.digest;
-        let read = || self.read_document("manifest", descriptor);
-        match descriptor.media_type.as_str() {
-            oci::IMAGE_MANIFEST | oci::DOCKER_MANIFEST => {
-                Ok(Document::Manifest(Manifest::parse(descriptor, &read()?)?))
-            }
-            oci::IMAGE_INDEX | oci::DOCKER_LIST => {
-                Ok(Document::Index(Index::parse(descriptor, &read()?)?))
-            }
-            "application/vnd.docker.distribution.manifest.v1+json"
-            | "application/vnd.docker.distribution.manifest.v1+prettyjws" => {
-                bail!("manifest {digest} is of Docker's schema 1, which is not supported")
-            }
-            other => bail!(
-                "manifest {digest} has the media type {other:?}, which is not supported (expected \
-                 an image manifest or an image index, of OCI or Docker)"
-            ),
-        }
+    fn manifest(&self, descriptor: &Descriptor) -> Result<AnyManifest> {
+        AnyManifest::check_type(descriptor)?;
+        AnyManifest::parse(descriptor, &self.document("manifest", descriptor)?)
     }
 
-    fn read_document(&self, kind: &str, descriptor: &Descriptor) -> Result<Vec<u8>> {
+    fn document(&self, kind: &str, descriptor: &Descriptor) -> Result<Vec<u8>> {
         let read = self.documents.get().saturating_add(descriptor.size);
         if read > DOCUMENTS_LIMIT {
             bail!(
-                "reading {kind} {}: the documents before it have more than {DOCUMENTS_LIMIT} bytes \
-                 with it",
+                "reading {kind} {}: with it, the documents of this manifest have more than \
+                 {DOCUMENTS_LIMIT} bytes",
                 descriptor.digest
             );
         }
@@ -164,61 +112,56 @@ impl Reader<'_> {
             .with_context(|| format!("reading {kind} {} of the layout", descriptor.digest))
     }
 
-    /// A cache: its config, and descriptors of its layers' blobs.
+    /// Reads a cache from its config and the descriptors of its blobs.
     fn cache(&mut self, config: &Descriptor, descriptors: &[Descriptor]) -> Result<CacheConfig> {
-        let bytes = self.read_document("cache config", config)?;
-        let mut cache = CacheConfig::parse_local(&bytes)
-            .with_context(|| format!("cache config {} of the layout", config.digest))?;
+        let bytes = self.document("cache config", config)?;
         let by_digest: HashMap<Digest, &Descriptor> =
             descriptors.iter().map(|d| (d.digest, d)).collect();
-        for (at, layer) in cache.layers.iter_mut().enumerate() {
-            // BuildKit writes one descriptor a layer in the same order, so that layers of the same
-            // blob have each their own; it reads them by digest.
-            let same_place = descriptors.get(at).filter(|d| d.digest == layer.blob);
-            let Some(descriptor) = same_place.or(by_digest.get(&layer.blob).copied()) else {
-                bail!(
-                    "layer {at} of cache config {}: the manifest has no descriptor of its blob {}",
-                    config.digest,
-                    layer.blob
-                );
+        let annotate = |at: usize, blob: &Digest| {
+            // BuildKit writes one descriptor a layer in the same order, so that layers with the same
+            // blob each have their own, but it reads them by digest.
+            let same_place = descriptors.get(at).filter(|d| d.digest == *blob);
+            let Some(descriptor) = same_place.or(by_digest.get(blob).copied()) else {
+                bail!("the manifest has no descriptor of its blob {blob}");
             };
-            layer.annotations = Some(LayerAnnotations {
+            Ok(LayerAnnotations {
                 media_type: oci::normalise_layer(&descriptor.media_type).to_owned(),
                 diff_id: self.diff_id(descriptor)?,
                 size: descriptor.size,
                 created_at: self.created_at(descriptor),
-            });
-        }
-        Ok(cache)
+            })
+        };
+        CacheConfig::parse_local(&bytes, annotate)
+            .with_context(|| format!("cache config {} of the layout", config.digest))
     }
 
-    /// When the layer was made, where the descriptor tells.
+    /// When the layer was created, if its descriptor says so.
     fn created_at(&self, descriptor: &Descriptor) -> Time {
         let Some(text) = descriptor.annotations.get(oci::CREATED_AT) else {
             return Time::UNKNOWN;
         };
         text.parse().unwrap_or_else(|error| {
             self.progress.warn(&format!(
-                "layer {}: its time of making is taken as unknown: {error}",
+                "layer {}: ignoring its time of creation: {error}",
                 descriptor.digest
             ));
             Time::UNKNOWN
         })
     }
 
-    /// An image, or an index of images, with all that belongs to it.
-    fn image(&mut self, root: &Descriptor, document: Document) -> Result<CacheConfig> {
+    /// Reads an image, or an index of images, with all that belongs to it.
+    fn image(&mut self, root: &Descriptor, manifest: AnyManifest) -> Result<CacheConfig> {
         let mut contents = BTreeMap::new();
         let mut platforms = Vec::new();
-        add(&mut contents, root.digest, root.size)?;
+        add_blob(&mut contents, root.digest, root.size)?;
         let mut unread = Vec::new();
-        let mut next = Some((root.clone(), document, 0));
-        while let Some((descriptor, document, depth)) = next {
-            match document {
-                Document::Manifest(manifest) => {
+        let mut next = Some((root.clone(), manifest, 0));
+        while let Some((descriptor, manifest, depth)) = next {
+            match manifest {
+                AnyManifest::Image(manifest) => {
                     platforms.extend(self.platform(&descriptor, &manifest, &mut contents)?);
                 }
-                Document::Index(index) => {
+                AnyManifest::Index(index) => {
                     if depth == MAX_DEPTH {
                         bail!(
                             "index {} is nested in more than {MAX_DEPTH} others",
@@ -231,9 +174,9 @@ impl Reader<'_> {
             }
             next = None;
             while let Some((descriptor, depth)) = unread.pop() {
-                if add(&mut contents, descriptor.digest, descriptor.size)? {
-                    let document = self.document(&descriptor)?;
-                    next = Some((descriptor, document, depth));
+                if add_blob(&mut contents, descriptor.digest, descriptor.size)? {
+                    let manifest = self.manifest(&descriptor)?;
+                    next = Some((descriptor, manifest, depth));
                     break;
                 }
             }
@@ -242,7 +185,7 @@ impl Reader<'_> {
         let mut cache = CacheConfig::merged(platforms);
         let contents = contents.into_iter();
         cache.image = Some(Image {
-            root: root.clone(),
+            root: root.unnamed(),
             contents: contents
                 .map(|(digest, size)| Content { digest, size })
                 .collect(),
@@ -250,16 +193,16 @@ impl Reader<'_> {
         Ok(cache)
     }
 
-    /// One manifest of an image: adds its blobs to `contents`, and gives the cache that its layers
-    /// make, unless they are no layers of a file system.
+    /// Reads one manifest of an image: adds its blobs to `contents`, and returns the cache of its layers,
+    /// if they are those of a file system.
     fn platform(
         &mut self,
         descriptor: &Descriptor,
-        manifest: &Manifest,
+        manifest: &ImageManifest,
         contents: &mut BTreeMap<Digest, u64>,
     ) -> Result<Option<CacheConfig>> {
         let config = &manifest.config;
-        add(contents, config.digest, config.size)?;
+        add_blob(contents, config.digest, config.size)?;
         let is_attestation = descriptor
             .annotations
             .get(REFERENCE_TYPE)
@@ -271,27 +214,27 @@ impl Reader<'_> {
         let mut has_layers = is_image && !is_attestation;
         for layer in &manifest.layers {
             has_layers &= oci::is_layer(&layer.media_type);
-            // Base layers of Windows are left where their vendor has them.
+            // Windows base layers stay with their vendor.
             if oci::is_nondistributable(&layer.media_type)
                 && !self.layout.has_blob(&layer.digest, layer.size)
             {
                 has_layers = false;
             } else {
-                add(contents, layer.digest, layer.size)?;
+                add_blob(contents, layer.digest, layer.size)?;
             }
         }
         if !has_layers {
             return Ok(None);
         }
 
-        let bytes = self.read_document("image config", config)?;
+        let bytes = self.document("image config", config)?;
         let image: ImageConfig = oci::object_from_json(&bytes)
             .with_context(|| format!("reading image config {} of the layout", config.digest))?;
         let layers = self.image_layers(&image, &manifest.layers)?;
         let records = match &image.cache {
             None => b"[]".to_vec(),
             Some(text) => {
-                // Go's decoder passes over line breaks.
+                // Go's decoder ignores line breaks.
                 let text: String = text.chars().filter(|c| !matches!(c, '\r' | '\n')).collect();
                 BASE64.decode(text).with_context(|| {
                     format!(
@@ -311,9 +254,12 @@ impl Reader<'_> {
         image: &ImageConfig,
         layers: &[Descriptor],
     ) -> Result<Vec<(Digest, LayerAnnotations)>> {
+        // Where their number is not that of the layers, they say nothing about any of them.
         let diff_ids = Some(&image.rootfs.diff_ids).filter(|ids| ids.len() == layers.len());
-        let made_layers = image.history.iter().filter(|entry| !entry.empty_layer);
-        let times: Vec<Time> = made_layers
+        let times: Vec<Time> = image
+            .history
+            .iter()
+            .filter(|entry| !entry.empty_layer)
             .map(|entry| entry.created.as_ref()?.parse().ok())
             .map(Option::unwrap_or_default)
             .collect();
@@ -321,16 +267,15 @@ impl Reader<'_> {
 
         let mut annotated = Vec::with_capacity(layers.len());
         for (at, layer) in layers.iter().enumerate() {
-            let told = diff_ids.and_then(|ids| ids.get(at)?.parse().ok());
             let annotations = LayerAnnotations {
                 media_type: oci::normalise_layer(&layer.media_type).to_owned(),
-                diff_id: match told {
+                diff_id: match diff_ids.and_then(|ids| ids[at].parse().ok()) {
                     Some(diff_id) => diff_id,
                     None => self.diff_id(layer)?,
                 },
                 size: layer.size,
                 created_at: match &times {
-                    Some(times) => times.get(at).copied().unwrap_or_default(),
+                    Some(times) => times[at],
                     None => self.created_at(layer),
                 },
             };
@@ -339,15 +284,15 @@ impl Reader<'_> {
         Ok(annotated)
     }
 
-    /// The diffID that the descriptor tells, else the blob's own.
+    /// The diffID in the descriptor, or else computed from the blob.
     fn diff_id(&mut self, descriptor: &Descriptor) -> Result<Digest> {
         let blob = descriptor.digest;
-        if let Some(told) = descriptor.annotations.get(oci::UNCOMPRESSED)
-            && !told.is_empty()
+        if let Some(written) = descriptor.annotations.get(oci::UNCOMPRESSED)
+            && !written.is_empty()
         {
-            return told
+            return written
                 .parse()
-                .with_context(|| format!("layer {blob}: its annotation {}", oci::UNCOMPRESSED));
+                .with_context(|| format!("its annotation {}", oci::UNCOMPRESSED));
         }
         if let Some(known) = self.diff_ids.get(&blob) {
             return Ok(*known);
@@ -360,18 +305,18 @@ impl Reader<'_> {
     }
 
     fn compute_diff_id(&self, blob: &Digest, size: u64) -> Result<Digest> {
-        let shown = self.progress.blob(Activity::Hash, blob, size);
-        let mut file = Hashing {
+        let shown = self.progress.blob(Verb::Hash, blob, size);
+        let mut file = Tee {
             inner: self.layout.open_blob(blob, size)?,
-            hasher: Sha256::new(),
+            hasher: Hasher::default(),
             shown: Arc::clone(&shown),
         };
         let computed = diff_id::compute(&mut file);
         if computed.is_err() {
-            // Whether it is the blob that is damaged tells only the whole of it.
+            // Read to the end: only all its bytes show whether the blob itself is damaged.
             io::copy(&mut file, &mut io::sink()).context("reading the blob")?;
         }
-        let actual = Digest::from_hasher(file.hasher);
+        let actual = file.hasher.digest();
         if actual != *blob {
             bail!("the blob in the layout is damaged: its bytes hash to {actual}");
         }
@@ -381,96 +326,20 @@ impl Reader<'_> {
     }
 }
 
-/// A reader that hashes what it gives.
-struct Hashing<R> {
+/// A reader that hashes, and shows as progress, what passes through it.
+struct Tee<R> {
     inner: R,
-    hasher: Sha256,
+    hasher: Hasher,
     shown: Arc<Blob>,
 }
 
-impl<R: Read> Read for Hashing<R> {
+impl<R: Read> Read for Tee<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.hasher.update(buffer.get(..read).unwrap_or_default());
+        self.hasher.update(&buffer[..read]);
         self.shown.advance(read as u64);
         Ok(read)
     }
-}
-
-/// The blobs that `cache` needs, with their sizes. Fails where two sizes are given for one, and where
-/// all sizes together are more than can be counted: whoever adds some of them up need not fear.
-pub fn blobs_of(cache: &CacheConfig) -> Result<BTreeMap<Digest, u64>> {
-    let mut blobs = BTreeMap::new();
-    for content in cache.image.iter().flat_map(|image| &image.contents) {
-        add(&mut blobs, content.digest, content.size)?;
-    }
-    for (at, layer) in cache.layers.iter().enumerate() {
-        match &layer.annotations {
-            Some(annotations) => add(&mut blobs, layer.blob, annotations.size)?,
-            None => bail!("layer {at} ({}) has no annotations", layer.blob),
-        };
-    }
-    let total: u128 = blobs.values().map(|&size| u128::from(size)).sum();
-    if i64::try_from(total).is_err() {
-        bail!("the blobs are said to have {total} bytes together, which cannot be");
-    }
-    Ok(blobs)
-}
-
-/// Whether the blob is new to `blobs`.
-fn add(blobs: &mut BTreeMap<Digest, u64>, digest: Digest, size: u64) -> Result<bool> {
-    match blobs.insert(digest, size) {
-        None => Ok(true),
-        Some(other) if other == size => Ok(false),
-        Some(other) => bail!("blob {digest} is given two sizes, {other} and {size} bytes"),
-    }
-}
-
-/// The documents of a cache in a layout, as BuildKit's image-manifest form writes them.
-pub struct Documents {
-    pub config: Vec<u8>,
-    pub manifest: Vec<u8>,
-    /// Of `manifest`, without annotations.
-    pub descriptor: Descriptor,
-}
-
-/// Byte for byte what BuildKit's `--cache-to type=local` writes for this cache.
-pub fn documents(cache: &CacheConfig) -> Result<Documents> {
-    let config = cache.to_local();
-    let mut layers = Vec::with_capacity(cache.layers.len());
-    for (at, layer) in cache.layers.iter().enumerate() {
-        let Some(annotations) = &layer.annotations else {
-            bail!("layer {at} ({}) has no annotations", layer.blob);
-        };
-        let mut descriptor = Descriptor::new(&annotations.media_type, layer.blob, annotations.size);
-        if !annotations.created_at.is_unknown() {
-            let created_at = annotations.created_at.to_string();
-            descriptor
-                .annotations
-                .insert(oci::CREATED_AT.to_owned(), created_at);
-        }
-        let diff_id = annotations.diff_id.to_string();
-        descriptor
-            .annotations
-            .insert(oci::UNCOMPRESSED.to_owned(), diff_id);
-        layers.push(descriptor);
-    }
-    let manifest = oci::to_json(&Manifest {
-        schema_version: 2,
-        media_type: oci::IMAGE_MANIFEST.to_owned(),
-        config: Descriptor::new(oci::CACHE_CONFIG, Digest::of(&config), config.len() as u64),
-        layers,
-    })
-    .context("writing the cache's manifest")?;
-    Ok(Documents {
-        descriptor: Descriptor::new(
-            oci::IMAGE_MANIFEST,
-            Digest::of(&manifest),
-            manifest.len() as u64,
-        ),
-        config,
-        manifest,
-    })
 }
 
 #[cfg(test)]
@@ -482,6 +351,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::cache::oci::ImageIndex;
     use crate::layout::Selection;
 
     fn fixture(path: &str) -> PathBuf {
@@ -493,10 +363,10 @@ mod tests {
         std::fs::read(fixture(&format!("s3-manifests/{name}.json"))).unwrap()
     }
 
-    fn read(folder: &Path) -> Result<Snapshot> {
+    fn read(folder: &Path) -> Result<CacheConfig> {
         let layout = Layout::open(folder, Duration::ZERO)?;
         let root = layout.select(&Selection::Default)?;
-        Snapshot::read(&layout, &root, &Progress::silent())
+        layout.read_cache(&root, &Progress::silent())
     }
 
     fn text(bytes: Vec<u8>) -> String {
@@ -504,7 +374,7 @@ mod tests {
     }
 
     fn s3_of(name: &str) -> String {
-        text(read(&fixture(name)).unwrap().cache.to_s3().unwrap())
+        text(read(&fixture(name)).unwrap().to_s3().unwrap())
     }
 
     fn error_of(folder: &Path) -> String {
@@ -554,7 +424,7 @@ mod tests {
             self.document(oci::IMAGE_INDEX, json!({ "manifests": manifests }))
         }
 
-        fn read(&self, root: &Descriptor) -> Result<Snapshot> {
+        fn read(&self, root: &Descriptor) -> Result<CacheConfig> {
             let index = json!({"schemaVersion": 2, "manifests": [root]});
             std::fs::write(self.path().join("index.json"), index.to_string()).unwrap();
             read(self.path())
@@ -582,17 +452,17 @@ mod tests {
         }
         assert_eq!(s3_of("local-min"), text(s3("min")));
         assert_eq!(s3_of("local-multiarch"), text(s3("multiarch")));
-        let max = read(&fixture("local-max")).unwrap().cache;
+        let max = read(&fixture("local-max")).unwrap();
         assert_eq!(text(max.min().to_s3().unwrap()), text(s3("min")));
     }
 
     #[test]
     fn the_zstd_cache_has_the_same_records_over_its_own_layers() {
-        let zstd = read(&fixture("local-zstd")).unwrap().cache;
-        let max = read(&fixture("local-max")).unwrap().cache;
+        let zstd = read(&fixture("local-zstd")).unwrap();
+        let max = read(&fixture("local-max")).unwrap();
         // Layers sort by blob, so that results have other numbers: the diffIDs are the same.
         let results = |cache: &CacheConfig| -> Vec<_> {
-            let diff_id = |at: usize| cache.layers[at].annotations.as_ref().unwrap().diff_id;
+            let diff_id = |at: usize| cache.layers[at].annotations.diff_id;
             let records = cache.records.iter();
             records
                 .map(|record| {
@@ -605,56 +475,20 @@ mod tests {
         };
         assert_eq!(results(&zstd), results(&max));
         for layer in &zstd.layers {
-            let annotations = layer.annotations.as_ref().unwrap();
+            let annotations = &layer.annotations;
             assert!(annotations.media_type.ends_with(".tar+zstd"));
             assert!(annotations.created_at.is_unknown());
         }
     }
 
     #[test]
-    fn the_documents_of_each_cache_are_the_ones_that_buildkit_wrote() {
-        for (name, folder) in [
-            ("max", "local-max"),
-            ("min", "local-min"),
-            ("multiarch", "local-multiarch"),
-        ] {
-            let cache = CacheConfig::parse_s3(&s3(name)).unwrap();
-            let documents = documents(&cache).unwrap();
-            let layout = Layout::open(&fixture(folder), Duration::ZERO).unwrap();
-            let mut root = layout.select(&Selection::Default).unwrap();
-            let manifest = layout.read_document(&root).unwrap();
-            assert_eq!(text(documents.manifest), text(manifest.clone()), "{name}");
-            root.annotations.clear();
-            assert_eq!(documents.descriptor, root);
-            let config = Manifest::parse(&root, &manifest).unwrap().config;
-            let config = layout.read_document(&config).unwrap();
-            assert_eq!(text(documents.config), text(config), "{name}");
-        }
-    }
-
-    #[test]
-    fn an_empty_cache_has_an_empty_array_of_layers() {
-        let documents = documents(&CacheConfig::default()).unwrap();
-        assert_eq!(text(documents.config), "{}");
-        assert_eq!(
-            text(documents.manifest),
-            format!(
-                r#"{{"schemaVersion":2,"mediaType":"{}","config":{{"mediaType":"{}","digest":"{}","size":2}},"layers":[]}}"#,
-                oci::IMAGE_MANIFEST,
-                oci::CACHE_CONFIG,
-                Digest::of(b"{}")
-            )
-        );
-    }
-
-    #[test]
     fn an_inline_cache_gives_the_min_manifest_and_the_image() {
-        let snapshot = read(&fixture("image-inline")).unwrap();
-        let mut cache = snapshot.cache.clone();
+        let whole = read(&fixture("image-inline")).unwrap();
+        let mut cache = whole.clone();
         let image = cache.image.take().unwrap();
         assert_eq!(text(cache.to_s3().unwrap()), text(s3("min")));
         assert_eq!(image.contents.len(), 7);
-        let with_image = text(snapshot.cache.to_s3().unwrap());
+        let with_image = text(whole.to_s3().unwrap());
         let min = text(s3("min"));
         let start = min.strip_suffix('}').unwrap();
         assert!(with_image.starts_with(&format!("{start},\"layercache\":{{\"version\":1,")));
@@ -663,35 +497,36 @@ mod tests {
     #[test]
     fn an_image_is_every_blob_of_its_layout() {
         for name in ["image-plain", "image-inline", "image-multiarch"] {
-            let snapshot = read(&fixture(name)).unwrap();
-            let image = snapshot.cache.image.as_ref().unwrap();
+            let cache = read(&fixture(name)).unwrap();
+            let image = cache.image.as_ref().unwrap();
             let mut files = BTreeMap::new();
             for file in std::fs::read_dir(fixture(name).join("blobs/sha256")).unwrap() {
                 let file = file.unwrap();
                 let digest = format!("sha256:{}", file.file_name().to_str().unwrap());
                 files.insert(digest.parse().unwrap(), file.metadata().unwrap().len());
             }
-            assert_eq!(snapshot.blobs, files, "{name}");
+            assert_eq!(cache.blobs().unwrap(), files, "{name}");
             let contents = image.contents.iter().map(|c| (c.digest, c.size));
             assert!(contents.eq(files), "{name}");
             let index = std::fs::read(fixture(name).join("index.json")).unwrap();
-            let index: Index = serde_json::from_slice(&index).unwrap();
+            let mut index: ImageIndex = serde_json::from_slice(&index).unwrap();
+            index.manifests[0].annotations.remove(oci::REF_NAME);
             assert_eq!(image.root, index.manifests[0]);
-            let bytes = snapshot.cache.to_s3().unwrap();
-            assert_eq!(CacheConfig::parse_s3(&bytes).unwrap(), snapshot.cache);
+            let bytes = cache.to_s3().unwrap();
+            assert_eq!(CacheConfig::parse_s3(&bytes).unwrap(), cache);
         }
     }
 
     #[test]
     fn the_layers_of_two_platforms_are_those_of_the_cache_of_both() {
-        let image = read(&fixture("image-multiarch")).unwrap().cache;
+        let image = read(&fixture("image-multiarch")).unwrap();
         let cache = CacheConfig::parse_s3(&s3("multiarch")).unwrap();
         assert_eq!(image.layers, cache.layers);
         assert_eq!(image.records, []);
     }
 
     #[test]
-    fn diff_ids_that_nothing_tells_are_computed() {
+    fn missing_diff_ids_are_computed() {
         let made = Made::new();
         let layers = [
             made.blob(
@@ -706,18 +541,17 @@ mod tests {
             {"blob": layers[1].digest, "parent": -1},
         ]});
         let config = made.blob(oci::CACHE_CONFIG, cache.to_string().as_bytes());
-        let snapshot = made.read(&made.manifest(&config, &layers)).unwrap();
-        let diff_ids: Vec<_> = snapshot
-            .cache
+        let cache = made.read(&made.manifest(&config, &layers)).unwrap();
+        let diff_ids: Vec<_> = cache
             .layers
             .iter()
-            .map(|layer| layer.annotations.as_ref().unwrap())
+            .map(|layer| &layer.annotations)
             .map(|annotations| (annotations.media_type.as_str(), annotations.diff_id))
             .collect();
         let (one, two) = (Digest::of(b"one"), Digest::of(b"two"));
         assert_eq!(diff_ids, [(TAR, two), (TAR_GZIP, one), (TAR, two)]);
         let sizes = layers.map(|layer| (layer.digest, layer.size));
-        assert_eq!(snapshot.blobs, BTreeMap::from(sizes));
+        assert_eq!(cache.blobs().unwrap(), BTreeMap::from(sizes));
     }
 
     #[test]
@@ -771,33 +605,33 @@ mod tests {
         );
         let helm = made.manifest(&helm, &[chart]);
         let nested = made.index(&[helm, attestation]);
-        let snapshot = made.read(&made.index(&[image, nested])).unwrap();
-        let layers = &snapshot.cache.layers;
+        let cache = made.read(&made.index(&[image, nested])).unwrap();
+        let layers = &cache.layers;
         assert_eq!(layers.len(), 1);
         assert_eq!(layers[0].blob, layer.digest);
-        let annotations = layers[0].annotations.as_ref().unwrap();
+        let annotations = &layers[0].annotations;
         assert_eq!(annotations.diff_id, Digest::of(b"told"));
         let files: BTreeSet<String> = std::fs::read_dir(made.path().join("blobs/sha256"))
             .unwrap()
             .map(|file| file.unwrap().file_name().into_string().unwrap())
             .collect();
-        let blobs: BTreeSet<String> = snapshot.blobs.keys().map(Digest::hex).collect();
+        let blobs: BTreeSet<String> = cache.blobs().unwrap().keys().map(Digest::hex).collect();
         assert_eq!(blobs, files);
     }
 
     #[test]
-    fn layers_that_their_vendor_keeps_may_be_absent() {
+    fn layers_that_have_to_come_from_their_vendor_may_be_absent() {
         let made = Made::new();
         let config = made.blob(oci::IMAGE_CONFIG, b"{}");
         let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
         let absent = Descriptor::new(foreign, Digest::of(b"absent"), 6);
         let present = made.blob(TAR, b"present");
-        let snapshot = made
+        let cache = made
             .read(&made.manifest(&config, &[absent.clone(), present.clone()]))
             .unwrap();
-        assert_eq!(snapshot.cache.layers, []);
-        assert!(!snapshot.blobs.contains_key(&absent.digest));
-        assert!(snapshot.blobs.contains_key(&present.digest));
+        assert_eq!(cache.layers, []);
+        assert!(!cache.blobs().unwrap().contains_key(&absent.digest));
+        assert!(cache.blobs().unwrap().contains_key(&present.digest));
     }
 
     #[test]
@@ -812,20 +646,20 @@ mod tests {
     }
 
     #[test]
-    fn indexes_are_not_followed_for_ever() {
+    fn indexes_nested_too_deep_are_refused() {
         let made = Made::new();
         let mut root = made.index(&[]);
         for _ in 0..MAX_DEPTH - 1 {
             root = made.index(&[root]);
         }
-        assert_eq!(made.read(&root).unwrap().blobs.len(), MAX_DEPTH);
+        assert_eq!(made.read(&root).unwrap().blobs().unwrap().len(), MAX_DEPTH);
         root = made.index(&[root]);
         let error = made.error(&root);
         assert!(error.contains("is nested in more than 8 others"), "{error}");
     }
 
     #[test]
-    fn what_is_no_manifest_is_refused_by_its_name() {
+    fn what_is_not_a_manifest_is_refused_by_its_media_type() {
         let made = Made::new();
         for (media_type, expected) in [
             (
@@ -843,7 +677,7 @@ mod tests {
     }
 
     #[test]
-    fn an_inline_cache_that_is_none_is_an_error_that_names_the_config() {
+    fn an_invalid_inline_cache_is_an_error_that_names_the_config() {
         let made = Made::new();
         for (cache, expected) in [
             ("%%%", "decoding the inline cache"),
