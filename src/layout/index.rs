@@ -216,7 +216,7 @@ impl IndexJson {
     pub(super) fn entries(&self) -> Vec<(String, Result<Descriptor, String>)> {
         let entries = self.manifests.iter().map(|raw| Entry::new(raw));
         entries
-            .map(|entry| (entry.label(), entry.descriptor.map_err(|e| shortened(&e))))
+            .map(|entry| (entry.label(), entry.descriptor.map_err(|e| one_line(&e))))
             .collect()
     }
 
