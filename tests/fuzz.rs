@@ -391,7 +391,7 @@ proptest! {
     #[test]
     fn inline_cache_of_an_image(bytes in json_like(&INLINE_RECORDS), count in 0..12u8) {
         let layers: Vec<(Digest, LayerAnnotations)> = (0..count)
-            // Two layers can be of one blob.
+            // Two layers can share a blob.
             .map(|n| (Digest::of(&[n / 2]), annotations(Digest::of(&[n]))))
             .collect();
         if let Ok(cache) = CacheConfig::from_inline(&bytes, &layers) {

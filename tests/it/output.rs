@@ -19,7 +19,7 @@ impl Run {
     /// The run without its progress on single blobs: when a run fails, how far the others have come by
     /// then is a matter of timing.
     pub fn without_blobs(mut self) -> Run {
-        let problems = ["layercache: ", "error: ", "warning: "];
+        let problems = ["error: ", "warning: "];
         let keep = |line: &&str| !names_blob(line) || problems.iter().any(|p| line.starts_with(p));
         self.stderr = self.stderr.split_inclusive('\n').filter(keep).collect();
         self
@@ -28,7 +28,7 @@ impl Run {
 
 /// `text` with what differs from run to run replaced: ports, temporary directories, this checkout's
 /// path and seconds. Blobs are moved side by side, so neighbouring lines about one blob each are
-/// sorted.
+/// sorted, and their count of blobs done is replaced.
 pub fn lasting(text: &str) -> String {
     let temporary = std::env::temp_dir().join(".tmp");
     let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
@@ -38,8 +38,10 @@ pub fn lasting(text: &str) -> String {
     let text = text.replace(env!("CARGO_MANIFEST_DIR"), "REPOSITORY");
     let text = replace(&text, "127.0.0.1:", "127.0.0.1:PORT", digits);
     let text = replace(&text, "localhost:", "localhost:PORT", digits);
-    let lines = text.split_inclusive('\n').map(without_seconds);
-    let mut lines: Vec<String> = lines.map(|line| without_count(&line)).collect();
+    let mut lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
+    for line in lines.iter_mut().filter(|line| names_blob(line)) {
+        *line = replace(line, "Ns [", "Ns [N", digits);
+    }
     for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
         about_blobs.sort();
     }
@@ -73,10 +75,15 @@ fn names_blob(line: &str) -> bool {
     line.contains("sha256:")
 }
 
-/// `in 0.3 s` as `in N s`.
+/// `in 0.3 s` as `in N s`, and the elapsed time that begins a line, `  0.3s`, as `Ns`.
 fn without_seconds(line: &str) -> String {
     let mut out = String::new();
     let mut rest = line;
+    let trimmed = line.trim_start();
+    let elapsed = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.');
+    if elapsed.is_some_and(|end| end > 0 && trimmed[end..].starts_with("s ")) {
+        rest = trimmed;
+    }
     while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
@@ -114,12 +121,12 @@ fn what_differs_from_run_to_run_is_replaced() {
     let temporary = std::env::temp_dir().join(".tmpA1b2C3/cache");
     let text = format!(
         "uploaded sha256:b 1.5 KiB\nuploaded sha256:a 2 B\nwrote {} at http://127.0.0.1:4711/x; \
-         21 requests in 0.1 s\nwaiting 12.0s for sha256:0\n   0.2s [1/2] uploaded sha256:a\n",
+         21 requests in 0.1 s\n 12.0s [3/10] hashed sha256:0\n",
         temporary.display()
     );
     assert_eq!(
         lasting(&text),
         "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
-         http://127.0.0.1:PORT/x; 21 requests in N s\nwaiting Ns for sha256:0\n[K/2] uploaded sha256:a\n"
+         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [N/10] hashed sha256:0\n"
     );
 }
