@@ -27,8 +27,7 @@ impl Run {
 }
 
 /// `text` with what differs from run to run replaced: ports, temporary directories, this checkout's
-/// path and seconds. Blobs are moved side by side, so neighbouring lines about one blob each are
-/// sorted.
+/// path and seconds. Blobs are moved in parallel, so neighbouring lines about one blob each are sorted.
 pub fn lasting(text: &str) -> String {
     let temporary = std::env::temp_dir().join(".tmp");
     let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
@@ -38,11 +37,32 @@ pub fn lasting(text: &str) -> String {
     let text = text.replace(env!("CARGO_MANIFEST_DIR"), "REPOSITORY");
     let text = replace(&text, "127.0.0.1:", "127.0.0.1:PORT", digits);
     let text = replace(&text, "localhost:", "localhost:PORT", digits);
-    let mut lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
-    for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
-        about_blobs.sort();
-    }
-    lines.concat()
+    let lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
+    lines
+        .chunk_by(|a, b| names_blob(a) && names_blob(b))
+        .flat_map(sorted)
+        .collect()
+}
+
+/// Neighbouring lines about one blob each, sorted by what they say; a count such as `[3/10]` before it
+/// stays where it was.
+fn sorted(lines: &[String]) -> Vec<String> {
+    let parts = lines.iter().map(|line| match line.split_once("] ") {
+        Some((count, rest)) if names_blob(rest) => (Some(count), rest),
+        _ => (None, line.as_str()),
+    });
+    let (counts, mut rests): (Vec<_>, Vec<_>) = parts
+        .map(|(count, rest)| (count, (count.is_none(), rest)))
+        .unzip();
+    rests.sort();
+    let mut counts = counts.into_iter().flatten();
+    rests
+        .into_iter()
+        .map(|(_, rest)| match counts.next() {
+            Some(count) => format!("{count}] {rest}"),
+            None => rest.to_owned(),
+        })
+        .collect()
 }
 
 /// Replaces each `start` and as many bytes after it as `more` says, if it says any.
@@ -72,10 +92,13 @@ fn names_blob(line: &str) -> bool {
     line.contains("sha256:")
 }
 
-/// `in 0.3 s` as `in N s`.
+/// `in 0.3 s` as `in N s`; the elapsed seconds that progress lines begin with lose their alignment.
 fn without_seconds(line: &str) -> String {
     let mut out = String::new();
-    let mut rest = line;
+    let mut rest = match line.trim_start_matches(' ') {
+        elapsed if elapsed.starts_with(|c: char| c.is_ascii_digit()) => elapsed,
+        _ => line,
+    };
     while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
@@ -99,12 +122,12 @@ fn what_differs_from_run_to_run_is_replaced() {
     let temporary = std::env::temp_dir().join(".tmpA1b2C3/cache");
     let text = format!(
         "uploaded sha256:b 1.5 KiB\nuploaded sha256:a 2 B\nwrote {} at http://127.0.0.1:4711/x; \
-         21 requests in 0.1 s\nwaiting 12.0s for sha256:0\n",
+         21 requests in 0.1 s\n  1.0s [1/2] sent sha256:b\n 12.0s [2/2] sent sha256:a\n",
         temporary.display()
     );
     assert_eq!(
         lasting(&text),
         "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
-         http://127.0.0.1:PORT/x; 21 requests in N s\nwaiting Ns for sha256:0\n"
+         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [1/2] sent sha256:a\nNs [2/2] sent sha256:b\n"
     );
 }
