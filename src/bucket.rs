@@ -12,7 +12,7 @@ pub use self::survey::Certainty;
 use crate::cache::digest::Digest;
 use crate::config::S3Config;
 use crate::progress::Progress;
-use crate::store::{ObjectInfo, Store};
+use crate::store::{ObjectInfo, Store, Upload};
 
 /// A bucket, and where in it a spec's caches are. Cheap to clone.
 #[derive(Clone)]
@@ -43,6 +43,26 @@ impl Bucket {
     /// The key of a blob.
     pub fn blob_key(&self, digest: &Digest) -> String {
         self.config.blob_key(digest)
+    }
+
+    /// The unfinished multipart uploads of blobs. Empty where the store or the role does not allow to
+    /// list them.
+    pub async fn unfinished_uploads(&self) -> Vec<(Digest, Upload)> {
+        let blobs = format!("{}{}", self.config.prefix, self.config.blobs_prefix);
+        match self.store.list_uploads(&blobs).await {
+            Ok(uploads) => uploads
+                .into_iter()
+                .filter_map(|upload| {
+                    let digest = upload.key.strip_prefix(&blobs)?.parse().ok()?;
+                    Some((digest, upload))
+                })
+                .collect(),
+            Err(error) => {
+                self.progress
+                    .debug(&format!("not looking for abandoned uploads: {error}"));
+                Vec::new()
+            }
+        }
     }
 
     /// What the store says of a blob; `None` if it is not there.

@@ -140,13 +140,7 @@ impl CacheConfig {
     /// It would exceed [`DOCUMENT_LIMIT`].
     pub fn to_s3(&self) -> Result<Vec<u8>> {
         let bytes = wire::write_s3(self).context("writing the cache manifest")?;
-        if bytes.len() as u64 > DOCUMENT_LIMIT {
-            bail!(
-                "the cache manifest would have {} bytes, more than the {DOCUMENT_LIMIT} that an import \
-                 reads; export with mode=min, or cache fewer stages",
-                bytes.len()
-            );
-        }
+        check_written("manifest", &bytes)?;
         Ok(bytes)
     }
 
@@ -173,6 +167,21 @@ impl CacheConfig {
         }
         Ok(blobs)
     }
+}
+
+/// Makes sure that a document of a cache can be read again.
+///
+/// # Errors
+/// It exceeds [`DOCUMENT_LIMIT`].
+pub(crate) fn check_written(kind: &str, document: &[u8]) -> Result<()> {
+    if document.len() as u64 > DOCUMENT_LIMIT {
+        bail!(
+            "the cache's {kind} would have {} bytes, more than the {DOCUMENT_LIMIT} that are ever read; \
+             export with mode=min, or cache fewer stages",
+            document.len()
+        );
+    }
+    Ok(())
 }
 
 /// Adds a blob and its size to `blobs`; returns whether it is new there.

@@ -84,7 +84,7 @@ trait Work<D>: Send + Sync {
     async fn run(&mut self, report: &mut Report<D>) -> Result<()>;
 
     /// Called after [`run`](Self::run), however it ended.
-    async fn clean_up(&mut self, failed: bool) -> Result<()>;
+    async fn clean_up(&mut self) -> Result<()>;
 }
 
 /// Runs `command` for each of `specs` in turn. A spec that fails does not keep the others from being
@@ -149,7 +149,7 @@ async fn run_one<C: PerSpec>(
             let bucket = Bucket::new(Arc::clone(&store), config, context.progress);
             let mut work = command.work(ready, spec, bucket, earlier, context);
             let ran = context.interrupt.or(work.run(&mut report)).await;
-            let cleaned_up = work.clean_up(ran.is_err()).await;
+            let cleaned_up = work.clean_up().await;
             report.cost.requests = store.requests();
             ran.and(cleaned_up)
         }

@@ -9,6 +9,8 @@ mod damaged;
 mod dir;
 mod index;
 mod lock;
+mod prune;
+mod reachable;
 mod read;
 mod staging;
 mod tag;
@@ -27,6 +29,7 @@ use serde::Deserialize;
 use self::dir::{Dir, READ};
 use self::index::IndexJson;
 use self::lock::{INDEX_LOCK, IndexLock};
+pub use self::prune::{Dangling, Orphan, PrunePlan, Pruned};
 pub use self::staging::Staged;
 use self::staging::{Held, STAGING};
 pub use self::tag::{Tagged, check_tag, tag_of};
@@ -372,6 +375,22 @@ impl Layout {
             ),
             _ => anyhow::Error::new(error).context(format!("cannot open layout {root}")),
         }
+    }
+
+    /// Replaces `index.json` atomically, keeping its permissions. False if the lock was lost: nothing is
+    /// changed then.
+    fn replace_index(&self, root: &Dir, lock: &IndexLock, index: &IndexJson) -> Result<bool> {
+        let mode = root
+            .stat(INDEX)?
+            .map(|stat| rustix::fs::Mode::from_raw_mode(stat.st_mode));
+        let mut held = Held::take(self, root, INDEX, || {})?;
+        held.fill(&index.to_json()?, mode)?;
+        if !lock.holds()? {
+            held.discard()?;
+            return Ok(false);
+        }
+        held.rename(root, INDEX)?;
+        Ok(true)
     }
 
     /// The directory of the blobs, if it exists.

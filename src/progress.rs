@@ -1,7 +1,7 @@
 //! What a person or a log sees while the work runs. Progress only observes: those who work touch
 //! atomics, and nothing that goes wrong while showing (a closed pipe, a lost terminal) reaches them.
 //!
-//! Each form of output is a [`View`]: [`events`] writes rawjson, [`lines`] plain text, and [`bars`]
+//! Each form of output is a `View`: `events` writes rawjson, `lines` plain text, and `bars`
 //! draws on a terminal.
 
 use std::io::{IsTerminal, Write};

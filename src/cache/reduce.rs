@@ -108,7 +108,7 @@ impl CacheConfig {
 
     /// Drops the layers not to `keep`, which no result may need, and renumbers the others; returns
     /// how many it dropped. A layer that only chains need can lose its parent: it then has none.
-    fn retain_layers(&mut self, keep: &[bool]) -> usize {
+    pub(super) fn retain_layers(&mut self, keep: &[bool]) -> usize {
         let mut places = Vec::with_capacity(keep.len());
         let mut kept = 0;
         for &keep in keep {

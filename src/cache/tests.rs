@@ -312,6 +312,47 @@ fn depth_is_no_danger() {
     assert!(CacheConfig::parse_s3(nested.as_bytes()).is_err());
 }
 
+#[test]
+fn a_document_that_could_not_be_read_again_is_not_written() {
+    let mut document = vec![b'x'; usize::try_from(DOCUMENT_LIMIT).unwrap()];
+    check_written("manifest", &document).unwrap();
+    document.push(b'x');
+    let error = check_written("manifest", &document).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("67108865 bytes, more than the 67108864"),
+        "{error}"
+    );
+}
+
+#[test]
+fn annotations_of_a_layout_are_asked_for_only_when_the_rest_is_valid() {
+    let (a, b) = (blob("a"), blob("b"));
+    let json = |parent: i64, layer: usize| {
+        format!(
+            r#"{{"layers":[{{"blob":"{a}","parent":-1}},{{"blob":"{b}","parent":{parent}}}],"records":[{{"layers":[{{"layer":{layer}}}]}}]}}"#
+        )
+    };
+    let parse = |json: &str| {
+        let mut asked = Vec::new();
+        let parsed = CacheConfig::parse_local(json.as_bytes(), |at, blob| {
+            asked.push((at, *blob));
+            Ok(annotations("any"))
+        });
+        (parsed.is_ok(), asked)
+    };
+    assert_eq!(parse(&json(0, 1)), (true, vec![(0, a), (1, b)]));
+    assert_eq!(parse(&json(1, 1)), (false, vec![]));
+    assert_eq!(parse(&json(0, 2)), (false, vec![]));
+}
+
+#[test]
+#[should_panic(expected = "a result's layers are kept")]
+fn a_broken_invariant_panics_before_another_record_is_published() {
+    let mut cache = config(vec![layer("a", None)], vec![record("r", &[0], &[], &[])]);
+    cache.retain_layers(&[false]);
+}
+
 fn image() -> Image {
     let root = Descriptor::new(crate::cache::oci::IMAGE_MANIFEST, blob("root"), 3);
     let mut contents = vec![

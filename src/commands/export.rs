@@ -21,7 +21,7 @@ use crate::config::{ExportConfig, ExportTask, Mode, S3Config};
 use crate::layout::Layout;
 use crate::progress::{self, Progress};
 use crate::report::{Details, Outcome, Place, Report, count};
-use crate::store::ObjectInfo;
+use crate::store::{ObjectInfo, Upload};
 use crate::transfer::body::FileSource;
 use crate::transfer::refresh::Refreshed;
 use crate::transfer::upload::Uploader;
@@ -188,13 +188,13 @@ impl Work<ExportDetails> for ExportTo<'_> {
             plan.show(&self.bucket, self.progress);
             return Ok(());
         }
-        self.execute(plan, &mut report.details).await
+        self.execute(&plan, &mut report.details).await?;
+        self.uploader.abort_pointless(plan.pointless).await;
+        Ok(())
     }
 
-    async fn clean_up(&mut self, failed: bool) -> Result<()> {
-        if failed {
-            self.uploader.abort_unfinished(ABORT_PATIENCE).await;
-        }
+    async fn clean_up(&mut self) -> Result<()> {
+        self.uploader.abort_unfinished(ABORT_PATIENCE).await;
         Ok(())
     }
 }
@@ -213,21 +213,31 @@ impl ExportTo<'_> {
             true => Certainty::Unknown,
             false => Certainty::Known,
         };
-        let found = self.bucket.survey(blobs.keys().copied(), certainty).await?;
+        // A dry run aborts nothing.
+        let uploads = async {
+            match self.task.dry_run {
+                true => Vec::new(),
+                false => self.bucket.unfinished_uploads().await,
+            }
+        };
+        let digests = blobs.keys().copied();
+        let (found, uploads) = tokio::join!(self.bucket.survey(digests, certainty), uploads);
         let touch_refresh = self.target.touch_refresh;
+        let now = SystemTime::now();
         Ok(Plan::new(
             manifest,
             blobs,
-            found,
+            found?,
+            uploads,
             touch_refresh,
-            SystemTime::now(),
+            now,
         ))
     }
 
     /// Does what the plan says, the manifests last.
-    async fn execute(&self, plan: Plan, done: &mut ExportDetails) -> Result<()> {
+    async fn execute(&self, plan: &Plan, done: &mut ExportDetails) -> Result<()> {
         let mut settled = BTreeSet::new();
-        let mut missing = plan.upload;
+        let mut missing = plan.upload.clone();
         let not_refreshed = self.refresh(&plan.refresh).await;
         settled.extend(plan.refresh.iter().map(|(digest, _)| *digest));
         // Each is looked at again before the manifest is written, unless it is uploaded.
@@ -368,6 +378,8 @@ struct Plan {
     /// The largest first, so that none is left to run alone at the end.
     upload: Vec<(Digest, u64)>,
     refresh: Vec<(Digest, ObjectInfo)>,
+    /// Multipart uploads of blobs that are in place, with the blobs' sizes.
+    pointless: Vec<(Upload, u64)>,
 }
 
 impl Plan {
@@ -375,6 +387,7 @@ impl Plan {
         manifest: Bytes,
         blobs: BTreeMap<Digest, u64>,
         mut found: BTreeMap<Digest, ObjectInfo>,
+        uploads: Vec<(Digest, Upload)>,
         touch_refresh: Duration,
         now: SystemTime,
     ) -> Self {
@@ -383,7 +396,17 @@ impl Plan {
             blobs: BTreeMap::new(),
             upload: Vec::new(),
             refresh: Vec::new(),
+            pointless: Vec::new(),
         };
+        let is_there =
+            |digest: &Digest, size| found.get(digest).is_some_and(|info| info.size == size);
+        for (digest, upload) in uploads {
+            if let Some(&size) = blobs.get(&digest)
+                && is_there(&digest, size)
+            {
+                plan.pointless.push((upload, size));
+            }
+        }
         for (&digest, &size) in &blobs {
             match found.remove(&digest) {
                 // An object of another size is not this blob, whatever its key says.
@@ -455,7 +478,14 @@ mod tests {
             (old, info(1, 61, now)),
             (short, info(1, 0, now)),
         ]);
-        let plan = Plan::new(Bytes::new(), blobs, found, Duration::from_secs(60), now);
+        let plan = Plan::new(
+            Bytes::new(),
+            blobs,
+            found,
+            vec![],
+            Duration::from_secs(60),
+            now,
+        );
         assert_eq!(plan.upload, vec![(absent, 3), (short, 2)]);
         let refresh: Vec<Digest> = plan.refresh.iter().map(|(digest, _)| *digest).collect();
         assert_eq!(refresh, vec![old]);

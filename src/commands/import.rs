@@ -270,7 +270,7 @@ impl Work<ImportDetails> for ImportFrom<'_> {
         Ok(())
     }
 
-    async fn clean_up(&mut self, _: bool) -> Result<()> {
+    async fn clean_up(&mut self) -> Result<()> {
         if self.task.dry_run {
             return Ok(());
         }

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, Stat};
@@ -276,6 +277,12 @@ pub(super) fn other_mount(directory: &Path) -> String {
          mount the whole layout",
         directory.display()
     )
+}
+
+/// When a file was last written to; `None` if its file system says something impossible.
+pub(super) fn modified(stat: &Stat) -> Option<SystemTime> {
+    let seconds = Duration::from_secs(u64::try_from(stat.st_mtime).ok()?);
+    UNIX_EPOCH.checked_add(seconds)
 }
 
 /// The system's error code at the bottom of an error, if there is one.

@@ -212,6 +212,25 @@ impl IndexJson {
         }
     }
 
+    /// Each entry: what to call it, and its descriptor or why it cannot be used.
+    pub(super) fn entries(&self) -> Vec<(String, Result<Descriptor, String>)> {
+        let entries = self.manifests.iter().map(|raw| Entry::new(raw));
+        entries
+            .map(|entry| (entry.label(), entry.descriptor.map_err(|e| one_line(&e))))
+            .collect()
+    }
+
+    /// Removes those entries; returns how many.
+    pub(super) fn remove(&mut self, is_meant: impl Fn(&Descriptor) -> bool) -> u64 {
+        let before = self.manifests.len();
+        self.manifests.retain(|raw| {
+            !Entry::new(raw)
+                .descriptor
+                .is_ok_and(|found| is_meant(&found))
+        });
+        (before - self.manifests.len()) as u64
+    }
+
     /// What is there, to be part of an error.
     pub(super) fn listing(&self) -> String {
         listed(

@@ -8,7 +8,7 @@ use super::dir::Dir;
 use super::index::IndexJson;
 use super::lock::{INDEX_LOCK, IndexLock};
 use super::staging::Held;
-use super::{INDEX, Layout, OCI_LAYOUT, OCI_LAYOUT_JSON, check_version, read_index};
+use super::{Layout, OCI_LAYOUT, OCI_LAYOUT_JSON, check_version, read_index};
 use crate::cache::digest::Digest;
 use crate::cache::oci::Descriptor;
 
@@ -97,17 +97,9 @@ impl Layout {
             if !is_changed {
                 return Ok(Tagged::Done);
             }
-            let json = index.to_json()?;
-            let mode = root
-                .stat(INDEX)?
-                .map(|stat| rustix::fs::Mode::from_raw_mode(stat.st_mode));
-            let mut held = Held::take(self, root, INDEX, || {})?;
-            held.fill(&json, mode)?;
-            if lock.holds()? {
-                held.rename(root, INDEX)?;
+            if self.replace_index(root, &lock, &index)? {
                 return Ok(Tagged::Done);
             }
-            held.discard()?;
         }
         bail!(
             "{} keeps being removed by another process",

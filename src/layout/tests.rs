@@ -12,9 +12,10 @@ use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
 
 use super::*;
+use crate::cache::oci::CONTAINERD_NAME;
 
 const SHORT: Duration = Duration::from_millis(150);
-const LONG: Duration = Duration::from_secs(60);
+pub(super) const LONG: Duration = Duration::from_secs(60);
 const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 pub(super) fn fixture(name: &str) -> PathBuf {
@@ -24,7 +25,7 @@ pub(super) fn fixture(name: &str) -> PathBuf {
 }
 
 /// A fixture of its own for a test that reads it, since reading makes and removes a lock file.
-fn copy_of(name: &str) -> TempDir {
+pub(super) fn copy_of(name: &str) -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     fs::create_dir_all(copy.path().join("blobs/sha256")).unwrap();
     for file in ["oci-layout", "index.json"] {
@@ -109,7 +110,12 @@ fn set_tag(layout: &Layout, tag: &str, entry: &Descriptor) -> Result<()> {
     Ok(())
 }
 
-fn names(dir: &Path) -> Vec<String> {
+pub(super) fn set_modified(path: &Path, time: SystemTime) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_modified(time).unwrap();
+}
+
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -126,7 +132,7 @@ fn message<T>(result: Result<T>) -> String {
 }
 
 #[track_caller]
-fn assert_says<T>(result: Result<T>, parts: &[&str]) {
+pub(super) fn assert_says<T>(result: Result<T>, parts: &[&str]) {
     let message = message(result);
     for part in parts {
         assert!(message.contains(part), "{message:?} does not say {part:?}");
@@ -340,6 +346,14 @@ fn a_blob_that_is_absent_or_cut_short_or_altered_is_told_apart() {
     assert_says(layout.read_document(&entry_of(b"whole")), &["hash to"]);
     assert!(layout.has_blob(&digest, 5));
     assert!(!verify(&layout, &digest, 5).unwrap());
+
+    let mut steps = 0;
+    layout
+        .verify_blob(&digest, 5, |read| steps += read)
+        .unwrap();
+    assert_eq!(steps, 5);
+    let nowhere = Layout::open_for_import(&dir.path().join("nowhere"), LONG).unwrap();
+    assert!(!verify(&nowhere, &digest, 5).unwrap());
 
     fs::write(blob_path(dir.path(), &digest), "whole").unwrap();
     let bytes = layout.read_document(&entry_of(b"whole")).unwrap();
@@ -573,7 +587,7 @@ fn a_blob_gets_its_name_only_when_published_and_leaves_no_staging() {
 }
 
 #[test]
-fn an_interrupted_download_is_taken_up_where_it_stopped() {
+fn an_interrupted_download_is_resumed_where_it_stopped() {
     let (_dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     let mut first = staged(layout.stage(&digest, 5, || {}).unwrap());
@@ -588,7 +602,7 @@ fn an_interrupted_download_is_taken_up_where_it_stopped() {
 }
 
 #[test]
-fn left_over_bytes_beyond_the_blobs_size_or_found_wrong_are_thrown_away() {
+fn left_over_bytes_beyond_the_blobs_size_or_found_wrong_are_discarded() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     fs::write(partial_path(dir.path(), &digest), "too long").unwrap();
@@ -731,12 +745,7 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
         fs::write(partial_path(dir.path(), &digest), "part").unwrap();
     }
     let age = SystemTime::now() - WEEK - Duration::from_secs(60);
-    let file = File::options()
-        .write(true)
-        .open(partial_path(dir.path(), &old))
-        .unwrap();
-    file.set_modified(age).unwrap();
-    drop(file);
+    set_modified(&partial_path(dir.path(), &old), age);
     fs::write(staging.join("index.json.partial"), "{").unwrap();
     fs::write(staging.join("notes"), "mine").unwrap();
     let in_use = staged(layout.stage(&held, 9, || {}).unwrap());
@@ -751,6 +760,59 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
     ];
     expected.sort();
     assert_eq!(names(&staging), expected);
+}
+
+#[test]
+fn a_damaged_blob_is_moved_to_where_nothing_reads_it_and_a_good_one_is_not() {
+    let (dir, layout) = prepared();
+    let good = put(dir.path(), b"good");
+    assert_eq!(layout.set_damaged_aside(&good, 4).unwrap(), None);
+    let absent = Digest::of(b"absent");
+    assert_eq!(layout.set_damaged_aside(&absent, 6).unwrap(), None);
+    let nowhere = Layout::open_for_import(&dir.path().join("nowhere"), LONG).unwrap();
+    assert_eq!(nowhere.set_damaged_aside(&absent, 6).unwrap(), None);
+
+    let digest = Digest::of(b"whole");
+    let aside = dir
+        .path()
+        .join(format!(".layercache/damaged-{}", digest.hex()));
+    for damage in ["whale", "wh"] {
+        // What was downloaded of it stays too.
+        fs::write(partial_path(dir.path(), &digest), "who").unwrap();
+        fs::write(blob_path(dir.path(), &digest), damage).unwrap();
+        let moved = layout.set_damaged_aside(&digest, 5).unwrap();
+        assert_eq!(moved.as_ref(), Some(&aside));
+        assert!(!layout.has_blob(&digest, 5));
+        assert_eq!(fs::read_to_string(&aside).unwrap(), damage);
+        assert_eq!(
+            staged(layout.stage(&digest, 5, || {}).unwrap())
+                .growing
+                .have,
+            3
+        );
+    }
+    assert_eq!(names(&dir.path().join("blobs/sha256")), [good.hex()]);
+}
+
+#[test]
+fn a_damaged_blob_is_kept_for_a_week_or_until_it_is_back() {
+    let (dir, layout) = prepared();
+    let [recent, old, back] = [b"recent", b"old___", b"back__"].map(|blob| Digest::of(blob));
+    let age = SystemTime::now() - WEEK - Duration::from_secs(60);
+    for digest in [recent, old, back] {
+        fs::write(blob_path(dir.path(), &digest), "damage").unwrap();
+        // When it was written does not matter.
+        set_modified(&blob_path(dir.path(), &digest), age);
+        layout.set_damaged_aside(&digest, 6).unwrap().unwrap();
+    }
+    layout.tidy();
+    let staging = dir.path().join(".layercache");
+    assert_eq!(names(&staging).len(), 3);
+
+    put(dir.path(), b"back__");
+    set_modified(&staging.join(format!("damaged-{}", old.hex())), age);
+    layout.tidy();
+    assert_eq!(names(&staging), [format!("damaged-{}", recent.hex())]);
 }
 
 #[test]
@@ -811,7 +873,8 @@ fn setting_a_tag_keeps_every_other_byte_of_the_index() {
         "{ \"extra\": [1.0e5, 12345678901234567890123],\n \"manifests\": [ ",
         r#"{"size":1.50, "digest":"sha512:q"},"#,
         r#"{"annotations":{"org.opencontainers.image.ref.name":"v1"},"old":true},"#,
-        r#"{"annotations":{"io.containerd.image.name":"v1"}, "z":{"b":1,"a":2}}"#,
+        r#"{"annotations":{"io.containerd.image.name":"docker.io/library/x:v1"}, "z":{"b":1,"a":2}},"#,
+        r#"{"annotations":{"io.containerd.image.name":"v1","org.opencontainers.image.ref.name":"v0"}}"#,
         " ], \"schemaVersion\": 2, \"annotations\":{\"b\":\"\",\"a\":\"\"} }\n",
     );
     fs::write(dir.path().join("index.json"), before).unwrap();
@@ -823,7 +886,8 @@ fn setting_a_tag_keeps_every_other_byte_of_the_index() {
         concat!(
             r#"{{"extra":[1.0e5, 12345678901234567890123],"manifests":["#,
             r#"{{"size":1.50, "digest":"sha512:q"}},"#,
-            r#"{{"annotations":{{"io.containerd.image.name":"v1"}}, "z":{{"b":1,"a":2}}}},"#,
+            r#"{{"annotations":{{"io.containerd.image.name":"docker.io/library/x:v1"}}, "#,
+            r#""z":{{"b":1,"a":2}}}},"#,
             r#"{{"mediaType":"{}","digest":"{}","size":1,"annotations":{{"a":"first","#,
             r#""org.opencontainers.image.ref.name":"v1","z":"last"}}}}],"#,
             r#""schemaVersion":2,"annotations":{{"b":"","a":""}}}}"#,
@@ -833,6 +897,73 @@ fn setting_a_tag_keeps_every_other_byte_of_the_index() {
     );
     let after = fs::read_to_string(dir.path().join("index.json")).unwrap();
     assert_eq!(after, expected);
+}
+
+/// As BuildKit looks for a tag in `index.json`: exactly, in containerd's annotation first; the first wins.
+fn buildkits_choice(root: &Path, tag: &str) -> Option<String> {
+    let index: serde_json::Value =
+        serde_json::from_slice(&fs::read(root.join("index.json")).unwrap()).unwrap();
+    let entries = index["manifests"].as_array().unwrap();
+    [
+        "io.containerd.image.name",
+        "org.opencontainers.image.ref.name",
+    ]
+    .iter()
+    .find_map(|name| {
+        entries
+            .iter()
+            .find(|entry| entry["annotations"][name] == tag)
+    })
+    .map(|entry| entry["digest"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn once_set_a_tag_is_what_we_and_buildkit_find_whoever_had_its_name() {
+    for taken in [
+        r#""io.containerd.image.name":"latest""#,
+        r#""org.opencontainers.image.ref.name":"latest""#,
+        r#""io.containerd.image.name":"latest","org.opencontainers.image.ref.name":"v1""#,
+        r#""io.containerd.image.name":"docker.io/library/x:latest""#,
+    ] {
+        let (dir, layout) = with_index(&[entry_json("other", taken)]);
+        let new = put(dir.path(), b"new");
+        let mut entry = entry_of(b"new");
+        // Whatever else the entry brings, it gets one name.
+        for name in ["v2", "latest"] {
+            let name = name.to_owned();
+            entry.annotations.insert(CONTAINERD_NAME.into(), name);
+            set_tag(&layout, "latest", &entry).unwrap();
+            let selected = layout.select(&Selection::Default).unwrap();
+            assert_eq!(selected.digest, new, "{taken}");
+            let choice = buildkits_choice(dir.path(), "latest");
+            assert_eq!(choice, Some(new.to_string()), "{taken}");
+            assert_eq!(buildkits_choice(dir.path(), "v2"), None);
+        }
+    }
+}
+
+#[test]
+fn a_tag_is_set_only_if_all_blobs_are_there_and_stays_otherwise() {
+    let copy = copy_of("local-max");
+    let layout = Layout::open(copy.path(), LONG).unwrap();
+    let before = fs::read(copy.path().join("index.json")).unwrap();
+    let whole = put(copy.path(), b"whole");
+    let short = Digest::of(b"short");
+    fs::write(blob_path(copy.path(), &short), "shor").unwrap();
+    let link = Digest::of(b"link");
+    symlink(
+        blob_path(copy.path(), &whole),
+        blob_path(copy.path(), &link),
+    )
+    .unwrap();
+    let absent = Digest::of(b"absent");
+    let blobs = BTreeMap::from([(whole, 5), (short, 5), (link, 5), (absent, 6)]);
+    let tagged = layout.publish_tag("latest", &entry_of(b"whole"), &blobs);
+    let mut gone = vec![(short, 5), (link, 5), (absent, 6)];
+    gone.sort();
+    assert_eq!(tagged.unwrap(), Tagged::Gone(gone));
+    assert_eq!(fs::read(copy.path().join("index.json")).unwrap(), before);
+    assert_eq!(names(copy.path()), ["blobs", "index.json", "oci-layout"]);
 }
 
 #[test]

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 
+use super::Layout;
 use super::tag::Tagged;
-use super::{DOCUMENT_LIMIT, Layout};
-use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
 use crate::cache::oci::{self, Descriptor, ImageManifest};
+use crate::cache::{CacheConfig, check_written};
 use crate::progress::Progress;
 
 /// How often documents that another process keeps deleting are written again.
@@ -36,7 +36,7 @@ impl Documents {
     /// Byte for byte what BuildKit's `--cache-to type=local` writes for this cache.
     ///
     /// # Errors
-    /// One of them would exceed [`DOCUMENT_LIMIT`].
+    /// One of them would exceed [`crate::cache::DOCUMENT_LIMIT`].
     pub fn of(cache: &CacheConfig) -> Result<Self> {
         let config = cache.to_local();
         let layers = cache.layers.iter().map(|layer| {
@@ -59,15 +59,8 @@ impl Documents {
             layers: layers.collect(),
         })
         .context("writing the cache's manifest")?;
-        for (kind, document) in [("config", &config), ("manifest", &manifest)] {
-            if document.len() as u64 > DOCUMENT_LIMIT {
-                bail!(
-                    "the cache's {kind} would have {} bytes, more than the {DOCUMENT_LIMIT} that are read \
-                     from a layout; export with mode=min, or cache fewer stages",
-                    document.len()
-                );
-            }
-        }
+        check_written("config", &config)?;
+        check_written("manifest", &manifest)?;
         Ok(Documents {
             descriptor: Descriptor::new(
                 oci::IMAGE_MANIFEST,

@@ -93,20 +93,36 @@ impl Uploader {
         uploads.sort_by_key(|upload| std::cmp::Reverse(upload.initiated));
         let mut abandoned = Vec::new();
         for upload in uploads.into_iter().take(EXAMINED) {
-            let Ok(parts) = self.store.list_parts(key, &upload.id).await else {
-                continue;
-            };
-            let patience = if parts.is_empty() {
-                NEVER_BEGUN
-            } else {
-                ABANDONED
-            };
-            if is_older(&upload, patience) || self.limits.started(size, &parts) {
-                let upload = upload.id;
-                abandoned.push(Abandoned { upload, parts });
-            }
+            abandoned.extend(self.if_abandoned(size, upload).await);
         }
         abandoned
+    }
+
+    async fn if_abandoned(&self, size: u64, upload: Upload) -> Option<Abandoned> {
+        let parts = self.store.list_parts(&upload.key, &upload.id).await.ok()?;
+        let patience = if parts.is_empty() {
+            NEVER_BEGUN
+        } else {
+            ABANDONED
+        };
+        let abandoned = is_older(&upload, patience) || self.limits.started(size, &parts);
+        abandoned.then_some(Abandoned {
+            upload: upload.id,
+            parts,
+        })
+    }
+
+    /// Aborts those of `uploads` that have been abandoned. Each comes with the size of its blob, which
+    /// must be in place: a run that is still sending one of them then finds the blob.
+    pub async fn abort_pointless(&self, uploads: Vec<(Upload, u64)>) {
+        futures::stream::iter(uploads)
+            .for_each_concurrent(ABORTS, |(upload, size)| async move {
+                let key = upload.key.clone();
+                if let Some(found) = self.if_abandoned(size, upload).await {
+                    self.abort(&key, &found.upload).await;
+                }
+            })
+            .await;
     }
 
     /// The unfinished uploads to exactly `key`.

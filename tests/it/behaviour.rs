@@ -23,10 +23,10 @@ fn a_second_export_sends_no_blob() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            wrote manifests/buildkit
+            Ns looking for blobs on s3
+            Ns wrote manifests/buildkit
         "#]]);
     let written: Vec<String> = server
         .log()
@@ -57,21 +57,21 @@ fn touch_refresh_0s_copies_each_blob_once_and_last_modified_moves() {
     .run()
     .succeeds()
     .prints(expect![[r#"
-        exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 0 already there, 10 refreshed; 21 requests in N s
+        exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 0 already there, 10 refreshed; 22 requests in N s
     "#]], expect![[r#"
-        looking for blobs on s3
-        refreshing (10 blobs, 62.94 KiB)
-        refreshed sha256:01a37f800d03 159 B
-        refreshed sha256:0d68a9c7a878 8.46 KiB
-        refreshed sha256:1538290aa394 9.00 KiB
-        refreshed sha256:230a4b9dd0a4 8.51 KiB
-        refreshed sha256:662e50c29c13 9.03 KiB
-        refreshed sha256:6e52fec599f1 635 B
-        refreshed sha256:710869d00fd0 6.12 KiB
-        refreshed sha256:aa969215ace4 8.98 KiB
-        refreshed sha256:b95b63489f91 11.97 KiB
-        refreshed sha256:f898e33dc2c9 90 B
-        wrote manifests/buildkit
+        Ns looking for blobs on s3
+        Ns refreshing (10 blobs, 62.9 KiB)
+        Ns [N/10] refreshed sha256:01a37f800d03 159 B
+        Ns [N/10] refreshed sha256:0d68a9c7a878 8.46 KiB
+        Ns [N/10] refreshed sha256:1538290aa394 9.00 KiB
+        Ns [N/10] refreshed sha256:230a4b9dd0a4 8.51 KiB
+        Ns [N/10] refreshed sha256:662e50c29c13 9.03 KiB
+        Ns [N/10] refreshed sha256:6e52fec599f1 635 B
+        Ns [N/10] refreshed sha256:710869d00fd0 6.12 KiB
+        Ns [N/10] refreshed sha256:aa969215ace4 8.98 KiB
+        Ns [N/10] refreshed sha256:b95b63489f91 12.0 KiB
+        Ns [N/10] refreshed sha256:f898e33dc2c9 90 B
+        Ns wrote manifests/buildkit
     "#]]);
     assert_eq!(server.count("CopyObject"), BLOBS_OF_MAX);
     for (then, key) in before {
@@ -105,14 +105,14 @@ fn only_blobs_older_than_touch_refresh_are_refreshed_and_keep_their_storage_clas
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 7 already there, 3 refreshed; 21 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 7 already there, 3 refreshed; 22 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            refreshing (3 blobs, 17.62 KiB)
-            refreshed sha256:01a37f800d03 159 B
-            refreshed sha256:0d68a9c7a878 8.46 KiB
-            refreshed sha256:1538290aa394 9.00 KiB
-            wrote manifests/buildkit
+            Ns looking for blobs on s3
+            Ns refreshing (3 blobs, 17.6 KiB)
+            Ns [N/3] refreshed sha256:01a37f800d03 159 B
+            Ns [N/3] refreshed sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/3] refreshed sha256:1538290aa394 9.00 KiB
+            Ns wrote manifests/buildkit
         "#]]);
     let mut copied: Vec<String> = server
         .log()
@@ -187,10 +187,10 @@ fn one_prefix_for_blobs_and_manifests_works() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/c/n: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
+            exported 10 blobs to s3://cache/c/n: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            wrote c/n
+            Ns looking for blobs on s3
+            Ns wrote c/n
         "#]]);
     let imported = tempfile::tempdir().expect("a temporary directory");
     Program::import(&spec, imported.path()).run().succeeds();
@@ -227,9 +227,9 @@ fn a_damaged_local_blob_never_reaches_the_store_and_no_manifest_is_written() {
         .ends_with(1)
         .without_blobs()
         .prints(expect![[""]], expect![[r#"
-            looking for blobs on s3
-            uploading (10 blobs, 62.94 KiB)
-            layercache: exporting to s3://cache/manifests/buildkit: cannot upload s3://cache/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: reading it failed: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
+            Ns looking for blobs on s3
+            Ns uploading (10 blobs, 62.9 KiB)
+            error: exporting to s3://cache/manifests/buildkit: cannot upload s3://cache/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: reading it failed: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
         "#]]);
     let objects = server.objects();
     assert!(!objects.contains_key(&format!("blobs/sha256:{blob}")));
@@ -295,20 +295,20 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.94 KiB), 0 already there, would refresh 0; 1 request in N s
+            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.9 KiB), 0 already there, would refresh 0; 1 request in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
-            would upload sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
-            would upload sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
-            would upload sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
-            would upload sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
-            would upload sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
-            would upload sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
-            would upload sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
-            would upload sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (11.97 KiB)
-            would upload sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
-            would write manifests/buildkit
+            Ns looking for blobs on s3
+            Ns would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
+            Ns would upload sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
+            Ns would upload sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
+            Ns would upload sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
+            Ns would upload sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
+            Ns would upload sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
+            Ns would upload sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
+            Ns would upload sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
+            Ns would upload sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
+            Ns would upload sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+            Ns would write manifests/buildkit
         "#]]);
     assert!(server.objects().is_empty());
     Program::export(&server.spec("mode=max"), &fixture("local-max"))
@@ -321,20 +321,20 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/absent as latest: 10 blobs: would fetch 10 (62.94 KiB), 0 already there; 11 requests in N s
+            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/absent as latest: 10 blobs: would fetch 10 (62.9 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
-            reading the manifest
-            looking for blobs on s3
-            would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
-            would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
-            would fetch sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
-            would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
-            would fetch sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
-            would fetch sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
-            would fetch sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
-            would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
-            would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (11.97 KiB)
-            would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+            Ns reading the manifest
+            Ns looking for blobs on s3
+            Ns would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
+            Ns would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
+            Ns would fetch sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
+            Ns would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
+            Ns would fetch sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
+            Ns would fetch sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
+            Ns would fetch sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
+            Ns would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
+            Ns would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
+            Ns would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
         "#]]);
     assert!(!absent.exists());
 }
@@ -350,8 +350,8 @@ fn a_dry_run_of_an_export_notices_that_there_is_no_such_bucket() {
         .run()
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
-            looking for blobs on s3
-            layercache: exporting to s3://absent/manifests/buildkit: cannot list the objects of s3://absent: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            Ns looking for blobs on s3
+            error: exporting to s3://absent/manifests/buildkit: cannot list the objects of s3://absent: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
     assert!(server.log().iter().all(|logged| logged.method != "PUT"));
 }
@@ -364,20 +364,20 @@ fn a_dry_run_of_an_export_asks_for_each_blob_where_it_may_not_list() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.94 KiB), 0 already there, would refresh 0; 11 requests in N s
+            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.9 KiB), 0 already there, would refresh 0; 11 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
-            would upload sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
-            would upload sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
-            would upload sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
-            would upload sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
-            would upload sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
-            would upload sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
-            would upload sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
-            would upload sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (11.97 KiB)
-            would upload sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
-            would write manifests/buildkit
+            Ns looking for blobs on s3
+            Ns would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
+            Ns would upload sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
+            Ns would upload sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
+            Ns would upload sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
+            Ns would upload sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
+            Ns would upload sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
+            Ns would upload sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
+            Ns would upload sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
+            Ns would upload sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
+            Ns would upload sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+            Ns would write manifests/buildkit
         "#]]);
     assert_eq!(server.count("HeadObject"), BLOBS_OF_MAX);
 }
@@ -410,7 +410,7 @@ fn a_second_import_asks_for_the_manifest_alone_and_changes_nothing() {
         .prints(expect![[r#"
             imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 0 fetched (0 B), 10 already there; 1 request in N s
         "#]], expect![[r#"
-            reading the manifest
+            Ns reading the manifest
         "#]]);
     let asked: Vec<String> = server
         .log()
@@ -438,22 +438,22 @@ fn verify_finds_a_damaged_blob_and_fetches_it_again() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 1 fetched (11.97 KiB), 9 already there; 2 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 1 fetched (12.0 KiB), 9 already there; 2 requests in N s
         "#]], expect![[r#"
-            reading the manifest
-            verifying (10 blobs, 62.94 KiB)
-            hashed sha256:01a37f800d03 159 B
-            hashed sha256:0d68a9c7a878 8.46 KiB
-            hashed sha256:1538290aa394 9.00 KiB
-            hashed sha256:230a4b9dd0a4 8.51 KiB
-            hashed sha256:662e50c29c13 9.03 KiB
-            hashed sha256:6e52fec599f1 635 B
-            hashed sha256:710869d00fd0 6.12 KiB
-            hashed sha256:aa969215ace4 8.98 KiB
-            hashed sha256:b95b63489f91 11.97 KiB
-            hashed sha256:f898e33dc2c9 90 B
-            fetching (1 blob, 11.97 KiB)
-            downloaded sha256:b95b63489f91 11.97 KiB
+            Ns reading the manifest
+            Ns verifying (10 blobs, 62.9 KiB)
+            Ns [N/10] hashed sha256:01a37f800d03 159 B
+            Ns [N/10] hashed sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] hashed sha256:1538290aa394 9.00 KiB
+            Ns [N/10] hashed sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] hashed sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] hashed sha256:6e52fec599f1 635 B
+            Ns [N/10] hashed sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] hashed sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] hashed sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] hashed sha256:f898e33dc2c9 90 B
+            Ns fetching (1 blob, 12.0 KiB)
+            Ns [N/1] downloaded sha256:b95b63489f91 12.0 KiB
         "#]]);
     assert_eq!(files(layout.path()), files(&fixture("local-max")));
 }
@@ -469,7 +469,7 @@ fn a_name_that_does_not_exist_is_a_warning_or_with_require_an_error() {
         .prints(expect![[r#"
             nothing is stored at s3://cache/manifests/first-run: nothing imported; 1 request in N s
         "#]], expect![[r#"
-            reading the manifest
+            Ns reading the manifest
             warning: there is no manifest manifests/first-run in bucket cache yet: nothing imported (--require makes this an error)
         "#]]);
     assert!(!absent.exists());
@@ -478,8 +478,8 @@ fn a_name_that_does_not_exist_is_a_warning_or_with_require_an_error() {
         .run()
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
-            reading the manifest
-            layercache: importing from s3://cache/manifests/first-run: there is no manifest manifests/first-run in bucket cache, and --require wants one
+            Ns reading the manifest
+            error: importing from s3://cache/manifests/first-run: there is no manifest manifests/first-run in bucket cache, and --require wants one
         "#]]);
 }
 
@@ -613,8 +613,8 @@ fn no_credentials_is_an_error_that_names_the_sources_tried() {
         .run()
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
-            looking for blobs on s3
-            layercache: exporting to s3://cache/manifests/buildkit: cannot look for s3://cache/blobs/sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8: no AWS credentials: tried the environment, profile "default" of the shared config and credentials files, web identity, the container endpoint and EC2's metadata service (Environment: environment variable not set; Profile: nothing set; WebIdentityToken: $AWS_WEB_IDENTITY_TOKEN_FILE was not set; EcsContainer: ECS provider not configured; Ec2InstanceMetadata: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`); set access_key_id and secret_access_key, or AWS_PROFILE
+            Ns looking for blobs on s3
+            error: exporting to s3://cache/manifests/buildkit: cannot look for s3://cache/blobs/sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8: no AWS credentials: tried the environment, profile "default" of the shared config and credentials files, web identity, the container endpoint and EC2's metadata service (Environment: environment variable not set; Profile: nothing set; WebIdentityToken: $AWS_WEB_IDENTITY_TOKEN_FILE was not set; EcsContainer: ECS provider not configured; Ec2InstanceMetadata: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`); set access_key_id and secret_access_key, or AWS_PROFILE
         "#]]);
 }
 
@@ -628,10 +628,10 @@ fn a_failed_export_under_ignore_error_is_a_warning() {
         .succeeds()
         .without_blobs()
         .prints(expect![[r#"
-            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 6 requests in N s
+            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            uploading (5 blobs, 30.12 KiB)
+            Ns looking for blobs on s3
+            Ns uploading (5 blobs, 30.1 KiB)
             warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
 }
@@ -643,44 +643,44 @@ fn wrong_usage_ends_with_2_before_any_request() {
         (
             "use_path_stile=true",
             expect![[r#"
-            layercache: --cache-to: use_path_stile: unknown attribute (did you mean `use_path_style`?)
-        "#]],
+                error: --cache-to: use_path_stile: unknown attribute (did you mean `use_path_style`?)
+            "#]],
         ),
         (
             "mode=maximal",
             expect![[r#"
-            layercache: --cache-to: mode: "maximal" is not a mode (accepted: min, max)
-        "#]],
+                error: --cache-to: mode: "maximal" is not a mode (accepted: min, max)
+            "#]],
         ),
         (
             "touch_refresh=1d",
             expect![[r#"
-            layercache: --cache-to: touch_refresh: "1d" is not a duration (days are not a Go unit; write 24h)
-        "#]],
+                error: --cache-to: touch_refresh: "1d" is not a duration (days are not a Go unit; write 24h)
+            "#]],
         ),
         (
             "upload_parallelism=0",
             expect![[r#"
-            layercache: --cache-to: upload_parallelism: "0" is not a positive whole number (accepted: 1 and above)
-        "#]],
+                error: --cache-to: upload_parallelism: "0" is not a positive whole number (accepted: 1 and above)
+            "#]],
         ),
         (
             "ignore-error=yes",
             expect![[r#"
-            layercache: --cache-to: ignore-error: "yes" is not a boolean (accepted: 1, t, T, TRUE, true, True, 0, f, F, FALSE, false, False)
-        "#]],
+                error: --cache-to: ignore-error: "yes" is not a boolean (accepted: 1, t, T, TRUE, true, True, 0, f, F, FALSE, false, False)
+            "#]],
         ),
         (
             "name=",
             expect![[r#"
-            layercache: --cache-to: name: "" holds an empty name (expected one name, or several as a;b)
-        "#]],
+                error: --cache-to: name: "" holds an empty name (expected one name, or several as a;b)
+            "#]],
         ),
         (
             "region=us-east-1",
             expect![[r#"
-            layercache: --cache-to: region: given twice (field 8)
-        "#]],
+                error: --cache-to: region: given twice (field 8)
+            "#]],
         ),
     ] {
         Program::export(&server.spec(extra), &fixture("local-max"))
@@ -694,8 +694,8 @@ fn wrong_usage_ends_with_2_before_any_request() {
         .prints(
             expect![[""]],
             expect![[r#"
-            layercache: --cache-to: type: "registry" is not supported (accepted: s3)
-        "#]],
+                error: --cache-to: type: "registry" is not supported (accepted: s3)
+            "#]],
         );
     Program::new()
         .arg("export")
@@ -703,7 +703,7 @@ fn wrong_usage_ends_with_2_before_any_request() {
         .run()
         .ends_with(2)
         .prints(expect![[""]], expect![[r#"
-            layercache: no cache is given (use --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_TO to one spec a line)
+            error: no cache is given (use --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_TO to one spec a line)
         "#]]);
     assert_eq!(server.log().len(), 0);
 }
@@ -716,45 +716,45 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 21 requests in N s
         "#]], expect![[r#"
             warning: --cache-to: compression: ignored: blobs are moved as they are, never compressed again
             warning: --cache-to: oci-mediatypes: ignored: a cache on s3 has one form only
             warning: --cache-to: image-manifest: ignored: a cache on s3 has one form only
-            looking for blobs on s3
-            uploading (10 blobs, 62.94 KiB)
-            uploaded sha256:01a37f800d03 159 B
-            uploaded sha256:0d68a9c7a878 8.46 KiB
-            uploaded sha256:1538290aa394 9.00 KiB
-            uploaded sha256:230a4b9dd0a4 8.51 KiB
-            uploaded sha256:662e50c29c13 9.03 KiB
-            uploaded sha256:6e52fec599f1 635 B
-            uploaded sha256:710869d00fd0 6.12 KiB
-            uploaded sha256:aa969215ace4 8.98 KiB
-            uploaded sha256:b95b63489f91 11.97 KiB
-            uploaded sha256:f898e33dc2c9 90 B
-            wrote manifests/buildkit
+            Ns looking for blobs on s3
+            Ns uploading (10 blobs, 62.9 KiB)
+            Ns [N/10] uploaded sha256:01a37f800d03 159 B
+            Ns [N/10] uploaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] uploaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] uploaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] uploaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] uploaded sha256:6e52fec599f1 635 B
+            Ns [N/10] uploaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] uploaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] uploaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] uploaded sha256:f898e33dc2c9 90 B
+            Ns wrote manifests/buildkit
         "#]]);
     let imported = tempfile::tempdir().expect("a temporary directory");
     Program::import(&server.spec("mode=max"), imported.path())
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             warning: --cache-from: mode: ignored: it means something on --cache-to only
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
+            Ns reading the manifest
+            Ns fetching (10 blobs, 62.9 KiB)
+            Ns [N/10] downloaded sha256:01a37f800d03 159 B
+            Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+            Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
         "#]]);
 }
 
@@ -819,47 +819,47 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 21 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            uploading (10 blobs, 62.94 KiB)
-            uploaded sha256:01a37f800d03 159 B
-            uploaded sha256:0d68a9c7a878 8.46 KiB
-            uploaded sha256:1538290aa394 9.00 KiB
-            uploaded sha256:230a4b9dd0a4 8.51 KiB
-            uploaded sha256:662e50c29c13 9.03 KiB
-            uploaded sha256:6e52fec599f1 635 B
-            uploaded sha256:710869d00fd0 6.12 KiB
-            uploaded sha256:aa969215ace4 8.98 KiB
-            uploaded sha256:b95b63489f91 11.97 KiB
-            uploaded sha256:f898e33dc2c9 90 B
-            wrote manifests/buildkit
+            Ns looking for blobs on s3
+            Ns uploading (10 blobs, 62.9 KiB)
+            Ns [N/10] uploaded sha256:01a37f800d03 159 B
+            Ns [N/10] uploaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] uploaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] uploaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] uploaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] uploaded sha256:6e52fec599f1 635 B
+            Ns [N/10] uploaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] uploaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] uploaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] uploaded sha256:f898e33dc2c9 90 B
+            Ns wrote manifests/buildkit
         "#]]);
     let imported = tempfile::tempdir().expect("a temporary directory");
     Program::import(&server.spec(""), imported.path())
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
+            Ns reading the manifest
+            Ns fetching (10 blobs, 62.9 KiB)
+            Ns [N/10] downloaded sha256:01a37f800d03 159 B
+            Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+            Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
         "#]]);
     Program::export(&server.spec("mode=max"), &fixture("local-max"))
         .args(["--progress", "quiet"])
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 11 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
         "#]], expect![[""]]);
 }

@@ -330,7 +330,7 @@ fn what_was_done_before_a_signal_is_reported() {
     let results = metadata["results"].as_array().expect("results");
     assert_eq!(results.len(), 3);
     assert_eq!(results[0]["transferred"], 10);
-    for (result, says) in results[1..].iter().zip(["interrupted", "not begun"]) {
+    for (result, says) in results[1..].iter().zip(["interrupted", "not started"]) {
         let error = result["error"].as_str().expect("an error");
         assert!(error.starts_with(says), "{error}");
     }

@@ -64,6 +64,80 @@ fn an_import_into_a_read_only_directory_fails_before_any_blob_is_fetched() {
 }
 
 #[test]
+fn verify_works_where_there_is_no_layout_yet() {
+    let server = Server::start();
+    put_cache(&server, "buildkit", &[100, 200]);
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let layout = directory.path().join("new/layout");
+    for fetched in ["2 fetched", "0 fetched"] {
+        Program::import(&server.spec(""), &layout)
+            .arg("--verify")
+            .run()
+            .succeeds()
+            .says(fetched);
+        assert_layout_is_sound(&layout, fetched);
+    }
+}
+
+#[test]
+fn a_damaged_blob_that_s3_lacks_does_not_count_as_present_from_then_on() {
+    let server = Server::start();
+    let layout = layout_of(&[5000, 6000]);
+    put_cache(&server, "buildkit", &[5000, 6000]);
+    let blob = noise(2, 6000);
+    let digest = Digest::of(&blob);
+    let key = format!("blobs/{digest}");
+    server.remove(&key);
+    let spec = server.spec("");
+    for missing in ["error", "drop"] {
+        std::fs::write(blob_path(layout.path(), &digest), noise(3, 6000)).expect("it is damaged");
+        Program::import(&spec, layout.path())
+            .args(["--verify", "--missing", missing])
+            .run()
+            .ends_with(i32::from(missing == "error"))
+            .says(&format!("damaged-{}", digest.hex()));
+        assert!(!blob_path(layout.path(), &digest).exists());
+        Program::import(&spec, layout.path())
+            .args(["--missing", "error"])
+            .run()
+            .ends_with(1)
+            .says(&digest.to_string());
+    }
+    server.put(&key, blob);
+    Program::import(&spec, layout.path())
+        .run()
+        .succeeds()
+        .says("1 fetched");
+    assert_layout_is_sound(layout.path(), "at the end");
+    assert!(!layout.path().join(".layercache").exists());
+}
+
+#[test]
+fn blobs_that_go_before_the_tag_is_set_are_fetched_again() {
+    let server = Server::start();
+    put_cache(&server, "buildkit", &[100, 200, 300]);
+    let layout = layout_of(&[100, 200]);
+    let blobs = layout.path().join("blobs/sha256");
+    // As BuildKit's `reset=true`: whatever no manifest in the index names, at the last blob's request.
+    std::fs::write(layout.path().join("index.json"), "").expect("the index");
+    let last = Digest::of(&noise(3, 300)).to_string();
+    server.fail(move |asked| {
+        if asked.key.ends_with(&last) && asked.nth == 1 {
+            for blob in std::fs::read_dir(&blobs).expect("the blobs") {
+                std::fs::remove_file(blob.expect("a blob").path()).expect("it is removed");
+            }
+        }
+        None
+    });
+    Program::import(&server.spec(""), layout.path())
+        .run()
+        .succeeds()
+        .says("another process deleted 2 blobs")
+        .says("3 fetched");
+    assert_layout_is_sound(layout.path(), "at the end");
+}
+
+#[test]
 fn an_export_from_a_read_only_directory_works() {
     let server = Server::start();
     let layout = copy_of(&fixture("local-max"));

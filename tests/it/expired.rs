@@ -70,71 +70,68 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
         (
             LEAF,
             expect![[r#"
-                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (56.82 KiB), 0 already there; 11 requests in N s
+                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (56.8 KiB), 0 already there; 11 requests in N s
                 left out 5 layers and 5 results because blobs are missing
             "#]],
             expect![[r#"
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on s3 any more
-            stopped downloading sha256:710869d00fd0 after 0 B of 6.12 KiB
-            warning: 1 blob(s) that the manifest names are not on s3 (expired?): 5 result(s) and 5 layer(s) were left out
-        "#]],
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on s3 any more
+                warning: 1 blob(s) that the manifest names are not on s3 (expired?): 5 result(s) and 5 layer(s) were left out
+            "#]],
         ),
         (
             MIDDLE,
             expect![[r#"
-                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (53.93 KiB), 0 already there; 11 requests in N s
+                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (53.9 KiB), 0 already there; 11 requests in N s
                 left out 4 layers and 4 results because blobs are missing
             "#]],
             expect![[r#"
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
-            stopped downloading sha256:1538290aa394 after 0 B of 9.00 KiB
-            warning: 1 blob(s) that the manifest names are not on s3 (expired?): 4 result(s) and 4 layer(s) were left out
-        "#]],
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
+                warning: 1 blob(s) that the manifest names are not on s3 (expired?): 4 result(s) and 4 layer(s) were left out
+            "#]],
         ),
         (
             BASE,
             expect![[r#"
-                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (50.96 KiB), 0 already there; 11 requests in N s
+                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (51.0 KiB), 0 already there; 11 requests in N s
                 left out 10 layers and 10 results because blobs are missing
             "#]],
             expect![[r#"
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on s3 any more
-            stopped downloading sha256:b95b63489f91 after 0 B of 11.97 KiB
-            warning: 1 blob(s) that the manifest names are not on s3 (expired?): 10 result(s) and 10 layer(s) were left out
-        "#]],
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on s3 any more
+                warning: 1 blob(s) that the manifest names are not on s3 (expired?): 10 result(s) and 10 layer(s) were left out
+            "#]],
         ),
     ] {
         let server = exported();
@@ -168,28 +165,18 @@ fn with_every_blob_gone_an_import_still_succeeds_and_keeps_the_records() {
             imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 0 blobs: 0 fetched (0 B), 0 already there; 11 requests in N s
             left out 10 layers and 10 results because blobs are missing
         "#]], expect![[r#"
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b is not on s3 any more
-            sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 is not on s3 any more
-            sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
-            sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda is not on s3 any more
-            sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 is not on s3 any more
-            sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 is not on s3 any more
-            sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on s3 any more
-            sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f is not on s3 any more
-            sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on s3 any more
-            sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f is not on s3 any more
-            stopped downloading sha256:01a37f800d03 after 0 B of 159 B
-            stopped downloading sha256:0d68a9c7a878 after 0 B of 8.46 KiB
-            stopped downloading sha256:1538290aa394 after 0 B of 9.00 KiB
-            stopped downloading sha256:230a4b9dd0a4 after 0 B of 8.51 KiB
-            stopped downloading sha256:662e50c29c13 after 0 B of 9.03 KiB
-            stopped downloading sha256:6e52fec599f1 after 0 B of 635 B
-            stopped downloading sha256:710869d00fd0 after 0 B of 6.12 KiB
-            stopped downloading sha256:aa969215ace4 after 0 B of 8.98 KiB
-            stopped downloading sha256:b95b63489f91 after 0 B of 11.97 KiB
-            stopped downloading sha256:f898e33dc2c9 after 0 B of 90 B
+            Ns reading the manifest
+            Ns fetching (10 blobs, 62.9 KiB)
+            Ns sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b is not on s3 any more
+            Ns sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 is not on s3 any more
+            Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
+            Ns sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda is not on s3 any more
+            Ns sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 is not on s3 any more
+            Ns sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 is not on s3 any more
+            Ns sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on s3 any more
+            Ns sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f is not on s3 any more
+            Ns sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on s3 any more
+            Ns sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f is not on s3 any more
             warning: 10 blob(s) that the manifest names are not on s3 (expired?): 10 result(s) and 10 layer(s) were left out
         "#]]);
     let kept = reexported(layout.path());
@@ -209,9 +196,9 @@ fn under_missing_error_an_import_fails_names_the_blob_and_sets_no_tag() {
         .ends_with(1)
         .without_blobs()
         .prints(expect![[""]], expect![[r#"
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            layercache: importing from s3://cache/manifests/buildkit: 1 blob(s) that the manifest names are not on s3 (expired?): sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece; export the cache again, or let --missing=drop leave out what needs them
+            Ns reading the manifest
+            Ns fetching (10 blobs, 62.9 KiB)
+            error: importing from s3://cache/manifests/buildkit: 1 blob(s) that the manifest names are not on s3 (expired?): sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece; export the cache again, or let --missing=drop leave out what needs them
         "#]]);
     assert!(!layout.path().join("index.json").exists());
     assert!(!layout.path().join(".layercache").exists());
@@ -229,21 +216,21 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/layout as latest: 9 blobs: would fetch 9 (53.93 KiB), 0 already there; 11 requests in N s
+            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/layout as latest: 9 blobs: would fetch 9 (53.9 KiB), 0 already there; 11 requests in N s
             would leave out 4 layers and 4 results because blobs are missing
         "#]], expect![[r#"
-            reading the manifest
-            looking for blobs on s3
-            sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
-            would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
-            would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
-            would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
-            would fetch sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
-            would fetch sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
-            would fetch sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
-            would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
-            would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (11.97 KiB)
-            would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+            Ns reading the manifest
+            Ns looking for blobs on s3
+            Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
+            Ns would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
+            Ns would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
+            Ns would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
+            Ns would fetch sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
+            Ns would fetch sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
+            Ns would fetch sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
+            Ns would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
+            Ns would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
+            Ns would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
             warning: 1 blob(s) that the manifest names are not on s3 (expired?): 4 result(s) and 4 layer(s) would be left out
         "#]]);
     import()
@@ -251,18 +238,18 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
         .run()
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
-            reading the manifest
-            looking for blobs on s3
-            layercache: importing from s3://cache/manifests/buildkit: 1 blob(s) that the manifest names are not on s3 (expired?): sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a; export the cache again, or let --missing=drop leave out what needs them
-            would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
-            would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
-            would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
-            would fetch sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
-            would fetch sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
-            would fetch sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
-            would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
-            would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (11.97 KiB)
-            would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+            Ns reading the manifest
+            Ns looking for blobs on s3
+            Ns would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
+            Ns would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
+            Ns would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
+            Ns would fetch sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
+            Ns would fetch sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
+            Ns would fetch sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
+            Ns would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
+            Ns would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
+            Ns would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+            error: importing from s3://cache/manifests/buildkit: 1 blob(s) that the manifest names are not on s3 (expired?): sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a; export the cache again, or let --missing=drop leave out what needs them
         "#]]);
     assert!(!layout.exists());
     assert_eq!(server.count("GetObject"), 2, "the manifest, twice");
@@ -285,9 +272,9 @@ fn a_dry_run_fails_of_a_blob_that_has_another_size() {
         .ends_with(1)
         .without_blobs()
         .prints(expect![[""]], expect![[r#"
-            reading the manifest
-            looking for blobs on s3
-            layercache: importing from s3://cache/manifests/buildkit: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on s3 is damaged: it has 5 bytes where the manifest says 6265; delete the object and export it again
+            Ns reading the manifest
+            Ns looking for blobs on s3
+            error: importing from s3://cache/manifests/buildkit: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on s3 is damaged: it has 5 bytes where the manifest says 6265; delete the object and export it again
         "#]]);
 }
 
@@ -300,13 +287,13 @@ fn an_export_uploads_blobs_that_are_gone_though_a_manifest_names_them() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 2 uploaded (18.09 KiB), 8 already there, 0 refreshed; 21 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit: 2 uploaded (18.1 KiB), 8 already there, 0 refreshed; 21 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            uploading (2 blobs, 18.09 KiB)
-            uploaded sha256:710869d00fd0 6.12 KiB
-            uploaded sha256:b95b63489f91 11.97 KiB
-            wrote manifests/buildkit
+            Ns looking for blobs on s3
+            Ns uploading (2 blobs, 18.1 KiB)
+            Ns [N/2] uploaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/2] uploaded sha256:b95b63489f91 12.0 KiB
+            Ns wrote manifests/buildkit
         "#]]);
     let mut put: Vec<String> = server
         .log()
@@ -341,9 +328,9 @@ fn the_import_after_the_blobs_are_back_is_whole_again() {
         .prints(expect![[r#"
             imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 1 fetched (9.00 KiB), 9 already there; 2 requests in N s
         "#]], expect![[r#"
-            reading the manifest
-            fetching (1 blob, 9.00 KiB)
-            downloaded sha256:1538290aa394 9.00 KiB
+            Ns reading the manifest
+            Ns fetching (1 blob, 9.00 KiB)
+            Ns [N/1] downloaded sha256:1538290aa394 9.00 KiB
         "#]]);
     assert_eq!(reexported(layout.path()), whole());
 }
@@ -364,19 +351,18 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 6 blobs: 6 fetched (34.65 KiB), 0 already there; 8 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 6 blobs: 6 fetched (34.6 KiB), 0 already there; 8 requests in N s
         "#]], expect![[r#"
             warning: --cache-from: mode: ignored: it means something on --cache-to only
-            reading the manifest
-            fetching (7 blobs, 35.85 KiB)
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:14b83d454ab7 4.53 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            sha256:00afeaf117419cda1c679efc7c21a51d9cda419781b1e754014f68a7042c9668 is not on s3 any more
-            stopped downloading sha256:00afeaf11741 after 0 B of 1.20 KiB
+            Ns reading the manifest
+            Ns fetching (7 blobs, 35.9 KiB)
+            Ns [N/7] downloaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/7] downloaded sha256:14b83d454ab7 4.53 KiB
+            Ns [N/7] downloaded sha256:6e52fec599f1 635 B
+            Ns [N/7] downloaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/7] downloaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/7] downloaded sha256:f898e33dc2c9 90 B
+            Ns sha256:00afeaf117419cda1c679efc7c21a51d9cda419781b1e754014f68a7042c9668 is not on s3 any more
             warning: 1 blob(s) that the manifest names are not on s3 (expired?): 0 result(s) and 0 layer(s) were left out, and the image cannot be restored
         "#]]);
     let kept = reexported(layout.path());

@@ -395,6 +395,66 @@ impl Documents {
     }
 }
 
+/// What BuildKit finds: by containerd's annotation first, then by OCI's.
+fn found_by_buildkit(index: &Value, tag: &str) -> Option<String> {
+    let entries = index["manifests"].as_array().expect("entries");
+    [
+        "io.containerd.image.name",
+        "org.opencontainers.image.ref.name",
+    ]
+    .iter()
+    .find_map(|name| {
+        entries
+            .iter()
+            .find(|entry| entry["annotations"][name] == tag)
+    })
+    .map(|entry| entry["digest"].to_string())
+}
+
+#[test]
+fn a_manifest_on_s3_cannot_take_over_another_tag() {
+    let docs = Documents(with_blobs());
+    let layer = docs.put(TAR, &blob(0));
+    let config = docs.json(
+        CONFIG,
+        json!({"rootfs": {"diff_ids": [Digest::of(&blob(0))]}}),
+    );
+    let plain = docs.json(
+        MANIFEST,
+        json!({"schemaVersion": 2, "config": config, "layers": [layer]}),
+    );
+    let mut root = plain.clone();
+    root["annotations"] = json!({
+        "io.containerd.image.name": "latest",
+        "org.opencontainers.image.ref.name": "latest",
+        "vnd.docker.reference.type": "attestation-manifest",
+    });
+    root["urls"] = json!(["https://example.org/elsewhere"]);
+    root["data"] = json!("e30=");
+    root["artifactType"] = json!("application/x");
+    let mut branch = manifest();
+    docs.0.put("manifests/main", branch.to_string());
+    branch["layercache"] = json!({"version": 1, "root": root, "contents": [layer, config, plain]});
+    docs.0.put("manifests/branch", branch.to_string());
+
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let import = |name: &str, tag: &str| {
+        let spec = docs.0.spec(&format!("name={name}"));
+        Program::import(&spec, folder.path())
+            .args(["--tag", tag])
+            .run()
+            .succeeds();
+        let index = std::fs::read(folder.path().join("index.json")).expect("the index");
+        serde_json::from_slice::<Value>(&index).expect("JSON")
+    };
+    let main = found_by_buildkit(&import("main", "latest"), "latest").expect("it is tagged");
+    let index = import("branch", "branch");
+    assert_eq!(found_by_buildkit(&index, "latest"), Some(main));
+    let mut entry = plain.clone();
+    entry["annotations"] = json!({"org.opencontainers.image.ref.name": "branch"});
+    assert_eq!(index["manifests"][1], entry);
+}
+
 #[test]
 fn an_image_that_is_not_what_the_manifest_says_is_never_tagged() {
     let docs = Documents(with_blobs());
@@ -603,7 +663,8 @@ fn counts_that_would_take_all_memory_are_refused_before_they_do() {
     let server = Server::start();
     for element in ["{},", "[],", "0,", "{\"digest\":\"\"},"] {
         for field in ["layers", "records", "other"] {
-            let list = element.repeat(5 << 20);
+            // Less than the 64 MiB of the largest document.
+            let list = element.repeat((5 << 20).min((60 << 20) / element.len()));
             let text = format!("{{\"{field}\":[{}]}}", list.trim_end_matches(','));
             server.put("manifests/buildkit", text);
             let place = Place::new();

@@ -22,6 +22,7 @@ mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
 mod several;
+mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;

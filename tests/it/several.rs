@@ -49,16 +49,16 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
         .ends_with(1)
         .without_blobs()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/a: 10 uploaded (62.94 KiB), 0 already there, 0 refreshed; 21 requests in N s
+            exported 10 blobs to s3://cache/manifests/a: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 21 requests in N s
             exported 5 blobs to s3://cache/manifests/c: 0 uploaded (0 B), 5 already there, 0 refreshed; 6 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            uploading (10 blobs, 62.94 KiB)
-            wrote manifests/a
-            looking for blobs on s3
-            uploading (5 blobs, 30.12 KiB)
-            looking for blobs on s3
-            wrote manifests/c
+            Ns looking for blobs on s3
+            Ns uploading (10 blobs, 62.9 KiB)
+            Ns wrote manifests/a
+            Ns looking for blobs on s3
+            Ns uploading (5 blobs, 30.1 KiB)
+            Ns looking for blobs on s3
+            Ns wrote manifests/c
             error: exporting to s3://absent/manifests/b: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
     assert_eq!(server.objects()["manifests/a"], s3_manifest("max.json"));
@@ -103,10 +103,10 @@ fn a_failure_that_is_ignored_says_what_it_took() {
         .succeeds()
         .without_blobs()
         .prints(expect![[r#"
-            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 6 requests in N s
+            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
         "#]], expect![[r#"
-            looking for blobs on s3
-            uploading (5 blobs, 30.12 KiB)
+            Ns looking for blobs on s3
+            Ns uploading (5 blobs, 30.1 KiB)
             warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
     let result = &results(&file)[0];
@@ -156,46 +156,48 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
         (
             "damaged",
             expect![[r#"
-                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
             "#]],
             expect![[r#"
-            reading the manifest
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            error: importing from s3://cache/manifests/damaged: reading the manifest manifests/damaged on s3 (3 tries): reading the cache manifest: it is not a JSON object
-        "#]],
+                Ns reading the manifest
+                Ns manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2), trying again (2 of 3)
+                Ns manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2), trying again (3 of 3)
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                error: importing from s3://cache/manifests/damaged: reading the manifest manifests/damaged on s3: manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2) (3 tries)
+            "#]],
         ),
         (
             "denied",
             expect![[r#"
-                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
             "#]],
             expect![[r#"
-            reading the manifest
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            error: importing from s3://cache/manifests/denied: cannot get s3://cache/manifests/denied: the store answered 403 AccessDenied (The test server was told to answer AccessDenied.); s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
-        "#]],
+                Ns reading the manifest
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                error: importing from s3://cache/manifests/denied: reading the manifest manifests/denied on s3: cannot get s3://cache/manifests/denied: the store answered 403 AccessDenied (The test server was told to answer AccessDenied.); s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+            "#]],
         ),
     ] {
         let folder = tempfile::tempdir().expect("a temporary directory");
@@ -240,47 +242,47 @@ fn require_wants_one_of_the_sources_to_be_there() {
             ["pr-7", "main"],
             expect![[r#"
                 nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
-                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
             "#]],
             expect![[r#"
-            reading the manifest
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
-        "#]],
+                Ns reading the manifest
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
+            "#]],
         ),
         (
             ["main", "pr-7"],
             expect![[r#"
-                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.94 KiB), 0 already there; 11 requests in N s
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
                 nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
             "#]],
             expect![[r#"
-            reading the manifest
-            fetching (10 blobs, 62.94 KiB)
-            downloaded sha256:01a37f800d03 159 B
-            downloaded sha256:0d68a9c7a878 8.46 KiB
-            downloaded sha256:1538290aa394 9.00 KiB
-            downloaded sha256:230a4b9dd0a4 8.51 KiB
-            downloaded sha256:662e50c29c13 9.03 KiB
-            downloaded sha256:6e52fec599f1 635 B
-            downloaded sha256:710869d00fd0 6.12 KiB
-            downloaded sha256:aa969215ace4 8.98 KiB
-            downloaded sha256:b95b63489f91 11.97 KiB
-            downloaded sha256:f898e33dc2c9 90 B
-            reading the manifest
-            warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
-        "#]],
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns reading the manifest
+                warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
+            "#]],
         ),
     ] {
         let folder = tempfile::tempdir().expect("a temporary directory");
@@ -293,8 +295,8 @@ fn require_wants_one_of_the_sources_to_be_there() {
     import(["pr-7", "pr-8"], folder.path())
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
-            reading the manifest
-            reading the manifest
+            Ns reading the manifest
+            Ns reading the manifest
             error: importing from s3://cache/manifests/pr-7: there is no manifest manifests/pr-7 in bucket cache, and --require wants one
             error: importing from s3://cache/manifests/pr-8: there is no manifest manifests/pr-8 in bucket cache, and --require wants one
         "#]]);
