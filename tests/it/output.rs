@@ -27,8 +27,8 @@ impl Run {
 }
 
 /// `text` with what differs from run to run replaced: ports, temporary directories, this checkout's
-/// path and seconds. Blobs are moved side by side, so neighbouring lines about one blob each are
-/// sorted, and their count of blobs done is replaced.
+/// path and seconds. Blobs are moved in parallel, so neighbouring lines about one blob each are sorted,
+/// and the number of those done in them is replaced.
 pub fn lasting(text: &str) -> String {
     let temporary = std::env::temp_dir().join(".tmp");
     let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
@@ -75,15 +75,13 @@ fn names_blob(line: &str) -> bool {
     line.contains("sha256:")
 }
 
-/// `in 0.3 s` as `in N s`, and the elapsed time that begins a line, `  0.3s`, as `Ns`.
+/// `in 0.3 s` as `in N s`; the elapsed seconds that progress lines begin with lose their alignment.
 fn without_seconds(line: &str) -> String {
     let mut out = String::new();
-    let mut rest = line;
-    let trimmed = line.trim_start();
-    let elapsed = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.');
-    if elapsed.is_some_and(|end| end > 0 && trimmed[end..].starts_with("s ")) {
-        rest = trimmed;
-    }
+    let mut rest = match line.trim_start_matches(' ') {
+        elapsed if elapsed.starts_with(|c: char| c.is_ascii_digit()) => elapsed,
+        _ => line,
+    };
     while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
@@ -102,31 +100,17 @@ fn without_seconds(line: &str) -> String {
     out + rest
 }
 
-/// `[3/10] uploaded` as `[K/10] uploaded`, behind the elapsed seconds that begin a line: blobs finish in
-/// any order.
-fn without_count(line: &str) -> String {
-    let start = line.trim_start();
-    let rest = start.strip_prefix("Ns ").unwrap_or(line);
-    let Some((count, rest)) = rest.strip_prefix('[').and_then(|rest| rest.split_once('/')) else {
-        return rest.to_owned();
-    };
-    match count.bytes().all(|byte| byte.is_ascii_digit()) {
-        true => format!("[K/{rest}"),
-        false => format!("[{count}/{rest}"),
-    }
-}
-
 #[test]
 fn what_differs_from_run_to_run_is_replaced() {
     let temporary = std::env::temp_dir().join(".tmpA1b2C3/cache");
     let text = format!(
         "uploaded sha256:b 1.5 KiB\nuploaded sha256:a 2 B\nwrote {} at http://127.0.0.1:4711/x; \
-         21 requests in 0.1 s\n 12.0s [3/10] hashed sha256:0\n",
+         21 requests in 0.1 s\n  1.0s [1/2] sent sha256:b\n 12.0s [2/2] sent sha256:a\n",
         temporary.display()
     );
     assert_eq!(
         lasting(&text),
         "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
-         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [N/10] hashed sha256:0\n"
+         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [N/2] sent sha256:a\nNs [N/2] sent sha256:b\n"
     );
 }
