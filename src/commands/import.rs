@@ -14,8 +14,8 @@ use serde::Serialize;
 
 use crate::blocking::blocking;
 use crate::bucket::{Bucket, Certainty};
-use crate::cache::{CacheConfig, Record};
 use crate::cache::digest::Digest;
+use crate::cache::{CacheConfig, Record};
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ImportTask, Missing, S3Config};
 use crate::layout::{Layout, Published, tag_of};
@@ -529,8 +529,16 @@ impl ImportFrom<'_> {
             },
             dropped.results,
             dropped.layers,
-            if self.task.dry_run { "would be" } else { "were" },
-            if cache.image.is_some() && kept.image.is_none() { ", and the image cannot be restored" } else { "" }
+            if self.task.dry_run {
+                "would be"
+            } else {
+                "were"
+            },
+            if cache.image.is_some() && kept.image.is_none() {
+                ", and the image cannot be restored"
+            } else {
+                ""
+            }
         ));
         Ok(kept)
     }

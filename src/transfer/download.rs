@@ -94,9 +94,8 @@ impl Downloader {
             size: Some(size),
             content_addressed: true,
         };
-        let wrong = |error: &StoreError| {
-            matches!(error.kind, Kind::WrongSize { .. } | Kind::Missing)
-        };
+        let wrong =
+            |error: &StoreError| matches!(error.kind, Kind::WrongSize { .. } | Kind::Missing);
         let mut object = match store::read(&self.store, key, None, expected).await {
             Ok(Some(object)) => object,
             Ok(None) => return Ok(false),
@@ -151,7 +150,7 @@ impl Downloader {
             writer.restart(blob)?;
             // What an earlier run left may be at fault, or the network.
             if !resumed && refetched == REFETCHES {
-return Err(Damaged::bytes(key, found).into());
+                return Err(Damaged::bytes(key, found).into());
             }
             refetched += u32::from(!resumed);
             resumed = false;
