@@ -42,7 +42,8 @@ use crate::config::S3Config;
 use crate::progress::Progress;
 use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{
-    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
+    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload,
+    UploadBody,
 };
 
 /// Connects to the bucket that `config` describes. Sends nothing yet.

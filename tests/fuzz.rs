@@ -22,7 +22,8 @@ use layercache::layout::{Documents, Layout, Selection, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
-    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
+    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload,
+    UploadBody,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;

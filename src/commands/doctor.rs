@@ -358,7 +358,9 @@ impl DoctorDetails {
                 .iter()
                 .filter(|checked| checked.needed_for.contains(&need.name()));
             needed.clone().count() > 0
-                && needed.into_iter().all(|checked| checked.result == Answer::Works)
+                && needed
+                    .into_iter()
+                    .all(|checked| checked.result == Answer::Works)
         };
         (self.export_works, self.import_works) = (work(Need::Export), work(Need::Import));
     }
@@ -374,8 +376,14 @@ impl DoctorDetails {
         let failed = self.checks.iter().find(|checked| {
             let essential = [Need::Export, Need::Import].map(Need::name);
             checked.result == Answer::Fails
-                && (checked.needed_for.iter().any(|need| essential.contains(need))
-                    || self.checks.iter().all(|other| other.result != Answer::Works))
+                && (checked
+                    .needed_for
+                    .iter()
+                    .any(|need| essential.contains(need))
+                    || self
+                        .checks
+                        .iter()
+                        .all(|other| other.result != Answer::Works))
         });
         let cause = failed.map_or("see above", |checked| checked.name);
         let addresses = place.addresses();
@@ -523,7 +531,9 @@ impl Work<DoctorDetails> for Examination<'_> {
         let mut hopeless = false;
         for check in &CHECKS {
             if hopeless {
-                details.checks.push(Checked::new(check, Answer::NotTried, None));
+                details
+                    .checks
+                    .push(Checked::new(check, Answer::NotTried, None));
                 continue;
             }
             let began = Instant::now();
@@ -599,7 +609,9 @@ impl Examination<'_> {
     /// Without an object, this tries out the permission alone.
     async fn head(&self) -> StoreResult<()> {
         match self.store.head(&self.key).await? {
-            None if self.written.is_some() => Err(self.lost("not found right after it was written")),
+            None if self.written.is_some() => {
+                Err(self.lost("not found right after it was written"))
+            }
             Some(info) if info.size != CONTENT.len() as u64 => {
                 Err(self.lost(&format!("{} bytes instead of {}", info.size, CONTENT.len())))
             }
@@ -616,7 +628,9 @@ impl Examination<'_> {
         let limit = CONTENT.len() as u64;
         let found = read_whole(&self.store, &self.key, limit, check).await?;
         match found {
-            None if self.written.is_some() => Err(self.lost("not found right after it was written")),
+            None if self.written.is_some() => {
+                Err(self.lost("not found right after it was written"))
+            }
             _ => Ok(()),
         }
     }
@@ -721,7 +735,11 @@ impl Examination<'_> {
     /// A store allows or refuses to delete whether the object is there or not.
     async fn delete(&mut self) -> StoreResult<()> {
         let key = std::slice::from_ref(&self.key);
-        self.store.delete(key).await?.into_iter().collect::<StoreResult<()>>()?;
+        self.store
+            .delete(key)
+            .await?
+            .into_iter()
+            .collect::<StoreResult<()>>()?;
         self.object = false;
         Ok(())
     }

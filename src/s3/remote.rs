@@ -124,7 +124,9 @@ impl Remote {
         if answer::is_evidence(headers) {
             self.note_genuine();
         }
-        if let Some(date) = headers.get(header::DATE).and_then(|date| date.to_str().ok())
+        if let Some(date) = headers
+            .get(header::DATE)
+            .and_then(|date| date.to_str().ok())
             && let Ok(date) = httpdate::parse_http_date(date)
         {
             *lock(&self.clock_ahead) = Some(seconds_ahead(date, SystemTime::now()));

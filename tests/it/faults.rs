@@ -17,7 +17,8 @@ use layercache::cache::digest::Digest;
 use layercache::config::Task;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
-    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
+    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload,
+    UploadBody,
 };
 use layercache::transfer::limits::Limits;
 use tempfile::TempDir;

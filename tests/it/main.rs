@@ -6,6 +6,7 @@ mod company;
 mod crashes;
 mod credentials;
 mod disk;
+mod doctor;
 mod expired;
 mod faults;
 mod fidelity;
