@@ -1,0 +1,84 @@
+//! Responses kept as text files, for tests to replay.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::recorder::Exchange;
+
+/// Longer bodies show nothing that shorter ones do not.
+const LONGEST: usize = 4 << 10;
+
+/// Requests whose responses differ between servers, or are worth a test.
+const KEPT: &[&str] = &[
+    "abort-multipart-upload",
+    "complete-multipart-upload",
+    "copy-object",
+    "create-multipart-upload",
+    "delete-object",
+    "delete-objects",
+    "list-multipart-uploads",
+    "list-objects-v2",
+    "list-parts",
+    "put-object",
+    "upload-part",
+    "upload-part-copy",
+];
+
+/// The first response of each kind: of an operation that succeeded, and of each error.
+#[derive(Default)]
+pub struct Recordings(BTreeMap<String, Exchange>);
+
+impl Recordings {
+    pub fn add(&mut self, exchanges: &[Exchange]) {
+        for exchange in exchanges {
+            let operation = exchange.operation();
+            let read = ["head-object", "get-object"].contains(&operation);
+            if exchange.body.len() > LONGEST
+                || !(KEPT.contains(&operation) || read && !exchange.succeeded())
+                // An empty list shows nothing.
+                || operation.starts_with("list-")
+                    && exchange.succeeded()
+                    && !["<Key>", "<Part>"].iter().any(|tag| exchange.text().contains(tag))
+            {
+                continue;
+            }
+            let name = match exchange.succeeded() {
+                true => operation.to_owned(),
+                false => format!("{operation}-{}", error(exchange)),
+            };
+            self.0.entry(name).or_insert_with(|| exchange.clone());
+        }
+    }
+
+    /// Writes each as request line, empty line, status line and headers, empty line, body.
+    /// `address`, where the servers were reached, becomes `127.0.0.1:9000`.
+    pub fn write(&self, dir: &Path, address: &str) -> Result<()> {
+        fs::create_dir_all(dir)?;
+        for (name, exchange) in &self.0 {
+            let text = format!(
+                "{}\n\n{}\n\n{}",
+                exchange.request.start(),
+                exchange.response.0,
+                exchange.text()
+            );
+            let text = text.replace(address, "127.0.0.1:9000");
+            fs::write(dir.join(format!("{name}.txt")), text)?;
+        }
+        Ok(())
+    }
+}
+
+/// S3's code, or the status where there is none.
+fn error(exchange: &Exchange) -> String {
+    let text = exchange.text();
+    let code = text
+        .split_once("<Code>")
+        .and_then(|(_, rest)| rest.split_once("</Code>"));
+    match code {
+        Some((code, _)) => code.to_owned(),
+        None => exchange.response.status().to_string(),
+    }
+}
