@@ -25,6 +25,7 @@ use crate::signed;
 pub const BUCKET: &str = "cache";
 
 /// Everything that clients and servers have been seen to encode differently.
+const UNUSUAL_PREFIX: &str = "a b+c%25d/ü&=(x)!*'~@$:?#[]/";
 const UNUSUAL: &str = "prefix=a b+c%25d/ü&=(x)!*'~@$:?#[]/,name=main:1 ü+%2F";
 
 /// A blob was refreshed by uploading it again, as the copy did not do it.
@@ -48,12 +49,14 @@ pub const POINTS: &[Point] = &[
     point("refresh", refresh),
     point("refresh, multipart object", refresh_multipart),
     point("refresh in parts", refresh_in_parts),
-    point("listing, 1,100 objects", listing),
+    point("1,100 blobs", many_blobs),
+    point("listing", listing),
     point("unfinished uploads", unfinished_uploads),
     point("delete", delete),
     point("delete in a batch", delete_batch),
     point("unusual keys", unusual_keys),
     point("refresh, unusual keys", refresh_unusual_keys),
+    point("listing, unusual keys", list_unusual_keys),
     point("keys with //", double_slash),
     point("no cache yet", no_cache),
     point("no bucket", no_bucket),
@@ -167,24 +170,20 @@ fn refresh_in_parts(peer: &Peer) -> Result<&'static str> {
     peer.refreshes(&peer.layouts.big, "big/", limits)
 }
 
-fn listing(peer: &Peer) -> Result<&'static str> {
+fn many_blobs(peer: &Peer) -> Result<&'static str> {
     let layout = &peer.layouts.many;
     peer.export(layout, "prefix=many/,upload_parallelism=16")?;
-    let store = peer.store("prefix=many/")?;
-    let mut listed = Vec::new();
-    let mut next = None;
-    loop {
-        let page = store.list("many/blobs/", next.as_deref());
-        let page = peer.runtime.block_on(page)?;
-        listed.extend(page.objects.into_iter().map(|(key, _)| key));
-        next = page.next;
-        if next.is_none() {
-            break;
-        }
-    }
-    let keys = layers(layout)?
-        .into_iter()
-        .map(|(digest, _)| format!("many/blobs/{digest}"));
+    peer.recorder.recent();
+    peer.export(layout, "prefix=many/")?;
+    let sent = blobs_sent(&peer.recorder.recent());
+    ensure!(sent == 0, "{sent} blobs were sent again");
+    peer.import_equals(layout, "prefix=many/")
+}
+
+fn listing(peer: &Peer) -> Result<&'static str> {
+    let listed = peer.list("many/blobs/")?;
+    let digests = layers(&peer.layouts.many)?.into_iter();
+    let keys = digests.map(|(digest, _)| format!("many/blobs/{digest}"));
     let missing = keys.filter(|key| !listed.contains(key)).count();
     ensure!(
         missing == 0,
@@ -192,11 +191,7 @@ fn listing(peer: &Peer) -> Result<&'static str> {
         listed.len()
     );
     ensure!(listed.is_sorted(), "keys were not listed in order");
-    peer.recorder.recent();
-    peer.export(layout, "prefix=many/")?;
-    let sent = blobs_sent(&peer.recorder.recent());
-    ensure!(sent == 0, "{sent} blobs were sent again");
-    peer.import_equals(layout, "prefix=many/")
+    Ok("")
 }
 
 fn unfinished_uploads(peer: &Peer) -> Result<&'static str> {
@@ -299,6 +294,18 @@ fn refresh_unusual_keys(peer: &Peer) -> Result<&'static str> {
     Ok(if sent > 0 { SENT_AGAIN } else { "" })
 }
 
+fn list_unusual_keys(peer: &Peer) -> Result<&'static str> {
+    let listed = peer.list(UNUSUAL_PREFIX)?;
+    for (digest, _) in layers(&peer.layouts.real)? {
+        let key = format!("{UNUSUAL_PREFIX}blobs/{digest}");
+        ensure!(
+            listed.contains(&key),
+            "{key} was not listed, but {listed:?}"
+        );
+    }
+    Ok("")
+}
+
 fn double_slash(peer: &Peer) -> Result<&'static str> {
     peer.export(&peer.layouts.real, "prefix=a//b/")?;
     peer.import_equals(&peer.layouts.real, "prefix=a//b/")
@@ -320,12 +327,8 @@ fn no_cache(peer: &Peer) -> Result<&'static str> {
 }
 
 fn no_bucket(peer: &Peer) -> Result<&'static str> {
-    let layout = &peer.layouts.real;
-    peer.fails(
-        layout,
-        &peer.spec("").replace(BUCKET, "absent"),
-        &["bucket"],
-    )
+    let spec = peer.spec("").replace(BUCKET, "absent");
+    peer.fail(&spec, &["bucket"])
 }
 
 fn unknown_key(peer: &Peer) -> Result<&'static str> {
@@ -333,7 +336,7 @@ fn unknown_key(peer: &Peer) -> Result<&'static str> {
         &format!("access_key_id={}", peer.key),
         "access_key_id=AKIAUNKNOWNEXAMPLE",
     );
-    peer.fails(&peer.layouts.real, &spec, &["key"])
+    peer.fail(&spec, &["key"])
 }
 
 fn wrong_secret(peer: &Peer) -> Result<&'static str> {
@@ -341,7 +344,7 @@ fn wrong_secret(peer: &Peer) -> Result<&'static str> {
         &format!("secret_access_key={}", peer.secret),
         "secret_access_key=wrong",
     );
-    peer.fails(&peer.layouts.real, &spec, &["secret", "keys"])
+    peer.fail(&spec, &["secret", "keys"])
 }
 
 impl Peer<'_> {
@@ -400,6 +403,20 @@ impl Peer<'_> {
             .block_on(layercache::s3::connect(config, quiet()))
     }
 
+    /// All keys that begin with `prefix`, page by page.
+    fn list(&self, prefix: &str) -> Result<Vec<String>> {
+        let store = self.store("")?;
+        let (mut listed, mut next) = (Vec::new(), None);
+        loop {
+            let page = self.runtime.block_on(store.list(prefix, next.as_deref()))?;
+            listed.extend(page.objects.into_iter().map(|(key, _)| key));
+            next = page.next;
+            if next.is_none() {
+                return Ok(listed);
+            }
+        }
+    }
+
     /// Imports into a new directory, which must then hold just what `layout` holds.
     fn import_equals(&self, layout: &Path, extra: &str) -> Result<&'static str> {
         let copy = self.fresh()?;
@@ -454,15 +471,15 @@ impl Peer<'_> {
         Ok(times)
     }
 
-    /// An export to `spec` must fail, with an error that holds one of `words`.
-    fn fails(&self, layout: &Path, spec: &str, words: &[&str]) -> Result<&'static str> {
-        let output = self.output_of("export", spec, layout)?;
-        ensure!(!output.succeeded, "the export succeeded");
-        let error = output.last_line();
-        ensure!(
-            words.iter().any(|word| error.contains(word)),
-            "it does not say why: {error}"
-        );
+    /// An export to `spec` and an import from it must fail, with errors that hold one of `words`.
+    fn fail(&self, spec: &str, words: &[&str]) -> Result<&'static str> {
+        for (verb, layout) in [("export", &self.layouts.real), ("import", &self.fresh()?)] {
+            let output = self.output_of(verb, spec, layout)?;
+            ensure!(!output.succeeded, "the {verb} succeeded");
+            let error = output.last_line();
+            let says = words.iter().any(|word| error.contains(word));
+            ensure!(says, "the {verb} does not say why: {error}");
+        }
         Ok("")
     }
 

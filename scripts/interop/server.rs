@@ -28,15 +28,22 @@ pub const KINDS: &[Kind] = &[
     },
     Kind {
         name: "rclone",
-        exceptions: &[],
+        exceptions: &[("keys with //", "rejects them")],
     },
     Kind {
         name: "seaweedfs",
-        exceptions: &[],
+        exceptions: &[("no bucket", "creates a bucket that is not there")],
     },
     Kind {
         name: "s3rver",
-        exceptions: &[],
+        exceptions: &[
+            (
+                "unfinished uploads",
+                "has neither their list nor that of their parts",
+            ),
+            ("keys with //", "rejects them"),
+            ("wrong secret", "does not check signatures of version 4"),
+        ],
     },
     Kind {
         name: "ceph-rgw",
@@ -44,7 +51,10 @@ pub const KINDS: &[Kind] = &[
     },
     Kind {
         name: "s3s-fs",
-        exceptions: &[],
+        exceptions: &[
+            ("unfinished uploads", "has no list of them"),
+            ("no bucket", "creates a bucket that is not there"),
+        ],
     },
     Kind {
         name: "garage",

@@ -6,7 +6,7 @@ SECRET=0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
 
 install() { cargo_install garage 2.5.0 --no-default-features --features bundled-libs,lmdb; }
 
-version() { bin/garage --version | sed 's/^garage \([^ ]*\).*/\1/'; }
+version() { bin/garage --version | sed 's/^garage \(cargo:\)*\([^ ]*\).*/\2/'; }
 
 start() {
     cat >garage.toml <<EOF

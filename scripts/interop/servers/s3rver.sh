@@ -12,6 +12,8 @@ install() {
 version() { node_modules/.bin/s3rver --version; }
 
 start() {
+    # The cipher of its listings' tokens is gone from OpenSSL 3.
+    export NODE_OPTIONS=--openssl-legacy-provider
     node_modules/.bin/s3rver --directory data --address 127.0.0.1 --port "$PORT" --no-vhost-buckets &
 }
 
