@@ -24,6 +24,7 @@ pub mod interrupt;
 pub mod layout;
 mod process;
 pub mod progress;
+pub mod redact;
 pub mod report;
 pub mod retry;
 pub mod s3;

@@ -29,7 +29,7 @@ pub struct Object {
     pub info: ObjectInfo,
     /// Bytes that `body` yields.
     pub length: u64,
-    /// Yields exactly `length` bytes or ends with an error. [`Kind::Deleted`]: the object was removed
+    /// Yields exactly `length` bytes or ends with an error. [`Kind::Missing`]: the object was removed
     /// during the read. [`Kind::Changed`]: it was replaced, and is not content-addressed.
     pub body: BoxStream<'static, StoreResult<Bytes>>,
 }
@@ -105,7 +105,7 @@ pub async fn read_whole(
                 Err(why) => error(Kind::Nonsense, format!("{key} is damaged: {why}")),
             },
             // Retried already.
-            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::Deleted) => {
+            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::Missing) => {
                 return Err(error);
             }
             Err(error) => error,
@@ -185,10 +185,11 @@ impl Reader {
                 }
                 Err(e) => {
                     let replaced = e.kind == Kind::Changed && self.content_addressed;
-                    // A proxy's answer may not come again.
-                    let again = e.is_nonsense() || (replaced && self.etag.is_some());
-                    if again && self.tries.again(Trouble::default(), &e.message).await {
-                        self.etag = self.etag.take().filter(|_| !self.content_addressed);
+                    let why = format!("{} was replaced while it was read", self.key);
+                    if replaced
+                        && self.etag.take().is_some()
+                        && self.tries.again(Trouble::default(), &why).await
+                    {
                         continue;
                     }
                     return Err(e);
@@ -197,7 +198,7 @@ impl Reader {
             if let (Some(expected), Some(found)) = (self.size, response.size)
                 && expected != found
             {
-                // The response may have lost its way, and its ETag be as wrong.
+                // The response may have lost its way, and with it the ETag.
                 self.etag = self.etag.take().filter(|_| !self.content_addressed);
                 let why = format!("{} has {found} bytes instead of {expected}", self.key);
                 if self.tries.again(Trouble::default(), &why).await {
@@ -308,7 +309,7 @@ impl Reader {
                 Ok(())
             }
             None => Err(error(
-                Kind::Deleted,
+                Kind::Missing,
                 format!("{} was deleted while it was read", self.key),
             )),
         }

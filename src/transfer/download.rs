@@ -295,7 +295,7 @@ impl Downloader {
                     blob.advance(chunk.len() as u64);
                     piece.add(chunk).await;
                 }
-                Err(error) if error.kind == Kind::Deleted => return Ok(None),
+                Err(error) if error.kind == Kind::Missing => return Ok(None),
                 Err(error) => return Err(damaged(key, size, error)),
             }
         }
