@@ -18,6 +18,7 @@ const KEPT: &[&str] = &[
     "copy-object",
     "create-multipart-upload",
     "delete-objects",
+    "get-object-range",
     "list-multipart-uploads",
     "list-objects-v2",
     "list-parts",
@@ -31,8 +32,14 @@ pub struct Recordings(BTreeMap<String, Exchange>);
 impl Recordings {
     pub fn add(&mut self, exchanges: &[Exchange]) {
         for exchange in exchanges {
-            let operation = exchange.operation();
-            if exchange.body.len() > LONGEST
+            let operation = match exchange.operation() {
+                "get-object" if exchange.request.header("range").is_some() => "get-object-range",
+                operation => operation,
+            };
+            // Of a longer body, only what was kept would be there.
+            let length = exchange.response.header("content-length");
+            let length = length.and_then(|length| length.parse().ok());
+            if exchange.body.len().max(length.unwrap_or(0)) > LONGEST
                 || exchange.succeeded() && !KEPT.contains(&operation)
                 // An empty list shows nothing.
                 || operation.starts_with("list-")
