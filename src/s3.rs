@@ -38,9 +38,9 @@ use self::remote::{Remote, lock};
 pub use self::timing::Timing;
 use crate::config::S3Config;
 use crate::progress::Progress;
-use crate::retry::RetryPolicy;
+use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{
-    ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
+    Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
 };
 
 /// Connects to the bucket that `config` describes. Sends nothing yet.
@@ -121,6 +121,25 @@ impl S3Store {
             None => Err(self.lacks(doing, Some(key), "success, but the object is not there")),
         }
     }
+
+    /// Does `operation` again while it succeeds in a way that the object belies.
+    async fn confirmed<T, F>(&self, operation: impl Fn() -> F) -> StoreResult<T>
+    where
+        F: Future<Output = StoreResult<T>> + Send,
+    {
+        let mut tries = self.remote.retry.tries();
+        loop {
+            match operation().await {
+                // With a status the dispatcher has tried it again already.
+                Err(e) if e.kind == Kind::Nonsense && e.status.is_none() => {
+                    if !tries.again(Trouble::default(), &e.message).await {
+                        return Err(e);
+                    }
+                }
+                done => return done,
+            }
+        }
+    }
 }
 
 #[async_trait]
@@ -139,11 +158,11 @@ impl Store for S3Store {
     }
 
     async fn put(&self, key: &str, body: Arc<dyn UploadBody>) -> StoreResult<()> {
-        self.put_object(key, body).await
+        self.confirmed(|| self.put_object(key, body.clone())).await
     }
 
     async fn touch(&self, key: &str, info: &ObjectInfo) -> StoreResult<bool> {
-        self.copy_onto_itself(key, info).await
+        self.confirmed(|| self.copy_onto_itself(key, info)).await
     }
 
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
@@ -176,7 +195,8 @@ impl Store for S3Store {
     }
 
     async fn complete_upload(&self, key: &str, upload: &str, parts: &[Part]) -> StoreResult<()> {
-        self.complete_multipart(key, upload, parts).await
+        self.confirmed(|| self.complete_multipart(key, upload, parts))
+            .await
     }
 
     async fn abort_upload(&self, key: &str, upload: &str) -> StoreResult<()> {

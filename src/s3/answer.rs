@@ -207,10 +207,15 @@ struct Found {
     refusal: Refusal,
 }
 
-/// Some stores (moto is one) say `Response` where S3 says `Result`.
+/// Some stores say `Response` where S3 says `Result` (moto), or neither (rclone).
 fn is_named(found: &str, root: &str) -> bool {
-    let stem = root.strip_suffix("Result").unwrap_or(root);
-    found == root || (stem != root && found.strip_suffix("Response") == Some(stem))
+    let stem = |name: &str| {
+        let stem = name.strip_suffix("Result");
+        stem.or(name.strip_suffix("Response"))
+            .unwrap_or(name)
+            .to_owned()
+    };
+    stem(found) == stem(root)
 }
 
 fn is_error_root(root: &str) -> bool {

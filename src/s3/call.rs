@@ -19,16 +19,18 @@ pub(super) enum Expect {
     Object,
     /// Headers that describe an object.
     Description,
-    /// An ETag, or nothing: no body.
+    /// An ETag, and no body.
     ETag,
+    /// No body; without an ETag the caller looks whether the object is there.
+    Stored,
     /// A status.
     Nothing,
     /// XML under this root, as long as a listing may be.
     Listing(&'static str),
     /// XML with this element.
     XmlWith(&'static str),
-    /// What is no `<Error>`: the caller finds out for itself whether it worked.
-    NoError,
+    /// XML under this root.
+    Xml(&'static str),
 }
 
 pub(super) struct Call {
@@ -103,7 +105,6 @@ impl Call {
 pub(super) struct Failure {
     pub(super) kind: Kind,
     pub(super) status: Option<u16>,
-    pub(super) code: Option<String>,
     /// Why, in words that begin a message.
     pub(super) cause: String,
     /// What to try.
@@ -113,8 +114,10 @@ pub(super) struct Failure {
     pub(super) again: Option<Trouble>,
     /// Other credentials may help.
     pub(super) renew: bool,
+    /// No request could be sent, whatever the object.
+    pub(super) general: bool,
     /// What the store said.
-    pub(super) refusal: Option<Refusal>,
+    pub(super) refusal: Option<Box<Refusal>>,
 }
 
 impl Failure {
@@ -122,13 +125,21 @@ impl Failure {
         Failure {
             kind,
             status: None,
-            code: None,
             cause: cause.into(),
             advice: None,
             source: None,
             again: None,
             renew: false,
+            general: false,
             refusal: None,
+        }
+    }
+
+    /// One that every request would meet.
+    pub(super) fn general(kind: Kind, cause: &anyhow::Error) -> Self {
+        Failure {
+            general: true,
+            ..Failure::new(kind, format!("{cause:#}"))
         }
     }
 
@@ -169,15 +180,17 @@ impl Failure {
         if let Some(tries) = tries {
             message.push_str(&format!(" ({tries})"));
         }
-        // Keys come from the user's own prefix, but nothing here may end a line.
-        message.push_str(&format!(", {} {}", call.doing, subject.escape_debug()));
+        if !self.general {
+            // Keys come from the user's own prefix, but nothing here may end a line.
+            message.push_str(&format!(", {} {}", call.doing, subject.escape_debug()));
+        }
         if let Some(advice) = &self.advice {
             message.push_str(&format!("; {advice}"));
         }
         StoreError {
             kind: self.kind,
             status: self.status,
-            code: self.code,
+            code: self.refusal.and_then(|refusal| refusal.code),
             message,
             source: self.source.map(|source| Box::new(source) as _),
         }

@@ -342,7 +342,14 @@ impl Broken {
         let (from, remedy) = match self.origin {
             Origin::Profile => {
                 let profile = set("AWS_PROFILE").unwrap_or_else(|| "default".into());
-                if reasons.to_ascii_lowercase().contains("sso") {
+                // Of the cached token, and of the portal that it is shown to.
+                let ended = [
+                    "SSO token",
+                    "/sso/cache/",
+                    "UnauthorizedException",
+                    "Session token not found",
+                ];
+                if ended.iter().any(|words| reasons.contains(words)) {
                     let reasons = secrets.outside(reasons);
                     return format!(
                         "the SSO session of profile {profile:?} has expired or is not there: run `aws \

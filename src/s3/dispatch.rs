@@ -128,9 +128,8 @@ impl Ready {
 
 /// Tries until it works, or is not worth another try.
 async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpResponse, StoreError> {
-    let denied = |e: anyhow::Error| {
-        Failure::new(Kind::Denied, format!("{e:#}")).into_error(remote, call, None)
-    };
+    let denied =
+        |e: anyhow::Error| Failure::general(Kind::Denied, &e).into_error(remote, call, None);
     let mut tries = remote.retry.tries();
     let mut renewed = false;
     loop {
@@ -144,6 +143,7 @@ async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpRespons
             }
             Err(failure) => failure,
         };
+        call.hold(None);
         // 4xx is a refusal; after anything else it may have been done all the same.
         let refused = matches!(failure.status, Some(400..=499));
         if call.begins_upload
@@ -179,11 +179,10 @@ async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpRespons
 /// Whether this is a refusal of a HEAD, whose answer has no body to give the reason.
 fn is_mute(call: &Call, failure: &Failure) -> bool {
     call.expect == Expect::Description
-        && failure.code.is_none()
         && failure
             .refusal
             .as_ref()
-            .is_some_and(|refusal| refusal.region.is_none())
+            .is_some_and(|refusal| refusal.code.is_none() && refusal.region.is_none())
         && matches!(failure.status, Some(400..=403 | 405..=499))
 }
 
@@ -207,11 +206,10 @@ async fn reason(
             let asking =
                 Call::new(call.doing, call.key.as_deref(), Expect::Object).with_range(Some(0..1));
             let told = match attempt(remote, &asking, &get, credentials).await {
-                Err(failure) if failure.status == Some(status) && failure.code.is_some() => {
-                    failure.refusal
-                }
-                _ => None,
+                Err(failure) => failure.refusal.map(|told| *told),
+                Ok(_) => None,
             };
+            let told = told.filter(|told| told.status == status && told.code.is_some());
             // What new credentials may cure is not the reason for long.
             if !told.as_ref().is_some_and(|told| told.verdict(true).renew) {
                 reasons.insert(status, told.clone());

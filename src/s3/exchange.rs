@@ -41,7 +41,7 @@ pub(super) async fn attempt(
         Some(body) => Outgoing::stream(&**body),
         None => Outgoing::memory(ready.payload.clone()),
     };
-    let other = |e: anyhow::Error| Failure::new(Kind::Other, format!("{e:#}"));
+    let other = |e: anyhow::Error| Failure::general(Kind::Other, &e);
     let wire = remote.wire().await.map_err(other)?;
     let payload = match &call.body {
         Some(body) if !body.is_empty() => match body.sha256() {
@@ -151,7 +151,7 @@ pub(super) async fn attempt(
     let start =
         check_success(remote, call, head.status, &head.headers, &read).map_err(|problem| {
             match problem {
-                Problem::Refused(refusal) => Failure::refused(remote, call, refusal),
+                Problem::Refused(refusal) => Failure::refused(remote, call, *refusal),
                 Problem::Unexpected(what) => unexpected(&what),
             }
         })?;
@@ -164,7 +164,7 @@ pub(super) async fn attempt(
 
 /// What is wrong with an answer of 2xx.
 enum Problem {
-    Refused(answer::Refusal),
+    Refused(Box<answer::Refusal>),
     Unexpected(String),
 }
 
@@ -179,7 +179,7 @@ fn check_success(
     let (status, secrets) = (status.as_u16(), &remote.secrets);
     let examine = |wanted| answer::examine(body, wanted, status, secrets);
     let wanted = match call.expect {
-        Expect::Listing(root) => Some(Wanted::Root(root)),
+        Expect::Listing(root) | Expect::Xml(root) => Some(Wanted::Root(root)),
         Expect::XmlWith(element) => Some(Wanted::Element(element)),
         _ => None,
     };
@@ -189,17 +189,19 @@ fn check_success(
                 remote.note_genuine();
                 Ok(start)
             }
-            Content::Error(refusal) => Err(Problem::Refused(refusal)),
+            Content::Error(refusal) => Err(Problem::Refused(Box::new(refusal))),
             Content::Nonsense(what) => Err(Problem::Unexpected(what)),
         };
     }
     if let Some(refusal) = answer::error_in(body, status, &remote.secrets) {
-        return Err(Problem::Refused(refusal));
+        return Err(Problem::Refused(Box::new(refusal)));
     }
     let has = |name| headers.contains_key(name);
     match call.expect {
-        // The caller looks whether the object is there.
-        Expect::ETag if !has(header::ETAG) && !body.trim_ascii().is_empty() => {
+        Expect::ETag if !has(header::ETAG) => {
+            Err(Problem::Unexpected("success without an ETag".into()))
+        }
+        Expect::Stored if !has(header::ETAG) && !body.trim_ascii().is_empty() => {
             let words = answer::first_words(body, &remote.secrets).unwrap_or_default();
             Err(Problem::Unexpected(format!(
                 "success, but not like S3 ({words})"
@@ -208,11 +210,6 @@ fn check_success(
         Expect::Description if !has(header::ETAG) && !has(header::LAST_MODIFIED) => Err(
             Problem::Unexpected("an object without ETag and Last-Modified".into()),
         ),
-        // What is not XML is kept from rusoto.
-        Expect::NoError => match examine(Wanted::Any) {
-            Content::Good { start } => Ok(start),
-            _ => Ok(body.len()),
-        },
         _ => Ok(0),
     }
 }

@@ -34,14 +34,14 @@ impl Failure {
                     .into(),
             );
         }
+        let cause = refusal.cause(&remote.endpoint.name());
         Failure {
             status: Some(refusal.status),
-            code: refusal.code.clone(),
             advice,
             again: verdict.again,
             renew: verdict.renew || mute,
-            refusal: Some(refusal.clone()),
-            ..Failure::new(verdict.kind, refusal.cause(&remote.endpoint.name()))
+            refusal: Some(Box::new(refusal)),
+            ..Failure::new(verdict.kind, cause)
         }
     }
 
@@ -94,7 +94,7 @@ impl Failure {
             let cause = format!("{peer} does not speak https ({reasons})");
             Failure::new(Kind::NotS3, cause)
                 .advise(format!("check endpoint_url, or use http://{peer}"))
-        } else if causes.refused {
+        } else if causes.refused && causes.proxy.is_none() {
             Failure::passing(Kind::Unavailable, format!("connection to {peer} refused"))
         } else if e.is_connect() {
             Failure::passing(

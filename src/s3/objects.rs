@@ -110,7 +110,7 @@ impl S3Store {
             content_type: Some(OCTETS.into()),
             ..Default::default()
         };
-        let call = Call::new(DOING, Some(key), Expect::ETag).with_body(body);
+        let call = Call::new(DOING, Some(key), Expect::Stored).with_body(body);
         let sent = self.run(
             call,
             |client| async move { client.put_object(request).await },
@@ -134,7 +134,7 @@ impl S3Store {
             ..Default::default()
         };
         const DOING: &str = "refreshing";
-        let call = Call::new(DOING, Some(key), Expect::NoError).slow();
+        let call = Call::new(DOING, Some(key), Expect::Xml("CopyObjectResult")).slow();
         let sent = self.run(
             call,
             |client| async move { client.copy_object(request).await },

@@ -124,7 +124,12 @@ impl S3Store {
             multipart_upload: Some(CompletedMultipartUpload { parts: Some(parts) }),
             ..Default::default()
         };
-        let call = Call::new(DOING, Some(key), Expect::NoError).slow();
+        let call = Call::new(
+            DOING,
+            Some(key),
+            Expect::Xml("CompleteMultipartUploadResult"),
+        )
+        .slow();
         let sent = self.run(call, |client| async move {
             client.complete_multipart_upload(request).await
         });

@@ -14,6 +14,9 @@ use crate::retry::{Tries, Trouble};
 /// progress: its retries start over. A few bytes at a time are not progress.
 const STRIDE: u64 = 512 << 10;
 
+/// A document whose size the store does not announce is read up to here.
+const UNANNOUNCED: u64 = 16 << 20;
+
 /// What the reader knows about an object.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Expected {
@@ -223,7 +226,10 @@ impl Reader {
     async fn collect(&mut self, limit: u64) -> StoreResult<Bytes> {
         let mut whole = BytesMut::new();
         loop {
-            let size = self.size.unwrap_or(whole.len() as u64);
+            let (size, limit) = match self.size {
+                Some(size) => (size, limit),
+                None => (whole.len() as u64, limit.min(UNANNOUNCED)),
+            };
             if size > limit {
                 let why = format!(
                     "{} has {size} bytes, and at most {limit} are read",

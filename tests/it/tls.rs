@@ -100,29 +100,34 @@ impl Authority {
             .expect("names")
             .signed_by(&key, &self.certificate, &self.key)
             .expect("a certificate");
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![certificate.der().clone()],
-                PrivateKeyDer::try_from(key.serialize_der()).expect("a key"),
-            )
-            .expect("the key fits");
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        Front::start(move |stream| {
-            let acceptor = acceptor.clone();
-            async move {
-                let Ok(mut outer) = acceptor.accept(stream).await else {
-                    return;
-                };
-                if let Ok(mut inner) = TcpStream::connect(to).await {
-                    let _ = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
-                }
-            }
-        })
+        serve_tls(&certificate, &key, to)
     }
+}
+
+/// TLS with `certificate`, before the store at `to`.
+fn serve_tls(certificate: &rcgen::Certificate, key: &KeyPair, to: SocketAddr) -> Front {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![certificate.der().clone()],
+            PrivateKeyDer::try_from(key.serialize_der()).expect("a key"),
+        )
+        .expect("the key fits");
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    Front::start(move |stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(mut outer) = acceptor.accept(stream).await else {
+                return;
+            };
+            if let Ok(mut inner) = TcpStream::connect(to).await {
+                let _ = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
+            }
+        }
+    })
 }
 
 fn spec(endpoint: &str, bucket: &str, extra: &str) -> String {
@@ -171,6 +176,39 @@ fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() 
         .says("AWS_CA_BUNDLE");
     assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
     assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn a_self_signed_certificate_that_calls_itself_a_ca_s_is_trusted_if_it_is_in_the_bundle() {
+    // What `openssl req -x509` makes.
+    let make = |name: &str, days: i64| {
+        let mut params = CertificateParams::new([name.to_owned()]).expect("a name");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_after = time::OffsetDateTime::now_utc() + time::Duration::days(days);
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        (certificate, key)
+    };
+    let server = Server::start();
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let run = |presented: &(rcgen::Certificate, KeyPair), bundled: &rcgen::Certificate| {
+        let front = serve_tls(&presented.0, &presented.1, server.addr());
+        let bundle = folder.path().join("bundle.pem");
+        std::fs::write(&bundle, bundled.pem()).expect("a file can be written");
+        let endpoint = format!("https://127.0.0.1:{}", front.port);
+        export(&spec(&endpoint, "cache", ""))
+            .env("AWS_CA_BUNDLE", bundle)
+            .run()
+    };
+    let good = make("127.0.0.1", 30);
+    run(&good, &good.0).succeeds();
+    let no_trust = "no trust in the certificate of 127.0.0.1:";
+    run(&good, &make("127.0.0.1", 30).0)
+        .ends_with(1)
+        .says(no_trust);
+    for wrong in [make("s3.example", 30), make("127.0.0.1", -1)] {
+        run(&wrong, &wrong.0).ends_with(1).says(no_trust);
+    }
 }
 
 #[test]
