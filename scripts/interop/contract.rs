@@ -558,7 +558,7 @@ fn blobs_sent(exchanges: &[Exchange]) -> usize {
         let copied = || {
             exchanges.iter().any(|other| {
                 let same = other.target().split('?').next() == exchange.target().split('?').next();
-                same && other.operation() == "upload-part-copy"
+                same && other.operation() == "upload-part-copy" && other.succeeded()
             })
         };
         starts.contains(&exchange.operation()) && exchange.target().contains("blobs/") && !copied()

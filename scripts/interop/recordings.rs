@@ -33,7 +33,9 @@ impl Recordings {
     pub fn add(&mut self, exchanges: &[Exchange]) {
         for exchange in exchanges {
             let operation = match exchange.operation() {
-                "get-object" if exchange.request.header("range").is_some() => "get-object-range",
+                "get-object" if exchange.response.header("content-range").is_some() => {
+                    "get-object-range"
+                }
                 operation => operation,
             };
             // Of a longer body, only what was kept would be there.
@@ -41,6 +43,8 @@ impl Recordings {
             let length = length.and_then(|length| length.parse().ok());
             if exchange.body.len().max(length.unwrap_or(0)) > LONGEST
                 || exchange.succeeded() && !KEPT.contains(&operation)
+                // A look whether the bucket answers.
+                || exchange.target().contains("max-keys=1&")
                 // An empty list shows nothing.
                 || operation.starts_with("list-")
                     && exchange.succeeded()
@@ -57,21 +61,36 @@ impl Recordings {
     }
 
     /// Writes each as request line, empty line, status line and headers, empty line, body.
-    /// `address`, where the servers were reached, becomes `127.0.0.1:9000`.
+    /// `address`, where the server was reached, becomes `127.0.0.1:9000`.
     pub fn write(&self, dir: &Path, address: &str) -> Result<()> {
+        if dir.exists() {
+            fs::remove_dir_all(dir)?;
+        }
         fs::create_dir_all(dir)?;
         for (name, exchange) in &self.0 {
-            let text = format!(
-                "{}\n\n{}\n\n{}",
-                exchange.request.start(),
-                exchange.response.0,
-                exchange.text()
-            );
+            let headers = exchange.response.0.lines().filter(|line| !is_noise(line));
+            let headers: Vec<&str> = headers.collect();
+            let (request, body) = (exchange.request.start(), exchange.text());
+            let text = format!("{request}\n\n{}\n\n{body}", headers.join("\n"));
             let text = text.replace(address, "127.0.0.1:9000");
             fs::write(dir.join(format!("{name}.txt")), text)?;
         }
         Ok(())
     }
+}
+
+/// Whether a header says nothing but which request this was, and when, or is for browsers.
+fn is_noise(line: &str) -> bool {
+    let name = line.split(':').next().unwrap_or_default().to_lowercase();
+    name.starts_with("access-control-")
+        || [
+            "date",
+            "x-amz-date",
+            "x-amz-id-2",
+            "x-amz-request-id",
+            "x-amzn-requestid",
+        ]
+        .contains(&name.as_str())
 }
 
 /// S3's code, or the status where there is none.
