@@ -55,6 +55,9 @@ pub fn render(columns: &[Column], absent: &[Absent]) -> String {
         })
         .collect();
     let mut text = String::new();
+    if columns.is_empty() {
+        rows.clear();
+    }
     for (at, row) in rows.iter().enumerate() {
         for (cell, width) in row.iter().zip(&widths) {
             let _ = write!(text, "| {cell:width$} ");

@@ -46,6 +46,7 @@ run() {
     case $1 in
     start)
         trap 'kill -KILL 0' EXIT
+        trap 'exit 1' HUP INT PIPE TERM # A signal by itself would skip EXIT.
         start >server.log 2>&1
         echo "ready http://127.0.0.1:$PORT $KEY $SECRET"
         cat >/dev/null
