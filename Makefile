@@ -37,7 +37,7 @@ demo: toolchain ## export and import a cache through an S3 server on loopback
 	$(TARGET)/debug/examples/demo $(TARGET)/debug/layercache
 
 bench: toolchain ## against s5cmd, rclone and aws s3, on loopback
-	$(CARGO) build --release --locked --bin layercache --example bench --example bench-server
+	$(CARGO) build --release --locked --bin layercache --example bench
 	$(TARGET)/release/examples/bench $(TARGET)/release/layercache
 
 interop: toolchain ## against real S3 servers, installed into interop-work and started on loopback

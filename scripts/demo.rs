@@ -1,9 +1,9 @@
-//! A demonstration without an account or a network: a build cache goes from an OCI layout to an S3
-//! server and back, and both layouts are compared byte for byte.
+//! A demonstration without an account or a network: it exports a build cache from an OCI layout to an S3
+//! server, imports it into a new layout, and compares both byte for byte.
 //!
 //! `cargo run --example demo -- target/debug/layercache`
 //!
-//! The server is the one of the tests; the program is the real one, run as a user would.
+//! The server is that of the tests; the program is the real one, run as a user would run it.
 
 #[path = "../tests/server/mod.rs"]
 mod server;
@@ -46,7 +46,7 @@ fn demonstrate() -> Result<()> {
     let run = |arguments: [&OsStr; 4]| run(&program, here, temporary.path(), &arguments);
 
     println!(
-        "An S3 server of the tests listens at {}, with an empty bucket `cache`.",
+        "The tests' S3 server listens at {}, with an empty bucket `cache`.",
         server.url()
     );
     println!("It verifies every signature and payload hash. No request leaves this machine.\n");
@@ -125,7 +125,7 @@ fn demonstrate() -> Result<()> {
     Ok(())
 }
 
-/// Runs the program and shows its command line and what it prints, the keys as `***`.
+/// Runs the program and shows its command line and its output, with the keys as `***`.
 fn run(program: &Path, here: &Path, temporary: &Path, arguments: &[&OsStr]) -> Result<()> {
     let masked = |text: &str| {
         text.replace(ACCESS_KEY, "***")
@@ -146,7 +146,7 @@ fn run(program: &Path, here: &Path, temporary: &Path, arguments: &[&OsStr]) -> R
         .args(arguments)
         .current_dir(here)
         .stdin(Stdio::null());
-    // Nothing of the user's own AWS account is to play a part.
+    // The user's AWS account must not play a part.
     for (name, _) in
         std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("AWS_"))
     {
@@ -184,7 +184,7 @@ fn show_requests(server: &Server) {
     println!("   Requests: {}.", counts.join(", "));
 }
 
-/// The keys of those objects that requests in the log would create, change or remove.
+/// The keys of the objects that requests in the log create, change or remove.
 fn written(server: &Server, of: impl Fn(&str) -> bool) -> Vec<String> {
     let reads = ["GET", "HEAD"];
     let log = server.log().into_iter();
@@ -193,10 +193,10 @@ fn written(server: &Server, of: impl Fn(&str) -> bool) -> Vec<String> {
         .collect()
 }
 
-/// Names and sizes of the files that both layouts hold alike: all that `original`'s tags refer to.
+/// Names and sizes of the identical files: everything that `original`'s tags refer to.
 ///
 /// # Errors
-/// If a file differs or is missing, or if `copy` holds a file nothing refers to.
+/// If a file differs or is missing, or if `copy` has a file that nothing refers to.
 fn compare(original: &Path, copy: &Path) -> Result<Vec<(String, usize)>> {
     let mut same = Vec::new();
     let mut expected = BTreeSet::new();
@@ -217,7 +217,7 @@ fn compare(original: &Path, copy: &Path) -> Result<Vec<(String, usize)>> {
             )),
             Err(error) => differences.push(format!("{name} was not imported ({error})")),
         }
-        // Only the index and manifests refer to more; a cache config has neither of these fields.
+        // Only the index and manifests refer to other files; a cache config has none of these fields.
         if let Ok(document) = serde_json::from_slice::<Value>(&bytes) {
             names.extend(referred(&document));
         }

@@ -1,4 +1,4 @@
-//! Criterion benchmarks of the parts that do no I/O: specs, cache configs, `mode=min`, a plan.
+//! Criterion benchmarks of the parts without I/O: specs, cache configs, `mode=min`, planning.
 
 use std::collections::BTreeSet;
 use std::hint::black_box;
@@ -6,36 +6,35 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
-use layercache::layout::snapshot;
+use layercache::layout::Documents;
 
 mod synthetic;
 
-/// A cache as the layout's documents together tell it: with the layers' annotations.
-fn annotated(config: &[u8]) -> CacheConfig {
-    let mut cache = CacheConfig::parse_local(config).expect("the synthetic config is well-formed");
-    for layer in &mut cache.layers {
-        layer.annotations = Some(LayerAnnotations {
+/// Parses a layout's config, as with descriptors that have all annotations.
+fn parse(config: &[u8]) -> CacheConfig {
+    CacheConfig::parse_local(config, |_, blob| {
+        Ok(LayerAnnotations {
             media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
-            diff_id: layer.blob,
+            diff_id: *blob,
             size: 1 << 20,
             created_at: Time(time::OffsetDateTime::UNIX_EPOCH),
-        });
-    }
-    cache
+        })
+    })
+    .expect("the synthetic config is well-formed")
 }
 
 fn cache_configs(criterion: &mut Criterion) {
     for (layers, records) in [(100, 500), (10_000, 50_000)] {
         let local = synthetic::cache_config(layers, records);
-        let cache = annotated(&local);
-        let s3 = cache.to_s3().expect("every layer has annotations");
+        let cache = parse(&local);
+        let s3 = cache.to_s3().expect("it can be written");
         let mut group = criterion.benchmark_group(format!("{layers} layers, {records} records"));
         if layers > 1000 {
             group.sample_size(20);
         }
         group.throughput(Throughput::Bytes(local.len() as u64));
         group.bench_function("parse a layout's config", |bencher| {
-            bencher.iter(|| CacheConfig::parse_local(black_box(&local)).is_ok());
+            bencher.iter(|| parse(black_box(&local)));
         });
         group.bench_function("write a layout's config", |bencher| {
             bencher.iter(|| cache.to_local());
@@ -55,15 +54,15 @@ fn cache_configs(criterion: &mut Criterion) {
         });
         group.bench_function("plan an export, mode=min", |bencher| {
             bencher.iter(|| {
-                let min = annotated(&local).min();
-                (snapshot::blobs_of(&min).is_ok(), min.to_s3().is_ok())
+                let min = parse(&local).min();
+                (min.blobs().is_ok(), min.to_s3().is_ok())
             });
         });
         group.bench_function("plan an import", |bencher| {
             bencher.iter(|| {
                 let cache = CacheConfig::parse_s3(&s3).expect("it has been written just now");
-                let documents = snapshot::documents(&cache).is_ok();
-                (snapshot::blobs_of(&cache).is_ok(), documents)
+                let documents = Documents::of(&cache).is_ok();
+                (cache.blobs().is_ok(), documents)
             });
         });
         group.finish();
@@ -71,7 +70,7 @@ fn cache_configs(criterion: &mut Criterion) {
 }
 
 fn specs(criterion: &mut Criterion) {
-    // As people write it, and with what they can put into it.
+    // As people write it, and with every attribute.
     let short = "type=s3,region=us-east-1,bucket=cache,name=main";
     let long = "type=s3,region=us-east-1,bucket=cache,\"name=main;feature/a,b\",prefix=team/,\
         blobs_prefix=b/,manifests_prefix=m/,endpoint_url=https://s3.example.org:9000/,\

@@ -1,12 +1,11 @@
-//! A cache config of any size, in a layout's form, for benchmarks of the pure parts.
+//! A local cache config of any size, for benchmarks of the parts without I/O.
 
 use std::fmt::Write as _;
 
 use layercache::cache::digest::Digest;
 
-/// `layers` in branches of ten, of which each layer is the result of one record; the other records
-/// are keys without a result, as most of a real cache's are. Every record links to the one before
-/// it in its branch.
+/// `layers` in branches of ten, each the result of one record. The other records have no result, like
+/// most of a real cache's. Every record links to the one before it in its branch.
 pub fn cache_config(layers: usize, records: usize) -> Vec<u8> {
     const BRANCH: usize = 10;
     let mut out = String::from("{\"layers\":[");

@@ -1,4 +1,188 @@
-//! The commands, one file each.
+//! The commands, one file each, and the frame that they share: what a command works with, and the
+//! loop over its specs.
 
 pub mod export;
 pub mod import;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+
+use crate::bucket::Bucket;
+use crate::config::{S3Config, Task};
+use crate::interrupt::{Interrupt, Interrupted};
+use crate::progress::Progress;
+use crate::report::{Details, Outcome, Report};
+use crate::store::Store;
+use crate::transfer::limits::Limits;
+
+/// How long another process may hold a layout's lock before it is an error.
+pub const LOCK_WAIT: Duration = Duration::from_secs(60);
+
+/// How a store is reached: [`s3::connect`](crate::s3::connect), or a test's wrapper around it.
+pub type Connect<'a> = &'a (
+        dyn for<'b> Fn(&'b S3Config, &'b Progress) -> BoxFuture<'b, Result<Arc<dyn Store>>>
+            + Send
+            + Sync
+    );
+
+/// What every command works with.
+pub struct Context<'a> {
+    pub connect: Connect<'a>,
+    pub limits: Limits,
+    pub interrupt: &'a Interrupt,
+    pub progress: &'a Progress,
+}
+
+/// Performs a task: what the program does, without the command line and the terminal.
+pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
+    match task {
+        Task::Export(task) => export::run(task, context).await,
+        Task::Import(task) => import::run(task, context).await,
+    }
+}
+
+/// A command that does the same for each of its specs.
+#[async_trait]
+trait PerSpec: Send + Sync {
+    /// A validated spec.
+    type Spec: Send + Sync;
+    /// What the command says of its work on one spec.
+    type Details: Details;
+    /// What is prepared once, for all specs.
+    type Ready: Send + Sync;
+
+    fn s3<'a>(&self, spec: &'a Self::Spec) -> &'a S3Config;
+
+    /// Whether a failure at this spec is only a warning.
+    fn ignores_errors(&self, spec: &Self::Spec) -> bool;
+
+    /// A report that says where, and nothing yet of what was done.
+    fn blank(&self, spec: &Self::Spec) -> Report<Self::Details>;
+
+    /// Called before the first spec. If it fails, so do all specs.
+    async fn prepare(&self, context: &Context<'_>) -> Result<Self::Ready>;
+
+    /// The work on one spec; `earlier` are the reports on those before it.
+    fn work<'a>(
+        &'a self,
+        ready: &'a Self::Ready,
+        spec: &'a Self::Spec,
+        bucket: Bucket,
+        earlier: &[Report<Self::Details>],
+        context: &'a Context<'_>,
+    ) -> Box<dyn Work<Self::Details> + 'a>;
+}
+
+/// The work of a command on one spec.
+#[async_trait]
+trait Work<D>: Send + Sync {
+    /// Does it. Dropped where it stands when a signal arrives.
+    async fn run(&mut self, report: &mut Report<D>) -> Result<()>;
+
+    /// Called after [`run`](Self::run), however it ended.
+    async fn clean_up(&mut self) -> Result<()>;
+}
+
+/// Runs `command` for each of `specs` in turn. A spec that fails does not keep the others from being
+/// tried; a signal ends them all. There is one report a spec.
+async fn for_each_spec<C: PerSpec>(
+    command: &C,
+    specs: &[C::Spec],
+    context: &Context<'_>,
+) -> (Vec<Report<C::Details>>, Vec<anyhow::Error>) {
+    let (mut reports, mut errors) = (Vec::new(), Vec::new());
+    let began = Instant::now();
+    let ready = match context.interrupt.or(command.prepare(context)).await {
+        Ok(ready) => ready,
+        Err(error) => return fail_all(command, specs, error, began, context),
+    };
+    let mut specs = specs.iter();
+    for spec in specs.by_ref() {
+        let (mut report, done) = run_one(command, &ready, spec, &reports, context).await;
+        let Err(error) = done else {
+            reports.push(report);
+            continue;
+        };
+        report.fail(&error);
+        let stopped = error.is::<Interrupted>();
+        let address = command.s3(spec).address();
+        if command.ignores_errors(spec) && !context.interrupt.happened() {
+            report.error_ignored = true;
+            context.progress.warn(&format!(
+                "the {} to {address} failed, which ignore-error=true allows: {error:#}",
+                report.place.command
+            ));
+        } else {
+            errors.push(error.context(format!("{} {address}", report.place.doing)));
+        }
+        reports.push(report);
+        if stopped {
+            break;
+        }
+    }
+    let not_started = anyhow!("not started: the run was interrupted");
+    reports.extend(specs.map(|spec| {
+        let mut report = command.blank(spec);
+        report.fail(&not_started);
+        report
+    }));
+    (reports, errors)
+}
+
+async fn run_one<C: PerSpec>(
+    command: &C,
+    ready: &C::Ready,
+    spec: &C::Spec,
+    earlier: &[Report<C::Details>],
+    context: &Context<'_>,
+) -> (Report<C::Details>, Result<()>) {
+    let began = Instant::now();
+    let mut report = command.blank(spec);
+    let config = command.s3(spec);
+    let connecting = (context.connect)(config, context.progress);
+    let done = match context.interrupt.or(connecting).await {
+        Ok(store) => {
+            let bucket = Bucket::new(Arc::clone(&store), config, context.progress);
+            let mut work = command.work(ready, spec, bucket, earlier, context);
+            let ran = context.interrupt.or(work.run(&mut report)).await;
+            let cleaned_up = work.clean_up().await;
+            report.cost.requests = store.requests();
+            ran.and(cleaned_up)
+        }
+        Err(error) => Err(error),
+    };
+    report.cost.seconds = began.elapsed().as_secs_f64();
+    (report, done)
+}
+
+/// If the preparation fails, no spec can be tried. That is one error, and every report has it.
+fn fail_all<C: PerSpec>(
+    command: &C,
+    specs: &[C::Spec],
+    error: anyhow::Error,
+    began: Instant,
+    context: &Context<'_>,
+) -> (Vec<Report<C::Details>>, Vec<anyhow::Error>) {
+    let reports: Vec<_> = specs
+        .iter()
+        .map(|spec| {
+            let mut report = command.blank(spec);
+            report.cost.seconds = began.elapsed().as_secs_f64();
+            report.fail(&error);
+            report.error_ignored = command.ignores_errors(spec) && !error.is::<Interrupted>();
+            report
+        })
+        .collect();
+    if reports.iter().any(Report::is_failure) {
+        return (reports, vec![error]);
+    }
+    let command = reports[0].place.command;
+    context.progress.warn(&format!(
+        "the {command} failed, which ignore-error=true allows: {error:#}"
+    ));
+    (reports, Vec::new())
+}

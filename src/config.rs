@@ -99,12 +99,6 @@ pub struct ExportConfig {
     pub ignore_error: bool,
 }
 
-/// One validated `--cache-from`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ImportConfig {
-    pub s3: S3Config,
-}
-
 /// What a run is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Task {
@@ -127,7 +121,7 @@ pub struct ExportTask {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImportTask {
     /// At least one, none twice.
-    pub sources: Vec<ImportConfig>,
+    pub sources: Vec<S3Config>,
     pub layout: PathBuf,
     /// The tag to write; `None`: `latest`.
     pub tag: Option<String>,
@@ -141,10 +135,10 @@ pub struct ImportTask {
 }
 
 /// What becomes of results whose layers are no longer on S3 (moby/buildkit#3223).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Missing {
-    /// They are left out, and the rest is imported.
+    /// leave them out and import the rest
     Drop,
-    /// The import fails.
+    /// fail
     Error,
 }

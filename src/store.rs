@@ -152,7 +152,7 @@ pub trait Store: Send + Sync {
     async fn head(&self, key: &str) -> StoreResult<Option<ObjectInfo>>;
 
     /// GET, whole or the bytes of `range`. With `if_match`, [`Kind::Changed`] if the object's ETag
-    /// is another; [`Kind::NoRanges`] if the whole object came instead of `range`. Use [`read`], which
+    /// is another; [`Kind::NoRanges`] if the whole object came instead of `range`. Use [`read()`], which
     /// checks and resumes the body.
     async fn get(
         &self,

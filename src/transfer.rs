@@ -1,6 +1,12 @@
-//! Moving one blob between a layout and a store.
+//! Moving one blob: up, down, or refreshed in place. Knows neither layouts nor buckets.
 
+pub mod body;
 pub mod buffers;
 pub mod download;
 pub mod hashing;
+pub mod limits;
+mod multipart;
+mod piece;
+pub mod refresh;
+mod unfinished;
 pub mod upload;

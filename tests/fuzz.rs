@@ -1,7 +1,7 @@
-//! Fuzz targets: every parser of what comes from files, the network and the user, over mutations of
-//! true documents rather than random bytes alone, with what must hold of whatever is accepted.
+//! Fuzzing: every parser of input from files, the network and the user gets mutations of real documents,
+//! not just random bytes. Each test states what must hold for accepted input.
 //!
-//! proptest, so that the stable toolchain is enough. `make fuzz` runs more cases: PROPTEST_CASES.
+//! It uses proptest, which needs only a stable toolchain. `make fuzz` runs more cases (PROPTEST_CASES).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -12,14 +12,13 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use layercache::bucket::survey as presence;
+use layercache::bucket::{Bucket, Certainty};
 use layercache::cache::diff_id;
 use layercache::cache::digest::Digest;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
 use layercache::config;
-use layercache::layout::snapshot::{self, Snapshot};
-use layercache::layout::{Layout, Selection};
+use layercache::layout::{Documents, Layout, Selection, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
@@ -39,7 +38,7 @@ fn fixture(path: &str) -> Vec<u8> {
 
 // Mutations of text.
 
-/// What parsers stumble over.
+/// Text that parsers stumble over.
 const TOKENS: &[&str] = &[
     "1e400",
     "-1",
@@ -146,7 +145,7 @@ enum Change {
     /// The node becomes a copy of another.
     Copy(Index, Index),
     Remove(Index),
-    /// An array's element stands there again; a field gets a twin of another name.
+    /// An array's element is repeated; a field is copied under another name.
     Double(Index),
 }
 
@@ -283,7 +282,7 @@ fn changed(mut value: Value, changes: &[Change]) -> Value {
     value
 }
 
-/// A document of the fixtures, changed in its structure, then perhaps in its text.
+/// A document from the fixtures, changed in its structure and perhaps in its text.
 fn json_like(documents: &'static [Vec<u8>]) -> impl Strategy<Value = Vec<u8>> {
     let text = prop_oneof![3 => Just(Vec::new()), 1 => edits(3)];
     (any::<Index>(), changes(4), text).prop_map(|(which, changes, edits)| {
@@ -299,13 +298,12 @@ static S3_MANIFESTS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     let mut documents: Vec<Vec<u8>> = ["max", "min", "multiarch"]
         .map(|name| fixture(&format!("s3-manifests/{name}.json")))
         .into();
-    // One with the field that gives an image back.
+    // One with the field that restores an image.
     for name in ["image-inline", "image-plain"] {
         documents.push(
             read(&fixtures().join(name))
-                .cache
                 .to_s3()
-                .expect("it has annotations"),
+                .expect("it can be written"),
         );
     }
     documents
@@ -327,15 +325,26 @@ static INLINE_RECORDS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     records.collect()
 });
 
-fn read(folder: &Path) -> Snapshot {
+fn read(folder: &Path) -> CacheConfig {
     let layout = Layout::open(folder, Duration::ZERO).expect("a layout");
     let root = layout.select(&Selection::Default).expect("one entry");
-    Snapshot::read(&layout, &root, &Progress::silent()).expect("the fixture is good")
+    layout
+        .read_cache(&root, &Progress::silent())
+        .expect("the fixture is good")
 }
 
-/// What must hold of every cache that was accepted.
+fn annotations(diff_id: Digest) -> LayerAnnotations {
+    LayerAnnotations {
+        media_type: "application/vnd.oci.image.layer.v1.tar".into(),
+        diff_id,
+        size: 1,
+        created_at: Time::UNKNOWN,
+    }
+}
+
+/// What must hold for every accepted cache.
 fn check(cache: &CacheConfig, gone: &[Index]) {
-    let written = cache.to_s3().expect("every layer has annotations");
+    let written = cache.to_s3().expect("it can be written");
     let again = CacheConfig::parse_s3(&written).expect("what we write, we read");
     assert_eq!(&again, cache);
     let mut valid = vec![cache.min(), cache.clone().sorted()];
@@ -351,10 +360,10 @@ fn check(cache: &CacheConfig, gone: &[Index]) {
     }
     valid.push(CacheConfig::merged(vec![cache.clone(), cache.clone()]));
     for cache in valid {
-        let written = cache.to_s3().expect("every layer has annotations");
+        let written = cache.to_s3().expect("it can be written");
         CacheConfig::parse_s3(&written).expect("it is still a valid cache");
-        if snapshot::blobs_of(&cache).is_ok() {
-            snapshot::documents(&cache).expect("it can be written into a layout");
+        if cache.blobs().is_ok() {
+            Documents::of(&cache).expect("it can be written into a layout");
         }
     }
 }
@@ -372,8 +381,9 @@ proptest! {
 
     #[test]
     fn cache_config_of_a_layout(bytes in json_like(&CACHE_CONFIGS)) {
-        if let Ok(cache) = CacheConfig::parse_local(&bytes) {
-            let again = CacheConfig::parse_local(&cache.to_local()).expect("what we write, we read");
+        let parse = |bytes: &[u8]| CacheConfig::parse_local(bytes, |_, blob| Ok(annotations(*blob)));
+        if let Ok(cache) = parse(&bytes) {
+            let again = parse(&cache.to_local()).expect("what we write, we read");
             prop_assert_eq!(again, cache);
         }
     }
@@ -381,16 +391,8 @@ proptest! {
     #[test]
     fn inline_cache_of_an_image(bytes in json_like(&INLINE_RECORDS), count in 0..12u8) {
         let layers: Vec<(Digest, LayerAnnotations)> = (0..count)
-            .map(|n| {
-                let annotations = LayerAnnotations {
-                    media_type: "application/vnd.oci.image.layer.v1.tar".into(),
-                    diff_id: Digest::of(&[n]),
-                    size: 1,
-                    created_at: Time::UNKNOWN,
-                };
-                // Two layers can be of one blob.
-                (Digest::of(&[n / 2]), annotations)
-            })
+            // Two layers can share a blob.
+            .map(|n| (Digest::of(&[n / 2]), annotations(Digest::of(&[n]))))
             .collect();
         if let Ok(cache) = CacheConfig::from_inline(&bytes, &layers) {
             check(&cache, &[]);
@@ -443,8 +445,8 @@ fn blob_of(files: &Files, descriptor: &Value) -> Option<Value> {
     serde_json::from_slice(files.get(hex)?).ok()
 }
 
-/// Changes a document that the root refers to (which one, `at` says), the root, and the index, each
-/// so that what is above still finds it.
+/// Changes the document with index `at` that the root refers to, the root, and the index, and updates
+/// each reference to what changed.
 fn rebuilt(
     files: &Files,
     at: Index,
@@ -491,7 +493,7 @@ fn write(files: &Files) -> tempfile::TempDir {
     folder
 }
 
-/// For what writes and syncs files in every case.
+/// For tests that write and sync files in every case.
 fn on_disk() -> ProptestConfig {
     let mut config = ProptestConfig::default();
     config.cases = config.cases.div_ceil(10);
@@ -514,11 +516,10 @@ proptest! {
         let folder = write(&files);
         let layout = Layout::open(folder.path(), Duration::ZERO).expect("it has all that a layout has");
         if let Ok(root) = layout.select(&Selection::Default)
-            && let Ok(snapshot) = Snapshot::read(&layout, &root, &Progress::silent())
+            && let Ok(cache) = layout.read_cache(&root, &Progress::silent())
         {
-            check(&snapshot.cache, &[]);
-            prop_assert_eq!(snapshot::blobs_of(&snapshot.cache).expect("as read"), snapshot.blobs);
-            let _ = snapshot::check_complete(&layout, &root);
+            check(&cache, &[]);
+            let _ = layout.check_complete(&root);
         }
     }
 
@@ -541,15 +542,17 @@ proptest! {
                 prop_assert!(said.len() < 20_000, "{} bytes", said.len());
             }
         }
-        // Whatever was there, what is added can be found, or the index is refused as it is.
+        // Whatever was there: the new tag can be found, or the index is refused and unchanged.
         let before = std::fs::read(folder.path().join("index.json")).expect("the index");
         let root = read(&fixtures().join("local-min"));
-        let written = snapshot::documents(&root.cache).expect("a good cache");
+        let written = Documents::of(&root).expect("a good cache");
         layout
             .write_document(&written.descriptor.digest, &written.manifest)
             .expect("it can be written");
-        match layout.tag("fuzz", &written.descriptor) {
-            Ok(()) => {
+        let blobs = BTreeMap::from([(written.descriptor.digest, written.descriptor.size)]);
+        match layout.publish_tag("fuzz", &written.descriptor, &blobs) {
+            Ok(tagged) => {
+                prop_assert_eq!(tagged, Tagged::Done);
                 let found = layout.select(&Selection::Tag("fuzz".into())).expect("it is there");
                 prop_assert_eq!(found.digest, written.descriptor.digest);
             }
@@ -563,7 +566,7 @@ proptest! {
 
 // A listing.
 
-/// Lists what it was told to, and holds nothing.
+/// A store that lists what it was told to, and holds nothing.
 struct Lister {
     /// Digests on each page, over and over; the listing ends with them if `ends`.
     pages: Vec<Vec<Digest>>,
@@ -681,20 +684,21 @@ proptest! {
         };
         let mut wanted: BTreeSet<Digest> = wanted.into_iter().map(digest).collect();
         if highest {
-            // Which no page ever reaches.
+            // No page ever reaches it.
             wanted.insert(format!("sha256:{}", "f".repeat(64)).parse().expect("a digest"));
         }
-        let store = Lister {
+        let store = Arc::new(Lister {
             pages: pages.into_iter().map(|page| page.into_iter().map(digest).collect()).collect(),
             ends,
             calls: AtomicUsize::new(0),
             retry: RetryPolicy::new(config::RetryMode::Standard, 1, Duration::ZERO, |_| {}),
-        };
+        });
         let spec = "type=s3,region=eu-west-1,bucket=cache";
-        let config = spec::cache_from(spec, &|_| None).expect("a good spec").config.s3;
+        let config = spec::cache_from(spec, &|_| None).expect("a good spec").config;
+        let bucket = Bucket::new(store.clone(), &config, &Progress::silent());
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let found = runtime
-            .block_on(presence::survey(&store, &config, wanted.iter().copied(), presence::Bucket::Sure, &Progress::silent()))
+            .block_on(bucket.survey(wanted.iter().copied(), Certainty::Known))
             .expect("nothing fails here");
         prop_assert!(found.keys().all(|digest| wanted.contains(digest)));
         let calls = store.calls.load(Ordering::Relaxed);
@@ -727,7 +731,7 @@ static COMPRESSED: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     ]
 });
 
-/// So that a bomb which a mutation happened to make ends.
+/// The limit for a decompression bomb that a mutation happened to make.
 struct Little<'a>(&'a [u8]);
 
 impl std::io::Read for Little<'_> {
@@ -804,7 +808,7 @@ proptest! {
         let _ = spec::cache_from(&spec, &|_| None);
     }
 
-    /// One slip of the finger at most: a key lost, doubled or wrong.
+    /// At most one typing error: a character lost, doubled or wrong.
     #[test]
     fn specs_with_a_slip_show_no_secret(
         which in any::<Index>(),
@@ -824,7 +828,7 @@ proptest! {
         let mut said = Vec::new();
         match spec::cache_to(&spec, &|_| None) {
             Ok(parsed) => {
-                // What the program itself shows of a spec that it took.
+                // What the program shows of an accepted spec.
                 said.push(format!("{:?}", parsed.config.s3.credentials));
                 said.extend(parsed.warnings);
             }
@@ -834,7 +838,7 @@ proptest! {
             Ok(parsed) => said.extend(parsed.warnings),
             Err(error) => said.push(format!("{error:#}")),
         }
-        // Half a secret is one, too.
+        // Half a secret is still a secret.
         for secret in [SECRET, TOKEN] {
             for part in [&secret[..12], &secret[12..24], &secret[secret.len() - 12..]] {
                 for text in &said {

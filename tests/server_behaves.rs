@@ -1,11 +1,12 @@
-//! The test server itself: it must be as strict as S3, or tests that pass against it mean nothing.
+//! The test server itself. It must be as strict as S3, or tests that pass against it mean nothing.
 //!
-//! The client here is as bare as can be, a signature by aws-sigv4 and a connection per request, so
-//! that nothing of the program under test is between.
+//! The client is as bare as possible, aws-sigv4's signature and one connection per request, so that no
+//! part of the program under test comes between.
 
 mod server;
 
-use std::time::{Duration, SystemTime};
+use std::collections::HashMap;
+use std::time::{Duration, Instant, SystemTime};
 
 use aws_credential_types::Credentials;
 use aws_sigv4::http_request::{
@@ -13,13 +14,17 @@ use aws_sigv4::http_request::{
     UriPathNormalizationMode, sign,
 };
 use aws_sigv4::sign::v4;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
 use md5::{Digest as _, Md5};
+use rustls_pki_types::pem::PemObject as _;
 use server::{ACCESS_KEY, Fault, SECRET_KEY, Server};
 use sha2::Sha256;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 const EMPTY: &[u8] = b"";
@@ -210,6 +215,10 @@ impl<'a> Client<'a> {
         self.ask("POST", &format!("/cache/{key}?uploadId={id}"), &[], body)
             .await
     }
+}
+
+fn base64_md5(body: &[u8]) -> String {
+    STANDARD.encode(Md5::digest(body))
 }
 
 fn quoted_md5(body: &[u8]) -> String {
@@ -693,11 +702,6 @@ async fn objects_are_listed_page_by_page_in_order() {
         ["p/c", "q"]
     );
 
-    let body = "<Delete><Object><Key>q</Key></Object><Object><Key>none</Key></Object></Delete>";
-    let deleted = client.ask("POST", "/cache/?delete", &[], body).await;
-    assert_eq!(deleted.elements("Key"), ["q", "none"]);
-    assert_eq!(server.objects().len(), 4);
-
     let closed = Server::builder()
         .no_list()
         .no_uploads_listing()
@@ -716,6 +720,227 @@ async fn objects_are_listed_page_by_page_in_order() {
         client.get("/cache/key").await.status_and_code(),
         (403, "AccessDenied".into())
     );
+}
+
+#[tokio::test]
+async fn objects_are_deleted_together_and_each_refusal_is_named() {
+    let server = Server::builder().undeletable("kept/").start();
+    for key in ["a", "b", "kept/c"] {
+        server.put(key, key.to_owned());
+    }
+    let client = Client::new(&server);
+    let body = format!(
+        "<Delete><Object><Key>a</Key></Object><Object><Key>none</Key></Object><Object><Key>b</Key>\
+         <ETag>{}</ETag></Object><Object><Key>kept/c</Key></Object></Delete>",
+        quoted_md5(b"other")
+    );
+    let delete =
+        async |headers: &[(&str, &str)]| client.ask("POST", "/cache/?delete", headers, &body).await;
+
+    assert_eq!(
+        delete(&[]).await.status_and_code(),
+        (400, "InvalidRequest".into())
+    );
+    assert_eq!(
+        delete(&[("content-md5", &base64_md5(b"other"))])
+            .await
+            .status_and_code(),
+        (400, "BadDigest".into())
+    );
+    assert_eq!(server.keys(), ["a", "b", "kept/c"]);
+    let deleted = delete(&[("content-md5", &base64_md5(body.as_bytes()))]).await;
+    assert_eq!(deleted.status, 200);
+    assert_eq!(deleted.elements("Key"), ["a", "none", "b", "kept/c"]);
+    assert_eq!(
+        deleted.elements("Code"),
+        ["PreconditionFailed", "AccessDenied"]
+    );
+    assert_eq!(server.keys(), ["b", "kept/c"]);
+    let alone = client.ask("DELETE", "/cache/kept/c", &[], EMPTY).await;
+    assert_eq!(alone.status_and_code(), (403, "AccessDenied".into()));
+}
+
+#[tokio::test]
+async fn a_bucket_keeps_the_lifecycle_rules_it_is_given() {
+    let server = Server::start();
+    let client = Client::new(&server);
+    let get = async || client.get("/cache/?lifecycle").await;
+    let rule = |id: &str| {
+        format!(
+            "<Rule><ID>{id}</ID><Filter><Prefix>blobs/</Prefix></Filter><Status>Enabled</Status>\
+             <Expiration><Days>7</Days></Expiration></Rule>"
+        )
+    };
+    let put = async |rules: &str, checked: bool| {
+        let body = format!("<LifecycleConfiguration>{rules}</LifecycleConfiguration>");
+        let md5 = base64_md5(body.as_bytes());
+        let headers = [("content-md5", md5.as_str())];
+        let headers = if checked { &headers[..] } else { &[] };
+        client.ask("PUT", "/cache/?lifecycle", headers, &body).await
+    };
+
+    let none = (404, "NoSuchLifecycleConfiguration".to_owned());
+    assert_eq!(get().await.status_and_code(), none);
+    let unchecked = put(&rule("a"), false).await;
+    assert_eq!(unchecked.status_and_code(), (400, "InvalidRequest".into()));
+    let twice = put(&format!("{}{}", rule("a"), rule("a")), true).await;
+    assert_eq!(twice.status_and_code(), (400, "InvalidArgument".into()));
+    assert_eq!(server.lifecycle(), []);
+
+    let both = format!("{}{}", rule("a"), rule("b"));
+    assert_eq!(put(&both, true).await.status, 200);
+    assert_eq!(get().await.elements("ID"), ["a", "b"]);
+    assert_eq!(get().await.elements("Days"), ["7", "7"]);
+    let rules = server.lifecycle();
+    assert_eq!(rules[1].id.as_deref(), Some("b"));
+    let deleted = client.ask("DELETE", "/cache/?lifecycle", &[], EMPTY).await;
+    assert_eq!(deleted.status, 204);
+    assert_eq!(get().await.status_and_code(), none);
+    let operations: Vec<_> = server.log().iter().map(|l| l.operation).collect();
+    assert_eq!(operations[0], "GetBucketLifecycleConfiguration");
+    assert_eq!(operations[1], "PutBucketLifecycleConfiguration");
+    assert_eq!(operations[6], "DeleteBucketLifecycle");
+}
+
+#[tokio::test]
+async fn a_hook_runs_once_right_before_or_after_the_request_it_waits_for() {
+    let server = Server::start();
+    server.put("blob", "hello");
+    let client = Client::new(&server);
+    server.before(
+        1,
+        |logged| logged.operation == "GetObject",
+        |store| assert!(store.remove("blob")),
+    );
+    server.after(
+        0,
+        |logged| logged.method == "PUT" && logged.key.starts_with("manifests/"),
+        |store| store.put("seen", store.objects()["manifests/a"].clone()),
+    );
+
+    assert_eq!(client.get("/cache/blob").await.status, 200);
+    assert_eq!(client.get("/cache/blob").await.status, 404);
+    server.put("blob", "again");
+    assert_eq!(client.get("/cache/blob").await.status, 200);
+    for body in ["1", "2"] {
+        let put = client.ask("PUT", "/cache/manifests/a", &[], body).await;
+        assert_eq!(put.status, 200);
+    }
+    assert_eq!(server.objects()["seen"], "1");
+}
+
+#[tokio::test]
+async fn over_tls_the_server_is_trusted_by_its_authority_s_certificate() {
+    let authority = server::Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    server.put("key", "hello");
+    assert_eq!(server.url(), format!("https://{}", server.addr()));
+
+    let pem = std::fs::read(authority.bundle()).expect("the bundle");
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in rustls_pki_types::CertificateDer::pem_slice_iter(&pem) {
+        roots
+            .add(certificate.expect("a certificate"))
+            .expect("a root");
+    }
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    for name in ["127.0.0.1", "localhost", "cache.s3.localhost"] {
+        let stream = TcpStream::connect(server.addr()).await.expect("connected");
+        let name = name.try_into().expect("a name");
+        let mut stream = connector.connect(name, stream).await.expect("trusted");
+        let request = b"GET /cache/key HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        stream.write_all(request).await.expect("sent");
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer).await;
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn delays_and_rates_hold_a_client_back() {
+    let server = Server::builder()
+        .delay(Duration::from_millis(80))
+        .rate(1 << 20)
+        .start();
+    server.put("key", vec![7; 256 << 10]);
+    let client = Client::new(&server);
+    for sends in [true, false] {
+        let begun = Instant::now();
+        let got = match sends {
+            true => {
+                client
+                    .ask("PUT", "/cache/key", &[], vec![7; 256 << 10])
+                    .await
+            }
+            false => client.get("/cache/key").await,
+        };
+        assert_eq!(got.status, 200);
+        // A quarter of a second for the body, less what the slack lets through.
+        assert!(begun.elapsed() > Duration::from_millis(280), "{sends}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_for_benchmarks_believes_its_client_and_keeps_no_blob_it_has() {
+    let blob = Bytes::from("hello, hello");
+    let hex = hex::encode(Sha256::digest(&blob));
+    let blobs = HashMap::from([(hex.clone(), blob.clone())]);
+    let server = Server::builder().unverified(blobs).start();
+    let client = Client {
+        secret: "wrong",
+        claimed_hash: Some(hex::encode(Sha256::digest(b"other"))),
+        ..Client::new(&server)
+    };
+    let key = format!("blobs/sha256:{hex}");
+
+    let put = client
+        .ask("PUT", &format!("/cache/{key}"), &[], "HELLO, HELLO")
+        .await;
+    assert_eq!(put.status, 200);
+    assert!(put.header("etag").ends_with("-1\""));
+    assert_eq!(server.objects()[&key], blob);
+    assert_eq!(client.get(&format!("/cache/{key}")).await.text(), blob);
+
+    assert!(server.remove(&key));
+    let id = client.begin(&key).await;
+    let one = client.part(&key, &id, 1, b"HELLO, ").await;
+    let two = client.part(&key, &id, 2, b"HELLO").await;
+    let done = client.complete(&key, &id, &[(1, &one), (2, &two)]).await;
+    // S3's smallest part holds here as well.
+    assert_eq!(done.status_and_code(), (400, "EntityTooSmall".into()));
+
+    client.ask("PUT", "/cache/manifests/a", &[], "{}").await;
+    assert_eq!(server.objects()["manifests/a"], "{}");
+    let chunked = [
+        ("content-encoding", "aws-chunked"),
+        ("x-amz-decoded-content-length", "12"),
+    ];
+    let target = format!("/cache/blobs/{hex}");
+    let put = client
+        .ask("PUT", &target, &chunked, "c\r\nHELLO, HELLO\r\n0\r\n\r\n")
+        .await;
+    assert_eq!(put.status, 200);
+    assert_eq!(server.objects()[&format!("blobs/{hex}")], blob);
+}
+
+#[tokio::test]
+async fn round_trips_are_the_longest_chain_of_requests_that_waited_for_each_other() {
+    let server = Server::builder().delay(Duration::from_millis(50)).start();
+    let client = Client::new(&server);
+    tokio::join!(client.get("/cache/a"), client.get("/cache/b"));
+    client.get("/cache/c").await;
+    server.settle();
+    let log = server.log();
+    assert_eq!(log.len(), 3);
+    assert_eq!(server::round_trips(&log), 2);
+    assert_eq!(server::round_trips(&log[..2]), 1);
+    assert_eq!(server.peak_in_flight(), 2);
 }
 
 #[tokio::test]
@@ -863,6 +1088,12 @@ async fn faults_of_a_body_are_seen_by_its_reader() {
         "0123456789"
     );
     assert_eq!(
+        get(Fault::Rewrite(|body| body.replace("234", "-")))
+            .await
+            .text(),
+        "01-56789"
+    );
+    assert_eq!(
         get(Fault::EndlessBody { length: Some(12) }).await.text(),
         "xxxxxxxxxxxx"
     );
@@ -879,12 +1110,10 @@ async fn a_hanging_request_and_an_endless_body_end_with_the_server() {
             .await
             .expect("the server listens");
         let addr = server.addr();
-        tokio::io::AsyncWriteExt::write_all(
-            &mut stream,
-            b"GET /cache/key HTTP/1.1\r\nhost: x\r\n\r\n",
-        )
-        .await
-        .expect("sent");
+        stream
+            .write_all(b"GET /cache/key HTTP/1.1\r\nhost: x\r\n\r\n")
+            .await
+            .expect("sent");
         while server.log().is_empty() {
             tokio::task::yield_now().await;
         }
@@ -892,7 +1121,7 @@ async fn a_hanging_request_and_an_endless_body_end_with_the_server() {
         drop(server);
 
         let mut rest = Vec::new();
-        let _ = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut rest).await;
+        let _ = stream.read_to_end(&mut rest).await;
         assert!(
             TcpStream::connect(addr).await.is_err(),
             "the port is still open"

@@ -1,4 +1,4 @@
-//! Runs one command to its end and says what it cost: wall time, CPU time, peak memory.
+//! Runs one command and measures its wall time, CPU time and peak memory.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// No command of the benchmark takes nearly as long, unless it hangs.
+/// No command of the benchmark takes nearly as long unless it hangs.
 pub const TIMEOUT: Duration = Duration::from_secs(150);
 
 #[derive(Debug, Clone, Copy)]
 pub struct Cost {
     /// Seconds, from before the fork to the exit.
     pub wall: f64,
-    /// Seconds, user and system, of the process and the children it waited for.
+    /// Seconds, user and system, of the process and its reaped children.
     pub cpu: f64,
     /// Bytes.
     pub peak_memory: u64,
 }
 
-/// Lets no child outlive the runner, where the system can do that.
+/// Makes the child die with the runner, where the system can do that.
 pub fn dies_with_runner(command: &mut Command) {
     #[cfg(target_os = "linux")]
     // SAFETY: prctl is async-signal-safe, and nothing else happens between fork and exec.
@@ -39,8 +39,10 @@ pub fn dies_with_runner(command: &mut Command) {
     let _ = command;
 }
 
-/// Runs `command`, its standard error kept in `log`. Fails with the end of that if the command
-/// does, and if it takes longer than [`TIMEOUT`].
+/// Runs `command` with its standard error in `log`.
+///
+/// # Errors
+/// If the command fails (with the last line of `log`) or takes longer than [`TIMEOUT`].
 pub fn run(mut command: Command, log: &Path) -> Result<Cost> {
     let program = command.get_program().to_string_lossy().into_owned();
     command
@@ -57,12 +59,12 @@ pub fn run(mut command: Command, log: &Path) -> Result<Cost> {
     let watchdog = std::thread::spawn(move || {
         let late = wait.recv_timeout(TIMEOUT) == Err(RecvTimeoutError::Timeout);
         if late {
-            // SAFETY: the process has not been reaped: that happens once this thread has ended.
+            // SAFETY: the process has not been reaped; that happens after this thread has ended.
             unsafe { libc::kill(pid, libc::SIGKILL) };
         }
         late
     });
-    // SAFETY: waits for a child of ours without reaping it, into a local.
+    // SAFETY: waits for our child without reaping it; the pointer is to a local.
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         while libc::waitid(

@@ -1,6 +1,5 @@
-//! Synthetic caches, as BuildKit's `--cache-to type=local,mode=max` leaves them: an image manifest
-//! whose config is the cache config. The layers' bytes are random, so nothing can compress them,
-//! and the same in every run.
+//! Synthetic caches, as BuildKit's `--cache-to type=local,mode=max` writes them: an image manifest
+//! whose config is the cache config. The layers are incompressible, and the same in every run.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -18,18 +17,18 @@ pub struct Layout {
     pub layers: usize,
     /// Bytes of all layers.
     pub bytes: u64,
-    /// Of every blob's file: a whole second of the past (Unix), so that no client's idea of how
-    /// precise a modification time is makes it send a file again.
+    /// The modification time of every blob (Unix seconds). Whole seconds in the past: a client that
+    /// compares times at another precision would otherwise send files again.
     pub mtime: u64,
 }
 
-/// xoshiro256++: fast, and good enough to be incompressible.
+/// xoshiro256++: fast, and random enough to be incompressible.
 struct Random([u64; 4]);
 
 impl Random {
     fn new(seed: u64) -> Self {
         let mut state = seed;
-        // splitmix64, as the generator's authors seed it.
+        // Seeded with splitmix64, as the generator's authors recommend.
         Random(std::array::from_fn(|_| {
             state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut word = state;
@@ -63,11 +62,11 @@ impl Random {
     }
 }
 
-/// Layers of one branch of a build stand on each other up to this height.
+/// The number of layers in a branch, each the parent of the next.
 const CHAIN: usize = 10;
 const CREATED_AT: &str = "2026-01-02T03:04:05.678901234Z";
 
-/// Writes a layout of `layers` layers of `size` bytes each to `dir`, all files modified at `mtime`.
+/// Writes a layout with `layers` layers of `size` bytes each to `dir`, all blobs modified at `mtime`.
 pub fn write(dir: &Path, layers: usize, size: u64, mtime: u64) -> Result<()> {
     let blobs = dir.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
@@ -158,8 +157,8 @@ pub fn write(dir: &Path, layers: usize, size: u64, mtime: u64) -> Result<()> {
 }
 
 impl Layout {
-    /// Writes a layout, in a process of its own: the peak memory that the system tells of a child
-    /// is never below what its parent had when it forked, so the runner has to stay small.
+    /// Writes a layout in another process: the peak memory that the system reports for a child is at
+    /// least what its parent had when it forked, so the runner has to stay small.
     pub fn make(dir: PathBuf, layers: usize, size: u64, scratch: &Path) -> Result<Self> {
         let mtime = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() - 60;
         let mut command = Command::new(std::env::current_exe()?);
@@ -181,7 +180,7 @@ impl Layout {
         self.dir.join("blobs/sha256")
     }
 
-    /// A copy of the blobs with their modification times, as a peer's earlier download left it.
+    /// Copies the blobs with their modification times, as an earlier download of a peer would.
     pub fn copy_blobs(&self, to: &Path) -> Result<()> {
         fs::create_dir_all(to)?;
         for entry in fs::read_dir(self.blobs())? {
@@ -196,8 +195,8 @@ impl Layout {
         Ok(())
     }
 
-    /// Fails unless all layers' blobs are somewhere below `dir`, by number and bytes. Their
-    /// digests are layercache's business; what a peer fetches is not hashed here.
+    /// Fails unless all layers are below `dir`, by number and bytes. It does not hash what a peer
+    /// fetched.
     pub fn check_arrived(&self, dir: &Path) -> Result<()> {
         fn count(dir: &Path, files: &mut usize, bytes: &mut u64) -> Result<()> {
             for entry in fs::read_dir(dir)? {
@@ -218,7 +217,7 @@ impl Layout {
         self.check(files, bytes)
     }
 
-    /// Fails unless so many blobs of so many bytes can be this cache.
+    /// Fails if `blobs` and `bytes` are too few to be this cache.
     pub fn check(&self, blobs: usize, bytes: u64) -> Result<()> {
         anyhow::ensure!(
             blobs >= self.layers && bytes >= self.bytes,

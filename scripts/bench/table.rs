@@ -1,4 +1,4 @@
-//! What was measured, as text for people and as Markdown for docs/performance.md.
+//! The measurements, as text for people and as Markdown for docs/performance.md.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ pub struct Series {
     pub operation: Operation,
     pub tool: Tool,
     pub runs: Vec<(Cost, Asked)>,
-    /// Why there are no more runs, if one failed.
+    /// Why a run failed; there are none after it.
     pub failed: Option<String>,
 }
 
@@ -50,7 +50,7 @@ impl Series {
         self.of(|_, asked| asked.at_once as f64)
     }
 
-    /// Bytes; of the worst run.
+    /// Bytes, in the worst run.
     pub fn peak_memory(&self) -> u64 {
         let all = self.runs.iter().map(|(cost, _)| cost.peak_memory);
         all.max().unwrap_or(0)
@@ -61,7 +61,7 @@ impl Series {
     }
 }
 
-/// Of nothing: NaN.
+/// NaN if there are no values.
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -155,7 +155,7 @@ impl Table {
 
     pub fn text(&self) -> String {
         let mut widths: Vec<usize> = self.head.iter().map(|cell| cell.chars().count()).collect();
-        // A row that ends early says why there is no more; it takes what room it needs.
+        // A short row holds an error message, which may be wider.
         for row in self.rows.iter().filter(|row| row.len() == self.head.len()) {
             for (width, cell) in widths.iter_mut().zip(row) {
                 *width = (*width).max(cell.chars().count());
@@ -194,7 +194,7 @@ impl Table {
     }
 }
 
-/// One of the goals, and what came of it.
+/// A target, and whether it was met.
 pub struct Target {
     pub goal: &'static str,
     pub measured: String,

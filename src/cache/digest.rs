@@ -1,11 +1,17 @@
-//! A content digest as a type, so that nothing which is not `sha256:` and 64 hex digits can ever
-//! become part of a path or a key.
+//! Content digests. The type guarantees that whatever becomes part of a path or a key is `sha256:` and
+//! 64 hex digits.
 
 use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
+
+use crate::quote::quoted;
+
+/// Bytes that [`Hasher::consume`] reads at a time: few enough to be hashed while in the CPU's cache.
+const BUFFER: usize = 256 << 10;
 
 /// A sha256 digest. Orders as its text does.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -17,11 +23,10 @@ pub struct InvalidDigest(String);
 
 impl fmt::Display for InvalidDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A hostile text can be long, and hold control characters: show its start, escaped.
-        let start: String = self.0.chars().take(100).collect();
         write!(
             f,
-            "{start:?} is not a digest (expected sha256: and 64 lower-case hex digits)"
+            "{} is not a digest (expected sha256: and 64 lower-case hex digits)",
+            quoted(&self.0)
         )
     }
 }
@@ -53,6 +58,61 @@ impl Digest {
     /// The raw 32 bytes.
     pub fn bytes(&self) -> &[u8; 32] {
         &self.0
+    }
+}
+
+/// Hashes bytes as they arrive.
+#[derive(Debug, Clone, Default)]
+pub struct Hasher {
+    sha: Sha256,
+    length: u64,
+}
+
+impl Hasher {
+    /// Takes in the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.sha.update(bytes);
+        self.length += bytes.len() as u64;
+    }
+
+    /// How many bytes were taken in.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The digest of the bytes taken in.
+    pub fn digest(&self) -> Digest {
+        Digest(self.sha.clone().finalize().into())
+    }
+
+    /// Takes in all that `reader` still holds, calling `read` with the number of bytes of each step.
+    ///
+    /// # Errors
+    /// The reader's.
+    pub fn consume(&mut self, mut reader: impl Read, mut read: impl FnMut(u64)) -> io::Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            match reader.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(length) => {
+                    self.update(&buffer[..length]);
+                    read(length as u64);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Write for Hasher {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -114,6 +174,24 @@ mod tests {
         let text = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(digest.to_string(), text);
         assert_eq!(text.parse(), Ok(digest));
+    }
+
+    #[test]
+    fn a_hasher_gives_the_digest_of_all_its_pieces() {
+        let mut hasher = Hasher::default();
+        assert_eq!(hasher.digest(), Digest::of(b""));
+        hasher.update(b"one");
+        assert_eq!(hasher.digest(), Digest::of(b"one"));
+        hasher.write_all(b"two").unwrap();
+        let long = [7; BUFFER + 1];
+        let mut steps = Vec::new();
+        hasher.consume(&long[..], |step| steps.push(step)).unwrap();
+        assert_eq!(
+            hasher.digest(),
+            Digest::of(&[b"onetwo", &long[..]].concat())
+        );
+        assert_eq!(hasher.length(), 6 + long.len() as u64);
+        assert_eq!(steps, [BUFFER as u64, 1]);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The OCI and Docker JSON documents that a layout holds, as far as a cache needs them, and JSON as
-//! Go writes it: BuildKit's documents are compared byte for byte.
+//! The OCI and Docker JSON documents of a layout, as far as a cache needs them, and JSON exactly as Go
+//! writes it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,6 +9,7 @@ use serde::de::IgnoredAny;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::cache::Time;
 use crate::cache::digest::Digest;
 
 pub const IMAGE_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -19,16 +20,18 @@ pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.
 pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 pub const CACHE_CONFIG: &str = "application/vnd.buildkit.cacheconfig.v0";
 
-/// The annotation of an index entry that holds its tag.
+/// Annotation of an index entry: its tag.
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
-/// The same, as containerd writes it.
+/// Annotation of an index entry: its full name, which containerd writes and BuildKit looks at first.
 pub const CONTAINERD_NAME: &str = "io.containerd.image.name";
-/// The annotation of a layer that holds its diffID.
+/// Annotation of an index entry: when the image was created.
+pub const IMAGE_CREATED: &str = "org.opencontainers.image.created";
+/// Annotation of a layer: its diffID.
 pub const UNCOMPRESSED: &str = "containerd.io/uncompressed";
-/// The annotation of a layer that holds the time of its making.
+/// Annotation of a layer: when it was created.
 pub const CREATED_AT: &str = "buildkit/createdat";
 
-/// A content descriptor. Fields are written in the order Go's OCI types have; those not named here
+/// A content descriptor. Fields are written in the order of Go's OCI types; those not named here
 /// (`platform`, `urls`, …) are kept as they came.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Descriptor {
@@ -44,8 +47,7 @@ pub struct Descriptor {
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
 
-// By hand because Go has `urls` before the annotations, and everything else that is in `extra`
-// after them.
+// By hand: Go has `urls` before the annotations, and everything else that is in `extra` after them.
 impl Serialize for Descriptor {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         const URLS: &str = "urls";
@@ -67,7 +69,7 @@ impl Serialize for Descriptor {
 }
 
 impl Descriptor {
-    /// One without annotations or anything else optional.
+    /// One without annotations or other optional fields.
     pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
         Descriptor {
             media_type: media_type.to_owned(),
@@ -77,11 +79,47 @@ impl Descriptor {
             extra: serde_json::Map::new(),
         }
     }
+
+    /// What an index entry may take from a descriptor of unknown origin: besides media type, digest and
+    /// size, only the platform and the time of creation. Any other annotation could name the entry,
+    /// and so take over a tag; `urls` and `data` could replace the blob.
+    pub fn unnamed(&self) -> Self {
+        let mut entry = Descriptor::new(&self.media_type, self.digest, self.size);
+        if let Some(created) = self.annotations.get(IMAGE_CREATED)
+            && created.parse::<Time>().is_ok()
+        {
+            entry
+                .annotations
+                .insert(IMAGE_CREATED.to_owned(), created.clone());
+        }
+        if let Some(platform) = self.extra.get(PLATFORM)
+            && is_platform(platform)
+        {
+            entry.extra.insert(PLATFORM.to_owned(), platform.clone());
+        }
+        entry
+    }
+}
+
+const PLATFORM: &str = "platform";
+
+/// Whether this has the fields of an OCI platform and nothing else.
+fn is_platform(value: &serde_json::Value) -> bool {
+    let is_short = |value: &serde_json::Value| value.as_str().is_some_and(|s| s.len() <= 64);
+    value.as_object().is_some_and(|fields| {
+        fields.iter().all(|(name, value)| match name.as_str() {
+            "architecture" | "os" | "os.version" | "variant" => is_short(value),
+            "os.features" => value
+                .as_array()
+                .is_some_and(|features| features.len() <= 16 && features.iter().all(is_short)),
+            _ => false,
+        })
+    })
 }
 
 /// An image manifest, OCI or Docker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct ImageManifest {
     #[serde(rename = "schemaVersion")]
     pub schema_version: u32,
     #[serde(
@@ -96,9 +134,9 @@ pub struct Manifest {
     pub layers: Vec<Descriptor>,
 }
 
-/// An image index or a Docker manifest list.
+/// An image index, or a Docker manifest list.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Index {
+pub struct ImageIndex {
     #[serde(rename = "schemaVersion")]
     pub schema_version: u32,
     #[serde(
@@ -112,11 +150,58 @@ pub struct Index {
     pub manifests: Vec<Descriptor>,
 }
 
-impl Manifest {
-    /// Reads the manifest that `descriptor` describes. Fails on what is not one of schema version 2
-    /// or calls itself something else than its descriptor does.
+/// What a descriptor in `index.json` can refer to.
+#[derive(Debug, Clone)]
+pub enum AnyManifest {
+    Image(ImageManifest),
+    Index(ImageIndex),
+}
+
+impl AnyManifest {
+    /// Makes sure that the descriptor is that of a manifest or an index.
+    ///
+    /// # Errors
+    /// It has another media type.
+    pub fn check_type(descriptor: &Descriptor) -> Result<()> {
+        let digest = &descriptor.digest;
+        match descriptor.media_type.as_str() {
+            IMAGE_MANIFEST | DOCKER_MANIFEST | IMAGE_INDEX | DOCKER_LIST => Ok(()),
+            "application/vnd.docker.distribution.manifest.v1+json"
+            | "application/vnd.docker.distribution.manifest.v1+prettyjws" => {
+                bail!("manifest {digest} is of Docker's schema 1, which is not supported")
+            }
+            other => {
+                let other: String = other.chars().take(100).collect();
+                bail!(
+                    "manifest {digest} has the media type {other:?}, which is not supported (expected \
+                     an image manifest or an image index, of OCI or Docker)"
+                )
+            }
+        }
+    }
+
+    /// Reads the blob that `descriptor` describes.
+    ///
+    /// # Errors
+    /// It is not a manifest or index of schema version 2, or not what its descriptor calls it.
     pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
-        let manifest: Manifest = object_from_json(bytes)
+        Self::check_type(descriptor)?;
+        match descriptor.media_type.as_str() {
+            IMAGE_MANIFEST | DOCKER_MANIFEST => {
+                ImageManifest::parse(descriptor, bytes).map(AnyManifest::Image)
+            }
+            _ => ImageIndex::parse(descriptor, bytes).map(AnyManifest::Index),
+        }
+    }
+}
+
+impl ImageManifest {
+    /// Reads the manifest that `descriptor` describes.
+    ///
+    /// # Errors
+    /// As [`AnyManifest::parse`].
+    pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
+        let manifest: ImageManifest = object_from_json(bytes)
             .with_context(|| format!("reading manifest {}", descriptor.digest))?;
         check_kind(descriptor, manifest.schema_version, &manifest.media_type)?;
         check_one_kind(&descriptor.digest, bytes, false)?;
@@ -124,10 +209,13 @@ impl Manifest {
     }
 }
 
-impl Index {
-    /// Reads the index that `descriptor` describes, as strictly as [`Manifest::parse`].
+impl ImageIndex {
+    /// Reads the index that `descriptor` describes.
+    ///
+    /// # Errors
+    /// As [`AnyManifest::parse`].
     pub fn parse(descriptor: &Descriptor, bytes: &[u8]) -> Result<Self> {
-        let index: Index = object_from_json(bytes)
+        let index: ImageIndex = object_from_json(bytes)
             .with_context(|| format!("reading index {}", descriptor.digest))?;
         check_kind(descriptor, index.schema_version, &index.media_type)?;
         check_one_kind(&descriptor.digest, bytes, true)?;
@@ -142,8 +230,9 @@ fn check_kind(descriptor: &Descriptor, schema_version: u32, media_type: &str) ->
             descriptor.digest
         );
     }
-    // A document that passes for two kinds at once would be stored as one and read as the other.
+    // Otherwise it could be stored as one kind and read as the other.
     if !media_type.is_empty() && media_type != descriptor.media_type {
+        let media_type: String = media_type.chars().take(100).collect();
         bail!(
             "reading {}: it calls itself {media_type:?}, its descriptor {:?}",
             descriptor.digest,
@@ -153,7 +242,7 @@ fn check_kind(descriptor: &Descriptor, schema_version: u32, media_type: &str) ->
     Ok(())
 }
 
-/// The OCI name of a layer's media type that may be Docker's.
+/// A layer's media type by its OCI name, if it is one of Docker's.
 pub fn normalise_layer(media_type: &str) -> &str {
     match media_type {
         "application/vnd.docker.image.rootfs.diff.tar" => "application/vnd.oci.image.layer.v1.tar",
@@ -176,8 +265,8 @@ pub fn normalise_layer(media_type: &str) -> &str {
     }
 }
 
-/// Whether this is a layer of a file system: a tar, plain or in a compression that diffIDs are
-/// computed through.
+/// Whether this is a file system's layer: a tar, plain or in a compression that diffIDs can be computed
+/// through.
 pub fn is_layer(media_type: &str) -> bool {
     let media_type = normalise_layer(media_type);
     let kind = media_type
@@ -187,20 +276,20 @@ pub fn is_layer(media_type: &str) -> bool {
     kind == "application/vnd.oci.image.layer.v1.tar" || is_nondistributable(kind)
 }
 
-/// Whether this is a layer that may be left out of a layout, to be fetched from its own address.
+/// Whether this is a layer that a layout may lack, because it has to be fetched from its vendor.
 pub fn is_nondistributable(media_type: &str) -> bool {
     normalise_layer(media_type)
         .starts_with("application/vnd.oci.image.layer.nondistributable.v1.tar")
 }
 
-/// Structural characters (`{`, `[` and `,`) that a document may hold. A layer of a cache has some
-/// eight, so that this is half a million of them; but two bytes of JSON can take a hundred bytes of
-/// memory, and a hostile document is nothing but such bytes.
+/// Structural characters (`{`, `[` and `,`) that a document may hold. A cache has some eight a layer, so
+/// this allows half a million layers. Two bytes of JSON can take a hundred bytes of memory, and a
+/// hostile document consists of nothing else.
 const MOST_STRUCTURE: usize = 4 << 20;
 
-/// Reads JSON that came from elsewhere, in memory that is bounded.
+/// Reads untrusted JSON in bounded memory.
 pub(crate) fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
-    // Those within strings count as well: names and digests have next to none.
+    // Counts those within strings too: names and digests have next to none.
     let structural = |byte: &&u8| matches!(byte, b'{' | b'[' | b',');
     let found = bytes.iter().filter(structural).count();
     if found > MOST_STRUCTURE {
@@ -209,8 +298,8 @@ pub(crate) fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
     Ok(serde_json::from_slice(bytes)?)
 }
 
-/// As [`from_json`], for an object: serde would read a struct from an array too, which Go, and so
-/// BuildKit, refuses.
+/// As [`from_json`], but only from an object: serde would read a struct from an array too, which Go,
+/// and so BuildKit, refuses.
 pub(crate) fn object_from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T> {
     let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
     if first.is_some_and(|first| *first != b'{') {
@@ -219,8 +308,8 @@ pub(crate) fn object_from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Resul
     from_json(bytes)
 }
 
-/// A document without a media type of its own could be read as either kind: as one that names
-/// nothing by the checks, as one full of what is not there by whoever reads it next.
+/// Refuses a document that could be read as either kind. Otherwise, one without a media type of its own
+/// could pass our checks as a manifest that names nothing, and name absent blobs to the next reader.
 fn check_one_kind(digest: &Digest, bytes: &[u8], is_index: bool) -> Result<()> {
     #[derive(Deserialize)]
     struct Both {
@@ -254,8 +343,7 @@ impl serde_json::ser::Formatter for GoFormatter {
         fragment: &str,
     ) -> io::Result<()> {
         let mut rest = fragment;
-        // Next to no string has any: digests and times make up most of a cache. U+2028 and U+2029
-        // begin with this byte.
+        // Most strings have none: a cache consists of digests and times. 0xe2 begins U+2028 and U+2029.
         if !rest.bytes().any(|b| matches!(b, b'<' | b'>' | b'&' | 0xe2)) {
             return writer.write_all(rest.as_bytes());
         }
@@ -272,7 +360,7 @@ impl serde_json::ser::Formatter for GoFormatter {
     }
 }
 
-/// For fields that Go writes as `null` where they are empty.
+/// For fields that Go writes as `null` when empty.
 pub(crate) fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -281,7 +369,7 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// A size in bytes: Go has int64 there, so that more cannot be a size.
+/// A size in bytes. Go has int64 there, so more cannot be a size.
 fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     let size = i64::deserialize(deserializer)?;
     u64::try_from(size).map_err(|_| serde::de::Error::custom(format!("size {size} is negative")))
@@ -302,7 +390,7 @@ mod tests {
             let Ok(bytes) = std::fs::read(&path) else {
                 continue;
             };
-            let index: Index = serde_json::from_slice(&bytes).unwrap();
+            let index: ImageIndex = serde_json::from_slice(&bytes).unwrap();
             assert_eq!(to_json(&index).unwrap(), bytes, "{}", path.display());
             indexes += 1;
         }
@@ -317,6 +405,28 @@ mod tests {
         );
         let descriptor: Descriptor = serde_json::from_str(&text).unwrap();
         assert_eq!(serde_json::to_string(&descriptor).unwrap(), text);
+    }
+
+    #[test]
+    fn of_a_descriptor_from_elsewhere_only_what_cannot_name_an_entry_is_kept() {
+        let digest = Digest::of(b"x");
+        let read = |json: &str| -> Descriptor { serde_json::from_str(json).unwrap() };
+        let start = format!(r#"{{"mediaType":"m","digest":"{digest}","size":3"#);
+        let platform = r#""platform":{"architecture":"arm64","os":"linux","variant":"v8"}"#;
+        let good = format!(
+            r#"{start},"annotations":{{"org.opencontainers.image.created":"2026-11-21T20:37:38Z"}},{platform}}}"#
+        );
+        assert_eq!(read(&good).unnamed(), read(&good));
+        let hostile = format!(
+            r#"{start},"urls":["https://a/b"],"annotations":{{"io.containerd.image.name":"latest",
+            "org.opencontainers.image.ref.name":"latest","org.opencontainers.image.created":"latest"}},
+            "data":"e30=","platform":{{"os":"linux","name":"latest"}},"artifactType":"t"}}"#
+        );
+        assert_eq!(read(&hostile).unnamed(), Descriptor::new("m", digest, 3));
+        for platform in ["[]", r#"{"os":1}"#, r#"{"os.features":["a",1]}"#] {
+            let odd = read(&format!(r#"{start},"platform":{platform}}}"#));
+            assert_eq!(odd.unnamed().extra.len(), 0, "{platform}");
+        }
     }
 
     #[test]
@@ -349,10 +459,10 @@ mod tests {
         let bytes =
             format!(r#"{{"schemaVersion":2,"mediaType":"{IMAGE_MANIFEST}","manifests":[]}}"#);
         let descriptor = Descriptor::new(IMAGE_INDEX, Digest::of(b""), 0);
-        let error = Index::parse(&descriptor, bytes.as_bytes()).unwrap_err();
+        let error = ImageIndex::parse(&descriptor, bytes.as_bytes()).unwrap_err();
         assert!(error.to_string().contains("calls itself"), "{error}");
         let descriptor = Descriptor::new(IMAGE_MANIFEST, Digest::of(b""), 0);
-        let error = Index::parse(&descriptor, br#"{"schemaVersion":1}"#).unwrap_err();
+        let error = ImageIndex::parse(&descriptor, br#"{"schemaVersion":1}"#).unwrap_err();
         assert!(error.to_string().contains("schema version 1"), "{error}");
     }
 

@@ -7,6 +7,8 @@ use serde::{Serialize, Serializer};
 use time::macros::utc_datetime;
 use time::{Date, Duration, Month, OffsetDateTime, UtcOffset};
 
+use crate::quote::quoted;
+
 /// A time as Go writes it in JSON: RFC 3339, UTC, nanoseconds without trailing zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub OffsetDateTime);
@@ -17,10 +19,10 @@ pub struct InvalidTime(String);
 
 impl fmt::Display for InvalidTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let start: String = self.0.chars().take(100).collect();
         write!(
             f,
-            "{start:?} is not a time (expected RFC 3339, years 0 to 9999)"
+            "{} is not a time (expected RFC 3339, years 0 to 9999)",
+            quoted(&self.0)
         )
     }
 }
@@ -28,7 +30,7 @@ impl fmt::Display for InvalidTime {
 impl std::error::Error for InvalidTime {}
 
 impl Time {
-    /// Go's zero time, which stands for a time that nobody knows.
+    /// Go's zero time, which stands for an unknown time.
     pub const UNKNOWN: Time = Time(utc_datetime!(0001-01-01 0:00).to_offset(UtcOffset::UTC));
 
     pub fn is_unknown(&self) -> bool {
@@ -67,13 +69,13 @@ impl fmt::Display for Time {
 impl FromStr for Time {
     type Err = InvalidTime;
 
-    /// Any offset is accepted and turned to UTC; digits past the nanoseconds are cut off.
+    /// Accepts any offset and converts to UTC; digits beyond nanoseconds are cut off.
     fn from_str(text: &str) -> Result<Self, InvalidTime> {
         parse(text).ok_or_else(|| InvalidTime(text.chars().take(101).collect()))
     }
 }
 
-/// By hand because Go is stricter than most parsers: `T` and `Z` in upper case, no leap seconds.
+/// By hand: Go is stricter than most parsers (`T` and `Z` in upper case, no leap seconds).
 fn parse(text: &str) -> Option<Time> {
     let mut rest = text.as_bytes();
     let year = digits(&mut rest, 4)?;
@@ -132,7 +134,7 @@ fn parse(text: &str) -> Option<Time> {
         )
         .ok()?;
     let time = local.checked_sub(offset)?;
-    // Go cannot write other years, so neither may an offset lead there.
+    // Go cannot write other years; an offset must not lead there either.
     (0..=9999)
         .contains(&time.year())
         .then(|| Time(time.assume_utc()))

@@ -1,4 +1,4 @@
-//! The JSON of a cache: what BuildKit writes, field by field, and what of it is refused.
+//! The JSON of a cache, field by field as BuildKit writes it, and what of it is refused.
 
 use std::borrow::Cow;
 
@@ -15,18 +15,11 @@ use crate::cache::oci::{
     Descriptor, from_json, normalise_layer, null_is_default, object_from_json, to_json,
 };
 
-/// The version of the field `layercache` that this program writes, and the only one it reads.
+/// The version of the field `layercache` that is written, and the only one that is read.
 const IMAGE_VERSION: u64 = 1;
 
-/// Which of the two places a cache's JSON comes from.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    S3,
-    Local,
-}
-
-// Go's omitempty leaves 0, "" and empty arrays out, and its reader takes what is absent or null for
-// them: so every field has a default here.
+// Go's omitempty leaves out 0, "" and empty arrays, and its reader takes an absent or null field for
+// these: so every field has a default here.
 
 #[derive(Serialize, Deserialize)]
 struct Config<'a> {
@@ -193,66 +186,73 @@ fn time<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Time, D::Er
     }
 }
 
-pub(super) fn parse(bytes: &[u8], form: Form) -> Result<CacheConfig> {
+pub(super) fn parse_s3(bytes: &[u8]) -> Result<CacheConfig> {
     let wire: Config = object_from_json(bytes)?;
-    let config = CacheConfig {
-        layers: layers(&wire.layers, form)?,
-        records: records(&wire.records)?,
-        image: match wire.layercache {
-            Some(image) if form == Form::S3 => {
-                read_image(image).context("the field \"layercache\"")?
-            }
-            _ => None,
-        },
-    };
-    check_records(&config)?;
-    Ok(config)
+    let mut cache = read(&wire, |at, _| {
+        annotations(wire.layers[at].annotations.as_ref())
+    })?;
+    if let Some(image) = wire.layercache {
+        cache.image = read_image(image).context("the field \"layercache\"")?;
+    }
+    Ok(cache)
+}
+
+pub(super) fn parse_local(
+    bytes: &[u8],
+    annotate: impl FnMut(usize, &Digest) -> Result<LayerAnnotations>,
+) -> Result<CacheConfig> {
+    read(&object_from_json(bytes)?, annotate)
 }
 
 /// Reads a bare array of records, over `layers` that are given.
 pub(super) fn parse_records(bytes: &[u8], layers: Vec<Layer>) -> Result<CacheConfig> {
     let wire: Option<Vec<WireRecord>> = from_json(bytes)?;
-    let config = CacheConfig {
+    Ok(CacheConfig {
+        records: records(&wire.unwrap_or_default(), layers.len())?,
         layers,
-        records: records(&wire.unwrap_or_default())?,
         image: None,
-    };
-    check_records(&config)?;
-    Ok(config)
+    })
 }
 
-fn layers(wire: &[WireLayer], form: Form) -> Result<Vec<Layer>> {
-    let mut layers = Vec::with_capacity(wire.len());
-    for (at, layer) in wire.iter().enumerate() {
-        let blob = layer
+/// Asks for annotations last: `annotate` may have to read blobs.
+fn read(
+    wire: &Config,
+    mut annotate: impl FnMut(usize, &Digest) -> Result<LayerAnnotations>,
+) -> Result<CacheConfig> {
+    let count = wire.layers.len();
+    let (mut blobs, mut parents) = (Vec::with_capacity(count), Vec::with_capacity(count));
+    for (at, layer) in wire.layers.iter().enumerate() {
+        let blob: Digest = layer
             .blob
             .0
             .parse()
             .with_context(|| format!("layer {at}: its blob"))?;
-        let parent = match layer.parent {
+        blobs.push(blob);
+        parents.push(match layer.parent {
             -1 => None,
             parent => Some(
-                index(parent, wire.len())
+                index(parent, count)
                     .with_context(|| format!("layer {at}: its parent is layer {parent}"))?,
             ),
-        };
-        let annotations = match form {
-            Form::Local => None,
-            Form::S3 => Some(
-                annotations(layer.annotations.as_ref())
-                    .with_context(|| format!("layer {at} ({blob})"))?,
-            ),
-        };
-        layers.push(Layer {
-            blob,
-            parent,
-            annotations,
         });
     }
-    if let Some(at) = graph::circular_parent(&layers) {
+    if let Some(at) = graph::circular_parent(&parents) {
         bail!("layer {at}: its parents run in a circle");
     }
-    Ok(layers)
+    let records = records(&wire.records, count)?;
+    let mut layers = Vec::with_capacity(count);
+    for (at, (blob, parent)) in blobs.into_iter().zip(parents).enumerate() {
+        layers.push(Layer {
+            annotations: annotate(at, &blob).with_context(|| format!("layer {at} ({blob})"))?,
+            blob,
+            parent,
+        });
+    }
+    Ok(CacheConfig {
+        layers,
+        records,
+        image: None,
+    })
 }
 
 fn annotations(wire: Option<&WireAnnotations>) -> Result<LayerAnnotations> {
@@ -271,19 +271,26 @@ fn annotations(wire: Option<&WireAnnotations>) -> Result<LayerAnnotations> {
     })
 }
 
-fn records(wire: &[WireRecord]) -> Result<Vec<Record>> {
+fn records(wire: &[WireRecord], layers: usize) -> Result<Vec<Record>> {
     let mut records = Vec::with_capacity(wire.len());
     for (at, record) in wire.iter().enumerate() {
-        records.push(read_record(record, wire.len()).with_context(|| format!("record {at}"))?);
+        let record = read_record(record, layers, wire.len());
+        records.push(record.with_context(|| format!("record {at}"))?);
+    }
+    if let Err(at) = graph::inputs_first(&records) {
+        bail!("record {at}: its links run in a circle");
     }
     Ok(records)
 }
 
-fn read_record(wire: &WireRecord, records: usize) -> Result<Record> {
-    // Layers are checked against the real count later, where it is known.
-    let layer = |number: i64| {
-        usize::try_from(number)
-            .map_err(|_| anyhow!("a result is of layer {number}, which is not there"))
+/// `layers` and `records` are how many there are.
+fn read_record(wire: &WireRecord, layers: usize, records: usize) -> Result<Record> {
+    let layer = |number: i64| match usize::try_from(number) {
+        Ok(layer) if layer < layers => Ok(layer),
+        Ok(layer) => Err(anyhow!(
+            "a result is of layer {layer}, but there are {layers} layers"
+        )),
+        Err(_) => Err(anyhow!("a result is of layer {number}, which is not there")),
     };
     let mut results = Vec::with_capacity(wire.layers.len());
     for result in &wire.layers {
@@ -323,21 +330,6 @@ fn read_record(wire: &WireRecord, records: usize) -> Result<Record> {
     })
 }
 
-fn check_records(config: &CacheConfig) -> Result<()> {
-    let count = config.layers.len();
-    for (at, record) in config.records.iter().enumerate() {
-        let results = record.results.iter().map(|result| result.layer);
-        let chains = record.chains.iter().flat_map(|c| c.layers.iter().copied());
-        if let Some(layer) = results.chain(chains).find(|&layer| layer >= count) {
-            bail!("record {at}: a result is of layer {layer}, but there are {count} layers");
-        }
-    }
-    if let Err(at) = graph::inputs_first(&config.records) {
-        bail!("record {at}: its links run in a circle");
-    }
-    Ok(())
-}
-
 fn index(number: i64, count: usize) -> Result<usize> {
     usize::try_from(number)
         .ok()
@@ -359,7 +351,7 @@ fn read_image(wire: &RawValue) -> Result<Option<Image>> {
     if wire.get() == "null" {
         return Ok(None);
     }
-    // The version first: what else a newer one holds is unknown.
+    // The version first: a newer one may hold anything.
     match serde_json::from_str::<Version>(wire.get())?.version {
         IMAGE_VERSION => {}
         version if version > IMAGE_VERSION => bail!(
@@ -397,86 +389,72 @@ fn read_image(wire: &RawValue) -> Result<Option<Image>> {
         );
     }
     Ok(Some(Image {
-        root: image.root,
+        root: image.root.unnamed(),
         contents,
     }))
 }
 
-pub(super) fn write(config: &CacheConfig, form: Form) -> Result<Vec<u8>> {
-    let mut layers = Vec::with_capacity(config.layers.len());
-    for (at, layer) in config.layers.iter().enumerate() {
-        layers.push(WireLayer {
-            blob: Text(layer.blob.to_string().into()),
-            parent: match layer.parent {
-                None => -1,
-                Some(parent) => wire_index(parent)?,
-            },
-            annotations: match (form, &layer.annotations) {
-                (Form::Local, _) => None,
-                (Form::S3, None) => bail!("layer {at} ({}) has no annotations", layer.blob),
-                (Form::S3, Some(annotations)) => Some(WireAnnotations {
-                    media_type: Text(annotations.media_type.as_str().into()),
-                    diff_id: Text(annotations.diff_id.to_string().into()),
-                    size: wire_size(annotations.size)
-                        .with_context(|| format!("layer {at} ({})", layer.blob))?,
-                    created_at: annotations.created_at,
-                }),
-            },
-        });
+pub(super) fn write_s3(cache: &CacheConfig) -> Result<Vec<u8>> {
+    let image = cache.image.as_ref().map(wire_image).transpose()?;
+    let mut annotations = Vec::with_capacity(cache.layers.len());
+    for layer in &cache.layers {
+        let of_layer = &layer.annotations;
+        annotations.push(Some(WireAnnotations {
+            media_type: Text(of_layer.media_type.as_str().into()),
+            diff_id: Text(of_layer.diff_id.to_string().into()),
+            size: wire_size(of_layer.size).with_context(|| format!("layer {}", layer.blob))?,
+            created_at: of_layer.created_at,
+        }));
     }
-    let records = config
-        .records
-        .iter()
-        .map(wire_record)
-        .collect::<Result<_>>()?;
-    let image = match (form, &config.image) {
-        (Form::S3, Some(image)) => Some(wire_image(image)?),
-        _ => None,
-    };
-    Ok(to_json(&Config {
-        layers,
-        records,
-        layercache: None,
-        image,
-    })?)
+    Ok(write(cache, annotations, image)?)
 }
 
-fn wire_record(record: &Record) -> Result<WireRecord<'_>> {
-    let mut layers = Vec::with_capacity(record.results.len());
-    for result in &record.results {
-        layers.push(WireResult {
-            layer: wire_index(result.layer)?,
-            created_at: result.created_at,
-        });
-    }
-    let mut chains = Vec::with_capacity(record.chains.len());
-    for chain in &record.chains {
-        chains.push(WireChain {
-            layers: chain
-                .layers
-                .iter()
-                .map(|&l| wire_index(l))
-                .collect::<Result<_>>()?,
-            created_at: chain.created_at,
-        });
-    }
-    let mut inputs = Vec::with_capacity(record.inputs.len());
-    for alternatives in &record.inputs {
-        let mut wire = Vec::with_capacity(alternatives.len());
-        for input in alternatives {
-            wire.push(WireInput {
-                selector: Text(input.selector.as_str().into()),
-                link: wire_index(input.link)?,
-            });
-        }
-        inputs.push(Alternatives(wire));
-    }
-    Ok(WireRecord {
-        layers,
-        chains,
-        digest: Text(record.digest.as_str().into()),
-        inputs,
+pub(super) fn write_local(cache: &CacheConfig) -> Vec<u8> {
+    let annotations = cache.layers.iter().map(|_| None);
+    write(cache, annotations, None).expect("there is nothing that JSON cannot hold")
+}
+
+fn write<'a>(
+    cache: &'a CacheConfig,
+    annotations: impl IntoIterator<Item = Option<WireAnnotations<'a>>>,
+    image: Option<WireImage<'a>>,
+) -> Result<Vec<u8>, serde_json::Error> {
+    let layers = cache.layers.iter().zip(annotations);
+    let layers = layers.map(|(layer, annotations)| WireLayer {
+        blob: Text(layer.blob.to_string().into()),
+        parent: layer.parent.map_or(-1, wire_index),
+        annotations,
+    });
+    to_json(&Config {
+        layers: layers.collect(),
+        records: cache.records.iter().map(wire_record).collect(),
+        layercache: None,
+        image,
     })
+}
+
+fn wire_record(record: &Record) -> WireRecord<'_> {
+    let results = record.results.iter().map(|result| WireResult {
+        layer: wire_index(result.layer),
+        created_at: result.created_at,
+    });
+    let chains = record.chains.iter().map(|chain| WireChain {
+        layers: chain.layers.iter().map(|&l| wire_index(l)).collect(),
+        created_at: chain.created_at,
+    });
+    let inputs = record.inputs.iter().map(|alternatives| {
+        let inputs = alternatives.iter().map(|input| WireInput {
+            selector: Text(input.selector.as_str().into()),
+            link: wire_index(input.link),
+        });
+        Alternatives(inputs.collect())
+    });
+    WireRecord {
+        layers: results.collect(),
+        chains: chains.collect(),
+        digest: Text(record.digest.as_str().into()),
+        inputs: inputs.collect(),
+    }
 }
 
 fn wire_image(image: &Image) -> Result<WireImage<'_>> {
@@ -494,8 +472,8 @@ fn wire_image(image: &Image) -> Result<WireImage<'_>> {
     })
 }
 
-fn wire_index(index: usize) -> Result<i64> {
-    i64::try_from(index).with_context(|| format!("index {index} is too large"))
+fn wire_index(index: usize) -> i64 {
+    i64::try_from(index).expect("no Vec is that long")
 }
 
 fn wire_size(size: u64) -> Result<i64> {

@@ -12,8 +12,8 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use crate::cache::digest::Digest;
 use crate::cli::spec::{self, Env, Parsed};
 use crate::config::{ExportTask, ImportTask, Missing, Task};
-use crate::layout::Selection;
-use crate::progress::Mode;
+use crate::layout::{Selection, check_tag};
+use crate::progress::Display;
 
 const CACHE_TO: &str = "LAYERCACHE_CACHE_TO";
 const CACHE_FROM: &str = "LAYERCACHE_CACHE_FROM";
@@ -45,7 +45,7 @@ pub struct Global {
     /// How progress is shown [default: auto, or BUILDKIT_PROGRESS]
     // The variable is read by `Global::progress`: an empty one counts as none, unlike with clap.
     #[arg(long, global = true, value_enum, value_name = "MODE")]
-    pub progress: Option<Mode>,
+    pub progress: Option<Display>,
 
     /// Write the summary to this file, as JSON
     #[arg(long, global = true, value_name = "FILE")]
@@ -64,7 +64,7 @@ pub enum Command {
     Import(ImportArgs),
 }
 
-#[derive(Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, name, prefix, mode=min|max, endpoint_url and so on.
 Credentials are best left to the environment; the AWS default chain finds them.
@@ -75,7 +75,7 @@ pub struct ExportArgs {
     /// Where to; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
     // By hand rather than by clap's `env`, which knows no lines and could show the value.
     #[arg(long, value_name = "SPEC")]
-    pub cache_to: Vec<String>,
+    pub cache_to: Vec<SpecText>,
 
     /// Export what has this tag [default: latest, or the only entry]
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
@@ -94,7 +94,7 @@ pub struct ExportArgs {
     pub layout: PathBuf,
 }
 
-#[derive(Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, name, prefix, endpoint_url and so on.
 Credentials are best left to the environment; the AWS default chain finds them.
@@ -105,7 +105,7 @@ Example:
 pub struct ImportArgs {
     /// Where from; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec a line]
     #[arg(long, value_name = "SPEC")]
-    pub cache_from: Vec<String>,
+    pub cache_from: Vec<SpecText>,
 
     /// Tag to give what is imported [default: latest]
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
@@ -117,7 +117,7 @@ pub struct ImportArgs {
 
     /// What to do with results whose layers are no longer on S3
     #[arg(long, value_enum, value_name = "WHAT", default_value = "drop")]
-    pub missing: IfMissing,
+    pub missing: Missing,
 
     /// Hash the blobs that are in the layout already, and fetch damaged ones again
     #[arg(long)]
@@ -132,27 +132,21 @@ pub struct ImportArgs {
     pub layout: PathBuf,
 }
 
-/// What `--missing` takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum IfMissing {
-    /// leave them out and import the rest
-    Drop,
-    /// fail
-    Error,
-}
+/// A spec as it was typed. It can hold credentials, so `Debug` does not show it.
+#[derive(Clone)]
+pub struct SpecText(String);
 
-// The specs can hold credentials, so what is derived would show them.
-impl fmt::Debug for ExportArgs {
+impl fmt::Debug for SpecText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let specs = self.cache_to.len();
-        write!(f, "ExportArgs({specs} specs, {:?})", self.layout)
+        f.write_str("SpecText(redacted)")
     }
 }
 
-impl fmt::Debug for ImportArgs {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let specs = self.cache_from.len();
-        write!(f, "ImportArgs({specs} specs, {:?})", self.layout)
+impl std::str::FromStr for SpecText {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(SpecText(text.to_owned()))
     }
 }
 
@@ -197,13 +191,13 @@ impl Global {
     ///
     /// # Errors
     /// A [`UsageError`] if the variable holds something else.
-    pub fn progress(&self, env: Env) -> Result<Mode> {
-        if let Some(mode) = self.progress {
-            return Ok(mode);
+    pub fn progress(&self, env: Env) -> Result<Display> {
+        if let Some(display) = self.progress {
+            return Ok(display);
         }
         match env("BUILDKIT_PROGRESS").as_deref() {
-            None | Some("") => Ok(Mode::Auto),
-            Some(value) => Mode::from_str(value, false).map_err(|_| {
+            None | Some("") => Ok(Display::Auto),
+            Some(value) => Display::from_str(value, false).map_err(|_| {
                 usage(format!(
                     "BUILDKIT_PROGRESS: {value:?} is not a mode (accepted: auto, plain, tty, \
                      quiet, rawjson)"
@@ -250,10 +244,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
                 layout: import.layout,
                 tag: import.tag,
                 require: import.require,
-                missing: match import.missing {
-                    IfMissing::Drop => Missing::Drop,
-                    IfMissing::Error => Missing::Error,
-                },
+                missing: import.missing,
                 verify: import.verify,
                 dry_run: import.dry_run,
             })
@@ -266,7 +257,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
 struct Specs {
     flag: &'static str,
     variable: &'static str,
-    typed: Vec<String>,
+    typed: Vec<SpecText>,
 }
 
 impl Specs {
@@ -280,7 +271,10 @@ impl Specs {
             let value = env(self.variable).unwrap_or_default();
             (self.variable, spec::specs_from_env(&value))
         } else {
-            (self.flag, self.typed)
+            (
+                self.flag,
+                self.typed.into_iter().map(|spec| spec.0).collect(),
+            )
         };
         let several = specs.len() > 1;
         let mut configs = Vec::with_capacity(specs.len());
@@ -340,13 +334,7 @@ fn looks_like_spec(text: &str) -> bool {
 }
 
 fn tag_name(name: &str) -> Result<String, &'static str> {
-    if name.is_empty() {
-        return Err("a tag is not empty");
-    }
-    if name.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err("a tag holds no spaces and no control characters");
-    }
-    Ok(name.to_owned())
+    check_tag(name).map(|()| name.to_owned())
 }
 
 #[cfg(test)]
@@ -468,7 +456,7 @@ mod tests {
         ];
         let rest = ["export", "--cache-to", SPEC, "dir"];
         let expected = Global {
-            progress: Some(Mode::Rawjson),
+            progress: Some(Display::Rawjson),
             metadata_file: Some(PathBuf::from("meta.json")),
             verbose: true,
         };
@@ -481,15 +469,15 @@ mod tests {
         let flag = typed(&["--progress", "tty", "export", "dir"]).global;
         let none = typed(&["export", "dir"]).global;
         let plain = env_of(&[("BUILDKIT_PROGRESS", "plain")]);
-        assert_eq!(flag.progress(&plain).unwrap(), Mode::Tty);
-        assert_eq!(none.progress(&plain).unwrap(), Mode::Plain);
-        assert_eq!(none.progress(&no_env).unwrap(), Mode::Auto);
+        assert_eq!(flag.progress(&plain).unwrap(), Display::Tty);
+        assert_eq!(none.progress(&plain).unwrap(), Display::Plain);
+        assert_eq!(none.progress(&no_env).unwrap(), Display::Auto);
         let empty = env_of(&[("BUILDKIT_PROGRESS", "")]);
-        assert_eq!(none.progress(&empty).unwrap(), Mode::Auto);
+        assert_eq!(none.progress(&empty).unwrap(), Display::Auto);
         let buildx = env_of(&[("BUILDKIT_PROGRESS", "none")]);
-        assert_eq!(none.progress(&buildx).unwrap(), Mode::Quiet);
+        assert_eq!(none.progress(&buildx).unwrap(), Display::Quiet);
         let flag = typed(&["--progress=none", "export", "dir"]).global;
-        assert_eq!(flag.progress(&no_env).unwrap(), Mode::Quiet);
+        assert_eq!(flag.progress(&no_env).unwrap(), Display::Quiet);
         let error = none
             .progress(&env_of(&[("BUILDKIT_PROGRESS", "fancy")]))
             .unwrap_err();
@@ -530,13 +518,13 @@ mod tests {
         let (Task::Import(task), _) = resolve(typed(&["import", "dir"]), &env).unwrap() else {
             panic!("import became export");
         };
-        assert_eq!(task.sources[0].s3.bucket, "three");
+        assert_eq!(task.sources[0].bucket, "three");
         let flagged = typed(&["import", "--cache-from", SPEC, "dir"]);
         let (Task::Import(task), _) = resolve(flagged, &env).unwrap() else {
             panic!("import became export");
         };
         assert_eq!(task.sources.len(), 1);
-        assert_eq!(task.sources[0].s3.bucket, "cache");
+        assert_eq!(task.sources[0].bucket, "cache");
     }
 
     #[test]

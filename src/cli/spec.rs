@@ -16,7 +16,8 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use url::Url;
 
 use crate::cache::digest::Digest;
-use crate::config::{ExportConfig, ImportConfig, Mode, RetryMode, S3Config, StaticCredentials};
+use crate::config::{ExportConfig, Mode, RetryMode, S3Config, StaticCredentials};
+use crate::quote;
 
 /// How the environment is asked for a variable.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -62,12 +63,10 @@ pub fn cache_to(spec: &str, env: Env) -> Result<Parsed<ExportConfig>> {
 ///
 /// # Errors
 /// As [`cache_to`].
-pub fn cache_from(spec: &str, env: Env) -> Result<Parsed<ImportConfig>> {
+pub fn cache_from(spec: &str, env: Env) -> Result<Parsed<S3Config>> {
     let mut warnings = Vec::new();
     let mut attributes = Attributes::parse(spec, Direction::From, &mut warnings)?;
-    let config = ImportConfig {
-        s3: s3_config(&mut attributes, Direction::From, env, &mut warnings)?,
-    };
+    let config = s3_config(&mut attributes, Direction::From, env, &mut warnings)?;
     Ok(Parsed { config, warnings })
 }
 
@@ -255,7 +254,7 @@ fn unknown(key: &str, position: usize, after_secret: bool) -> anyhow::Error {
         .filter(|(likeness, _)| *likeness >= 0.85)
         .max_by(|a, b| a.0.total_cmp(&b.0));
     let key = key.chars().take(60).collect::<String>();
-    let key = key.escape_debug();
+    let key = quote::printable(&key);
     match near {
         Some((_, known)) => anyhow!("{key}: unknown attribute (did you mean `{known}`?)"),
         // What follows a credential may be the rest of one that holds a comma.
@@ -738,16 +737,13 @@ fn duration(key: &str, value: &str) -> Result<Duration> {
     Ok(Duration::from_nanos(nanoseconds))
 }
 
-/// A value for an error: what a terminal could take for commands is escaped, and a long one cut.
-/// Separated by something other than commas, a spec becomes one value, credentials and all.
+/// A value for an error, unless it may hold a credential: separated by something other than commas, a
+/// spec becomes one value, credentials and all.
 fn quoted(value: &str) -> String {
-    const SHOWN: usize = 100;
     if may_hold_credentials(value) {
         return "the value (not shown: it may hold a credential)".to_owned();
     }
-    let start: String = value.chars().take(SHOWN).collect();
-    let more = if start.len() < value.len() { "..." } else { "" };
-    format!("{start:?}{more}")
+    quote::quoted(value)
 }
 
 /// Whether a text that should be something else is a spec, or holds a credential as one does.
@@ -843,7 +839,7 @@ pub(crate) mod tests {
             }
         );
         let imported = cache_from(MINIMAL, &no_env).unwrap();
-        assert_eq!(imported.config.s3, parsed.config.s3);
+        assert_eq!(imported.config, parsed.config.s3);
         assert_eq!(imported.warnings, Vec::<String>::new());
     }
 
@@ -1026,15 +1022,15 @@ pub(crate) mod tests {
             ("AWS_DEFAULT_REGION", "eu-west-2"),
             ("AWS_BUCKET", "from-env"),
         ]);
-        let s3 = cache_from("type=s3", &env).unwrap().config.s3;
+        let s3 = cache_from("type=s3", &env).unwrap().config;
         assert_eq!(
             (s3.region, s3.bucket),
             ("eu-west-1".into(), "from-env".into())
         );
-        let s3 = cache_from(MINIMAL, &env).unwrap().config.s3;
+        let s3 = cache_from(MINIMAL, &env).unwrap().config;
         assert_eq!((s3.region, s3.bucket), ("us-east-1".into(), "cache".into()));
         let env = env_of(&[("AWS_REGION", ""), ("AWS_DEFAULT_REGION", "eu-west-2")]);
-        let s3 = cache_from("type=s3,bucket=abc", &env).unwrap().config.s3;
+        let s3 = cache_from("type=s3,bucket=abc", &env).unwrap().config;
         assert_eq!(s3.region, "eu-west-2");
     }
 
@@ -1146,7 +1142,7 @@ pub(crate) mod tests {
             (MINIMAL, &general, Some("http://all.test:2/")),
             (MINIMAL, &off, None),
         ] {
-            let endpoint = cache_from(spec, env).unwrap().config.s3.endpoint_url;
+            let endpoint = cache_from(spec, env).unwrap().config.endpoint_url;
             assert_eq!(endpoint.as_ref().map(Url::as_str), expected, "{spec}");
         }
     }
@@ -1359,7 +1355,7 @@ pub(crate) mod tests {
     #[test]
     fn cache_from_reads_the_first_name_and_says_so() {
         let parsed = cache_from(&format!("{MINIMAL},name=a;b"), &no_env).unwrap();
-        assert_eq!(parsed.config.s3.names, ["a"]);
+        assert_eq!(parsed.config.names, ["a"]);
         assert_eq!(
             parsed.warnings,
             ["name: only the first name, \"a\", is imported; for the others repeat --cache-from"]

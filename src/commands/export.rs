@@ -1,332 +1,458 @@
-//! The export: what the layout's manifest refers to, uploaded where S3 lacks it, refreshed where it
-//! is old; the S3 manifest last.
+//! Export: uploads what the layout's manifest refers to and S3 lacks, refreshes what is old, and writes
+//! the S3 manifest last.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context as _, Result, bail};
+use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::{StreamExt, TryStreamExt};
+use serde::Serialize;
 
-use crate::bucket::survey::{self as presence, Bucket};
+use crate::blocking::blocking;
+use crate::bucket::{Bucket, Certainty};
 use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
-use crate::config::{ExportConfig, ExportTask, Mode};
-use crate::interrupt::{Interrupt, Interrupted};
+use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
+use crate::config::{ExportConfig, ExportTask, Mode, S3Config};
 use crate::layout::Layout;
-use crate::layout::snapshot::{Snapshot, blobs_of};
-use crate::progress::Progress;
-use crate::report::{Outcome, Report};
-use crate::store::{ObjectInfo, Store};
-use crate::transfer::buffers::{Buffers, UPLOADS};
-use crate::transfer::upload::{Document, Limits, Uploader, blocking};
-use crate::{Connect, LOCK_WAIT};
+use crate::progress::{self, Progress};
+use crate::report::{Details, Outcome, Place, Report, count};
+use crate::store::{ObjectInfo, Upload};
+use crate::transfer::body::FileSource;
+use crate::transfer::refresh::Refreshed;
+use crate::transfer::upload::Uploader;
 
-/// Refreshes in flight at once: nothing but a request each, on the store's side all.
+/// Refreshes in flight at once. Each is one request, and the store does the rest.
 const REFRESHES: usize = 32;
 
 /// How long to go on aborting uploads after an export failed or was interrupted.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Runs the task; one report a target. A target that fails keeps no other from being tried, and
-/// under `ignore-error` is a warning; a signal ends them all.
-pub async fn export(
-    task: &ExportTask,
-    connect: Connect<'_>,
-    limits: Limits,
-    interrupt: &Interrupt,
-    progress: &Progress,
-) -> Outcome {
-    let began = Instant::now();
-    let read = read_layout(task, progress);
-    let source = match interrupt.or(read).await {
-        Ok(read) => read,
-        Err(error) => return all_failed(task, error, began, progress),
-    };
-    let mut outcome = Outcome::default();
-    let mut targets = task.targets.iter();
-    for target in targets.by_ref() {
-        let (report, exported) =
-            export_to(target, task, &source, connect, limits, interrupt, progress).await;
-        let Err(error) = exported else {
-            outcome.reports.push(report);
-            continue;
-        };
-        let mut report = report.failed(&error);
-        let stopped = error.is::<Interrupted>();
-        if target.ignore_error && !interrupt.happened() {
-            progress.warn(&format!(
-                "the export to {} failed, which ignore-error=true allows: {error:#}",
-                target.s3.address()
-            ));
-            report.error_ignored = true;
+/// How often blobs may vanish from S3 during one export before it gives up.
+const CHECKS: usize = 5;
+
+/// Exports to every target of the task.
+pub async fn run(task: &ExportTask, context: &Context<'_>) -> Outcome {
+    let export = Export { task };
+    for_each_spec(&export, &task.targets, context).await.into()
+}
+
+/// What an export did at one target, or would do.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExportDetails {
+    /// The layout's directory as the user wrote it.
+    layout: String,
+    /// The digest of the exported manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    manifest: Option<Digest>,
+    dry_run: bool,
+    /// Blobs uploaded.
+    transferred: u64,
+    /// Blobs that were there and young.
+    present: u64,
+    /// Blobs that were there and old, and are young now.
+    refreshed: u64,
+    /// Bytes of the uploaded blobs.
+    bytes: u64,
+}
+
+impl Details for ExportDetails {
+    fn summary(&self, place: &Place, cost: &str) -> String {
+        let ExportDetails {
+            transferred,
+            present,
+            refreshed,
+            ..
+        } = *self;
+        let blobs = count(transferred + present + refreshed, "blob");
+        let (addresses, bytes) = (place.addresses(), progress::bytes(self.bytes));
+        if self.dry_run {
+            format!(
+                "dry run: would export {blobs} to {addresses}: would upload {transferred} ({bytes}), \
+                 {present} already there, would refresh {refreshed}; {cost}"
+            )
         } else {
-            let error = error.context(format!("exporting to {}", target.s3.address()));
-            outcome.errors.push(error);
-        }
-        outcome.reports.push(report);
-        if stopped {
-            break;
+            format!(
+                "exported {blobs} to {addresses}: {transferred} uploaded ({bytes}), \
+                 {present} already there, {refreshed} refreshed; {cost}"
+            )
         }
     }
-    outcome.not_begun(targets.map(|target| blank(target, task)));
-    outcome
-}
 
-/// What comes of it when there is nothing to send: one error, and every target has it.
-fn all_failed(
-    task: &ExportTask,
-    error: anyhow::Error,
-    began: Instant,
-    progress: &Progress,
-) -> Outcome {
-    let mut outcome = Outcome::default();
-    for target in &task.targets {
-        outcome.reports.push(Report {
-            seconds: began.elapsed().as_secs_f64(),
-            error_ignored: target.ignore_error && !error.is::<Interrupted>(),
-            ..blank(target, task).failed(&error)
-        });
-    }
-    if outcome.reports.iter().any(Report::is_failure) {
-        outcome.errors.push(error);
-    } else {
-        progress.warn(&format!(
-            "the export failed, which ignore-error=true allows: {error:#}"
-        ));
-    }
-    outcome
-}
-
-/// A report that says where to, and nothing yet of what was done.
-fn blank(target: &ExportConfig, task: &ExportTask) -> Report {
-    Report {
-        command: "export",
-        bucket: target.s3.bucket.clone(),
-        names: target.s3.names.clone(),
-        keys: target
-            .s3
-            .names
-            .iter()
-            .map(|name| target.s3.manifest_key(name))
-            .collect(),
-        layout: task.layout.display().to_string(),
-        dry_run: task.dry_run,
-        ..Report::default()
+    fn of_failure(self) -> Self {
+        ExportDetails {
+            layout: self.layout,
+            manifest: self.manifest,
+            dry_run: self.dry_run,
+            ..ExportDetails::default()
+        }
     }
 }
 
-/// What is exported.
-struct Source {
+struct Export<'a> {
+    task: &'a ExportTask,
+}
+
+/// A cache read from the layout.
+struct Exported {
     layout: Layout,
     manifest: Digest,
-    snapshot: Snapshot,
+    cache: CacheConfig,
 }
 
-async fn read_layout(task: &ExportTask, progress: &Progress) -> Result<Source> {
-    let (root, selection, progress) = (
-        task.layout.clone(),
-        task.selection.clone(),
-        progress.clone(),
-    );
-    blocking(move || {
-        let layout = Layout::open(&root, LOCK_WAIT)?;
-        let entry = layout.select(&selection)?;
-        let snapshot = Snapshot::read(&layout, &entry, &progress)
-            .with_context(|| format!("reading manifest {} of {}", entry.digest, root.display()))?;
-        Ok(Source {
-            layout,
-            manifest: entry.digest,
-            snapshot,
+#[async_trait]
+impl PerSpec for Export<'_> {
+    type Spec = ExportConfig;
+    type Details = ExportDetails;
+    type Ready = Exported;
+
+    fn s3<'a>(&self, target: &'a ExportConfig) -> &'a S3Config {
+        &target.s3
+    }
+
+    fn ignores_errors(&self, target: &ExportConfig) -> bool {
+        target.ignore_error
+    }
+
+    fn blank(&self, target: &ExportConfig) -> Report<ExportDetails> {
+        let s3 = &target.s3;
+        let details = ExportDetails {
+            layout: self.task.layout.display().to_string(),
+            dry_run: self.task.dry_run,
+            ..ExportDetails::default()
+        };
+        Report::new(Place::new("export", "exporting to", s3, &s3.names), details)
+    }
+
+    async fn prepare(&self, context: &Context<'_>) -> Result<Exported> {
+        let (root, selection) = (self.task.layout.clone(), self.task.selection.clone());
+        let progress = context.progress.clone();
+        blocking(move || {
+            let layout = Layout::open(&root, LOCK_WAIT)?;
+            let entry = layout.select(&selection)?;
+            let cache = layout.read_cache(&entry, &progress).with_context(|| {
+                format!("reading manifest {} of {}", entry.digest, root.display())
+            })?;
+            Ok(Exported {
+                layout,
+                manifest: entry.digest,
+                cache,
+            })
         })
-    })
-    .await
+        .await
+    }
+
+    fn work<'a>(
+        &'a self,
+        exported: &'a Exported,
+        target: &'a ExportConfig,
+        bucket: Bucket,
+        _: &[Report<ExportDetails>],
+        context: &'a Context<'_>,
+    ) -> Box<dyn Work<ExportDetails> + 'a> {
+        let store = Arc::clone(bucket.store());
+        Box::new(ExportTo {
+            task: self.task,
+            exported,
+            target,
+            uploader: Uploader::new(store, context.progress.clone(), context.limits),
+            bucket,
+            progress: context.progress,
+        })
+    }
 }
 
-/// What is to be done for one target.
+/// The export to one target.
+struct ExportTo<'a> {
+    task: &'a ExportTask,
+    exported: &'a Exported,
+    target: &'a ExportConfig,
+    bucket: Bucket,
+    uploader: Uploader,
+    progress: &'a Progress,
+}
+
+#[async_trait]
+impl Work<ExportDetails> for ExportTo<'_> {
+    async fn run(&mut self, report: &mut Report<ExportDetails>) -> Result<()> {
+        report.details.manifest = Some(self.exported.manifest);
+        let plan = self.plan().await?;
+        plan.count(&mut report.details);
+        if self.task.dry_run {
+            self.check_readable(&plan).await?;
+            plan.show(&self.bucket, self.progress);
+            return Ok(());
+        }
+        self.execute(&plan, &mut report.details).await?;
+        self.uploader.abort_pointless(plan.pointless).await;
+        Ok(())
+    }
+
+    async fn clean_up(&mut self) -> Result<()> {
+        self.uploader.abort_unfinished(ABORT_PATIENCE).await;
+        Ok(())
+    }
+}
+
+impl ExportTo<'_> {
+    /// Compares the cache with what the bucket has.
+    async fn plan(&self) -> Result<Plan> {
+        let cache = match self.target.mode {
+            Mode::Max => self.exported.cache.clone(),
+            Mode::Min => self.exported.cache.min(),
+        };
+        let manifest = Bytes::from(cache.to_s3()?);
+        let blobs = cache.blobs()?;
+        self.progress.stage("looking for blobs on s3", 0, 0);
+        let certainty = match self.task.dry_run {
+            true => Certainty::Unknown,
+            false => Certainty::Known,
+        };
+        // A dry run aborts nothing.
+        let uploads = async {
+            match self.task.dry_run {
+                true => Vec::new(),
+                false => self.bucket.unfinished_uploads().await,
+            }
+        };
+        let digests = blobs.keys().copied();
+        let (found, uploads) = tokio::join!(self.bucket.survey(digests, certainty), uploads);
+        let touch_refresh = self.target.touch_refresh;
+        let now = SystemTime::now();
+        Ok(Plan::new(
+            manifest,
+            blobs,
+            found?,
+            uploads,
+            touch_refresh,
+            now,
+        ))
+    }
+
+    /// Does what the plan says, the manifests last.
+    async fn execute(&self, plan: &Plan, done: &mut ExportDetails) -> Result<()> {
+        let mut settled = BTreeSet::new();
+        let mut missing = plan.upload.clone();
+        let not_refreshed = self.refresh(&plan.refresh).await;
+        settled.extend(plan.refresh.iter().map(|(digest, _)| *digest));
+        // Each is looked at again before the manifest is written, unless it is uploaded.
+        for (digest, size, refreshed) in not_refreshed {
+            done.refreshed -= 1;
+            if refreshed == Refreshed::Gone {
+                missing.push((digest, size));
+                done.transferred += 1;
+                done.bytes += size;
+            } else if self.renew(digest, size).await {
+                done.transferred += 1;
+                done.bytes += size;
+            } else {
+                done.present += 1;
+                settled.remove(&digest);
+            }
+        }
+        for _ in 0..CHECKS {
+            if missing.is_empty() && plan.refresh.is_empty() && settled.is_empty() {
+                return self.write_manifests(&plan.manifest).await;
+            }
+            self.upload(&missing).await?;
+            settled.extend(missing.drain(..).map(|(digest, _)| digest));
+            // Uploads take time, in which a lifecycle rule or another program may have deleted what the
+            // survey found.
+            missing = self.vanished(&plan.blobs, &settled).await?;
+            if missing.is_empty() {
+                return self.write_manifests(&plan.manifest).await;
+            }
+            let bytes: u64 = missing.iter().map(|(_, size)| size).sum();
+            done.present -= missing.len() as u64;
+            done.transferred += missing.len() as u64;
+            done.bytes += bytes;
+            self.progress.note(&format!(
+                "{} disappeared from s3 during the export; uploading again",
+                count(missing.len() as u64, "blob")
+            ));
+        }
+        bail!("something keeps deleting blobs of this cache from s3 while they are exported")
+    }
+
+    /// Refreshes old blobs; returns those that still are.
+    async fn refresh(&self, old: &[(Digest, ObjectInfo)]) -> Vec<(Digest, u64, Refreshed)> {
+        if !old.is_empty() {
+            let bytes = old.iter().map(|(_, info)| info.size).sum();
+            self.progress.stage("refreshing", old.len() as u64, bytes);
+        }
+        futures::stream::iter(old.to_vec())
+            .map(|(digest, info)| async move {
+                let key = self.bucket.blob_key(&digest);
+                let refreshed = self.uploader.refresh(&key, &digest, &info).await;
+                (digest, info.size, refreshed)
+            })
+            .buffer_unordered(REFRESHES)
+            .filter(|(_, _, refreshed)| std::future::ready(*refreshed != Refreshed::Done))
+            .collect()
+            .await
+    }
+
+    /// Uploads a blob that is on S3 but cannot be refreshed. A failure only leaves it old.
+    async fn renew(&self, digest: Digest, size: u64) -> bool {
+        match self.upload_one(digest, size).await {
+            Ok(()) => true,
+            Err(error) => {
+                self.progress.warn(&format!(
+                    "blob {digest} could not be refreshed: a lifecycle rule may delete it before the next export ({error:#})"
+                ));
+                false
+            }
+        }
+    }
+
+    async fn upload(&self, blobs: &[(Digest, u64)]) -> Result<()> {
+        if !blobs.is_empty() {
+            let bytes = blobs.iter().map(|(_, size)| size).sum();
+            self.progress.stage("uploading", blobs.len() as u64, bytes);
+        }
+        futures::stream::iter(blobs.to_vec())
+            .map(|(digest, size)| self.upload_one(digest, size))
+            .buffer_unordered(self.target.upload_parallelism)
+            .try_collect()
+            .await
+    }
+
+    async fn upload_one(&self, digest: Digest, size: u64) -> Result<()> {
+        let layout = self.exported.layout.clone();
+        let file = blocking(move || layout.open_blob(&digest, size)).await?;
+        let source = Arc::new(FileSource::new(file, digest, size));
+        let key = self.bucket.blob_key(&digest);
+        self.uploader.upload(&key, source).await
+    }
+
+    /// The blobs that were found on S3 and are not there any more. Those in `settled` were sent or
+    /// refreshed in this run.
+    async fn vanished(
+        &self,
+        blobs: &BTreeMap<Digest, u64>,
+        settled: &BTreeSet<Digest>,
+    ) -> Result<Vec<(Digest, u64)>> {
+        let others = || blobs.iter().filter(|(digest, _)| !settled.contains(digest));
+        let digests = others().map(|(digest, _)| *digest);
+        let found = self.bucket.survey(digests, Certainty::Known).await?;
+        let is_there =
+            |digest: &Digest, size| found.get(digest).is_some_and(|info| info.size == size);
+        Ok(others()
+            .filter(|(digest, size)| !is_there(digest, **size))
+            .map(|(digest, size)| (*digest, *size))
+            .collect())
+    }
+
+    /// The pointers to the blobs come last.
+    async fn write_manifests(&self, manifest: &Bytes) -> Result<()> {
+        for name in &self.target.s3.names {
+            let manifest = manifest.clone();
+            self.bucket.write_manifest(name, manifest).await?;
+        }
+        Ok(())
+    }
+
+    /// For a dry run: fails if a blob could not be read for its upload.
+    async fn check_readable(&self, plan: &Plan) -> Result<()> {
+        let (layout, upload) = (self.exported.layout.clone(), plan.upload.clone());
+        blocking(move || {
+            upload
+                .iter()
+                .try_for_each(|(digest, size)| layout.open_blob(digest, *size).map(drop))
+        })
+        .await
+    }
+}
+
+/// What an export is going to do at one target.
 struct Plan {
-    absent: Vec<(Digest, u64)>,
-    old: Vec<(Digest, ObjectInfo)>,
-    present: usize,
+    /// The S3 manifest, to be written under every name.
+    manifest: Bytes,
+    /// Every blob that it names, with its size.
+    blobs: BTreeMap<Digest, u64>,
+    /// The largest first, so that none is left to run alone at the end.
+    upload: Vec<(Digest, u64)>,
+    refresh: Vec<(Digest, ObjectInfo)>,
+    /// Multipart uploads of blobs that are in place, with the blobs' sizes.
+    pointless: Vec<(Upload, u64)>,
 }
 
 impl Plan {
     fn new(
-        blobs: &BTreeMap<Digest, u64>,
+        manifest: Bytes,
+        blobs: BTreeMap<Digest, u64>,
         mut found: BTreeMap<Digest, ObjectInfo>,
+        uploads: Vec<(Digest, Upload)>,
         touch_refresh: Duration,
         now: SystemTime,
     ) -> Self {
         let mut plan = Plan {
-            absent: Vec::new(),
-            old: Vec::new(),
-            present: 0,
+            manifest,
+            blobs: BTreeMap::new(),
+            upload: Vec::new(),
+            refresh: Vec::new(),
+            pointless: Vec::new(),
         };
-        for (&digest, &size) in blobs {
+        let is_there =
+            |digest: &Digest, size| found.get(digest).is_some_and(|info| info.size == size);
+        for (digest, upload) in uploads {
+            if let Some(&size) = blobs.get(&digest)
+                && is_there(&digest, size)
+            {
+                plan.pointless.push((upload, size));
+            }
+        }
+        for (&digest, &size) in &blobs {
             match found.remove(&digest) {
                 // An object of another size is not this blob, whatever its key says.
                 Some(info) if info.size == size => {
-                    let age = info
-                        .last_modified
-                        .map(|then| now.duration_since(then).unwrap_or_default());
-                    // An age that is not known counts as old. With touch_refresh=0s every blob is
-                    // refreshed, also one from this very second.
-                    if touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh) {
-                        plan.old.push((digest, info));
-                    } else {
-                        plan.present += 1;
+                    if is_old(&info, touch_refresh, now) {
+                        plan.refresh.push((digest, info));
                     }
                 }
-                _ => plan.absent.push((digest, size)),
+                _ => plan.upload.push((digest, size)),
             }
         }
-        // The largest first, so that none is left to run alone at the end.
-        plan.absent
-            .sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
+        plan.blobs = blobs;
+        plan.upload
+            .sort_by_key(|&(digest, size)| (Reverse(size), digest));
         plan
     }
-}
 
-async fn export_to(
-    target: &ExportConfig,
-    task: &ExportTask,
-    source: &Source,
-    connect: Connect<'_>,
-    limits: Limits,
-    interrupt: &Interrupt,
-    progress: &Progress,
-) -> (Report, Result<()>) {
-    let began = Instant::now();
-    let mut report = Report {
-        manifest: Some(source.manifest.to_string()),
-        ..blank(target, task)
-    };
-    let exported = async {
-        let cache = match target.mode {
-            Mode::Max => source.snapshot.cache.clone(),
-            Mode::Min => source.snapshot.cache.min(),
-        };
-        let blobs = blobs_of(&cache)?;
-        let store = connect(&target.s3, progress).await?;
-        let uploader = Arc::new(Uploader::new(
-            Arc::clone(&store),
-            source.layout.clone(),
-            Buffers::new(UPLOADS),
-            progress.clone(),
-            limits,
-        ));
-        let sent = send(
-            target,
-            &mut report,
-            &cache,
-            &blobs,
-            &*store,
-            &uploader,
-            progress,
-        );
-        let sent = interrupt.or(sent).await;
-        if sent.is_err() {
-            uploader.abort_unfinished(ABORT_PATIENCE).await;
-        }
-        report.requests = store.requests();
-        sent
-    };
-    let exported = exported.await;
-    report.seconds = began.elapsed().as_secs_f64();
-    (report, exported)
-}
+    fn count(&self, details: &mut ExportDetails) {
+        details.transferred = self.upload.len() as u64;
+        details.refreshed = self.refresh.len() as u64;
+        details.present = self.blobs.len() as u64 - details.transferred - details.refreshed;
+        details.bytes = self.upload.iter().map(|(_, size)| size).sum();
+    }
 
-async fn send(
-    target: &ExportConfig,
-    report: &mut Report,
-    cache: &CacheConfig,
-    blobs: &BTreeMap<Digest, u64>,
-    store: &dyn Store,
-    uploader: &Uploader,
-    progress: &Progress,
-) -> Result<()> {
-    let manifest = Bytes::from(cache.to_s3()?);
-    progress.stage("looking for blobs on s3", 0, 0);
-    let bucket = match report.dry_run {
-        true => Bucket::Unseen,
-        false => Bucket::Sure,
-    };
-    let digests = blobs.keys().copied();
-    let found = presence::survey(store, &target.s3, digests, bucket, progress).await?;
-    let plan = Plan::new(blobs, found, target.touch_refresh, SystemTime::now());
-    report.transferred = plan.absent.len() as u64;
-    report.present = plan.present as u64;
-    report.refreshed = plan.old.len() as u64;
-    report.bytes = plan.absent.iter().map(|(_, size)| size).sum();
-    if report.dry_run {
-        for (digest, size) in &plan.absent {
-            uploader.check_readable(digest, *size).await?;
-            progress.note(&format!(
-                "would upload {digest} ({})",
-                crate::progress::bytes(*size)
-            ));
+    fn show(&self, bucket: &Bucket, progress: &Progress) {
+        for (digest, size) in &self.upload {
+            let size = progress::bytes(*size);
+            progress.note(&format!("would upload {digest} ({size})"));
         }
-        for (digest, _) in &plan.old {
+        for (digest, _) in &self.refresh {
             progress.note(&format!("would refresh {digest}"));
         }
-        for name in &target.s3.names {
-            progress.note(&format!("would write {}", target.s3.manifest_key(name)));
+        let s3 = bucket.config();
+        for name in &s3.names {
+            progress.note(&format!("would write {}", s3.manifest_key(name)));
         }
-        return Ok(());
     }
+}
 
-    if !plan.old.is_empty() {
-        progress.stage(
-            "refreshing",
-            plan.old.len() as u64,
-            plan.old.iter().map(|(_, info)| info.size).sum(),
-        );
-    }
-    let mut absent = plan.absent;
-    let refreshed: Vec<_> = futures::stream::iter(plan.old)
-        .map(|(digest, info)| async move {
-            let key = target.s3.blob_key(&digest);
-            let there = uploader.refresh(&key, &digest, &info).await?;
-            Ok::<_, anyhow::Error>((!there).then_some((digest, info.size)))
-        })
-        .buffer_unordered(REFRESHES)
-        .try_collect()
-        .await?;
-    for (digest, size) in refreshed.into_iter().flatten() {
-        report.refreshed -= 1;
-        report.transferred += 1;
-        report.bytes += size;
-        absent.push((digest, size));
-    }
-
-    if !absent.is_empty() {
-        progress.stage(
-            "uploading",
-            absent.len() as u64,
-            absent.iter().map(|(_, size)| size).sum(),
-        );
-    }
-    futures::stream::iter(absent)
-        .map(|(digest, size)| async move {
-            uploader
-                .upload(&target.s3.blob_key(&digest), digest, size)
-                .await
-        })
-        .buffer_unordered(target.upload_parallelism)
-        .try_collect::<()>()
-        .await?;
-
-    // Every blob is there: the pointers to them come last.
-    for name in &target.s3.names {
-        let key = target.s3.manifest_key(name);
-        store
-            .put(&key, Arc::new(Document(manifest.clone())))
-            .await
-            .with_context(|| format!("writing the manifest {key}"))?;
-        progress.note(&format!("wrote {key}"));
-    }
-    Ok(())
+/// Whether an object is due for a refresh. An unknown age counts as old. With touch_refresh=0s
+/// everything is old, even an object of this very second.
+fn is_old(info: &ObjectInfo, touch_refresh: Duration, now: SystemTime) -> bool {
+    let age = info
+        .last_modified
+        .map(|then| now.duration_since(then).unwrap_or_default());
+    touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh)
 }
 
 #[cfg(test)]
@@ -352,15 +478,83 @@ mod tests {
             (old, info(1, 61, now)),
             (short, info(1, 0, now)),
         ]);
-        let plan = Plan::new(&blobs, found, Duration::from_secs(60), now);
-        assert_eq!(plan.absent, vec![(absent, 3), (short, 2)]);
-        assert_eq!(
-            plan.old
-                .iter()
-                .map(|(digest, _)| *digest)
-                .collect::<Vec<_>>(),
-            vec![old]
+        let plan = Plan::new(
+            Bytes::new(),
+            blobs,
+            found,
+            vec![],
+            Duration::from_secs(60),
+            now,
         );
-        assert_eq!(plan.present, 1);
+        assert_eq!(plan.upload, vec![(absent, 3), (short, 2)]);
+        let refresh: Vec<Digest> = plan.refresh.iter().map(|(digest, _)| *digest).collect();
+        assert_eq!(refresh, vec![old]);
+        let mut details = ExportDetails::default();
+        plan.count(&mut details);
+        assert_eq!((details.present, details.bytes), (1, 5));
+    }
+
+    fn report() -> Report<ExportDetails> {
+        let place = Place {
+            command: "export",
+            doing: "exporting to",
+            bucket: "cache".into(),
+            names: vec!["main".into()],
+            keys: vec!["manifests/main".into()],
+        };
+        let details = ExportDetails {
+            transferred: 3,
+            present: 7,
+            bytes: 1_258_291,
+            ..ExportDetails::default()
+        };
+        let mut report = Report::new(place, details);
+        (report.cost.requests, report.cost.seconds) = (12, 1.4321);
+        report
+    }
+
+    #[test]
+    fn an_export_says_what_it_sent_and_what_was_there() {
+        let mut report = report();
+        assert_eq!(
+            report.summary(),
+            "exported 10 blobs to s3://cache/manifests/main: 3 uploaded (1.20 MiB), \
+             7 already there, 0 refreshed; 12 requests in 1.4 s"
+        );
+        report.details.dry_run = true;
+        assert_eq!(
+            report.summary(),
+            "dry run: would export 10 blobs to s3://cache/manifests/main: would upload 3 \
+             (1.20 MiB), 7 already there, would refresh 0; 12 requests in 1.4 s"
+        );
+    }
+
+    #[test]
+    fn one_is_singular_and_every_name_is_listed() {
+        let mut report = report();
+        report.place.keys = vec!["m/a".into(), "m/b".into()];
+        report.details = ExportDetails {
+            refreshed: 1,
+            ..ExportDetails::default()
+        };
+        report.cost.requests = 1;
+        assert_eq!(
+            report.summary(),
+            "exported 1 blob to s3://cache/m/a, s3://cache/m/b: 0 uploaded (0 B), \
+             0 already there, 1 refreshed; 1 request in 1.4 s"
+        );
+    }
+
+    #[test]
+    fn a_failure_that_is_ignored_says_so_and_counts_nothing() {
+        let mut report = report();
+        report.fail(&anyhow::anyhow!("access denied\x1b[2J"));
+        report.error_ignored = true;
+        assert_eq!(
+            report.summary(),
+            "exporting to s3://cache/manifests/main failed, which is ignored: \
+             access denied\\u{1b}[2J; 12 requests in 1.4 s"
+        );
+        assert_eq!(report.details, ExportDetails::default());
     }
 }

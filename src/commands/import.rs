@@ -1,136 +1,158 @@
-//! The import: what an S3 manifest names, fetched where the layout lacks it, verified, and only then
-//! pointed to by a tag.
+//! Import: fetches what an S3 manifest names and the layout lacks, verifies it, and only then points a
+//! tag to it.
 
+mod fetch;
+
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-use std::time::Instant;
+use std::fmt::Write as _;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
+use async_trait::async_trait;
 use futures::stream::{StreamExt, TryStreamExt};
-use tokio::sync::mpsc;
+use serde::Serialize;
 
-use crate::bucket::survey::{self as presence, Bucket};
+use self::fetch::Haul;
+use crate::blocking::blocking;
+use crate::bucket::{Bucket, Certainty};
 use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
-use crate::cache::oci::Descriptor;
-use crate::config::{ImportConfig, ImportTask, Missing};
-use crate::interrupt::{Interrupt, Interrupted};
-use crate::layout::Layout;
-use crate::layout::snapshot::{self, blobs_of, documents};
-use crate::progress::{Activity, Progress};
-use crate::report::{Outcome, Report};
-use crate::store::{self, Store};
-use crate::transfer::buffers::{Buffers, DOWNLOADS};
-use crate::transfer::download::{Downloader, Fetched, publish};
-use crate::transfer::upload::{Limits, blocking};
-use crate::{Connect, LOCK_WAIT};
-
-/// Blobs fetched at once; the buffers' bound decides how many of them are large.
-const BLOBS: usize = 160;
-
-/// Verified blobs that may wait to be named: each holds a file open.
-const VERIFIED: usize = 32;
+use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
+use crate::config::{ImportTask, Missing, S3Config};
+use crate::layout::{Layout, Published, tag_of};
+use crate::progress::{self, Progress, Verb};
+use crate::quote::printable;
+use crate::report::{Details, Outcome, Place, Report, count};
+use crate::transfer::limits::Limits;
 
 /// Blobs hashed at once under `--verify`.
 const HASHES: usize = 4;
 
-/// A larger manifest is not one that BuildKit wrote.
-const MANIFEST_LIMIT: u64 = 256 << 20;
+/// Bytes of the largest cache config that BuildKit's local import reads.
+const BUILDKIT_CONFIG_LIMIT: u64 = 1 << 20;
 
-/// BuildKit's local import refuses a larger cache config.
-const BUILDKIT_CONFIG_LIMIT: usize = 1 << 20;
+/// How often blobs that another process deletes during the import are fetched again.
+const REFETCHES: usize = 10;
 
-/// Runs the task; one report a source. A source that fails keeps no other from being tried; a
-/// signal ends them all.
-pub async fn import(
-    task: &ImportTask,
-    connect: Connect<'_>,
-    limits: Limits,
-    interrupt: &Interrupt,
-    progress: &Progress,
-) -> Outcome {
-    let began = Instant::now();
-    let mut outcome = Outcome::default();
-    let root = task.layout.clone();
-    let opening = blocking(move || Layout::open_for_import(&root, LOCK_WAIT));
-    let layout = match interrupt.or(opening).await {
-        Ok(layout) => layout,
-        Err(error) => {
-            outcome
-                .reports
-                .extend(task.sources.iter().map(|source| Report {
-                    seconds: began.elapsed().as_secs_f64(),
-                    ..blank(source, task).failed(&error)
-                }));
-            outcome.errors.push(error);
-            return outcome;
-        }
-    };
-    let mut sources = task.sources.iter();
-    for source in sources.by_ref() {
-        let taken: Vec<&str> = outcome
-            .reports
-            .iter()
-            .filter_map(|report| report.tag.as_deref())
-            .collect();
-        let tag = tag_for(task, source, &taken);
-        let (report, imported) = match interrupt.or(connect(&source.s3, progress)).await {
-            Ok(store) => {
-                let import = Import {
-                    source,
-                    task,
-                    layout: &layout,
-                    store,
-                    progress,
-                    limits,
-                };
-                import.import(tag, interrupt).await
-            }
-            Err(error) => (blank(source, task), Err(error)),
-        };
-        if !task.dry_run {
-            let layout = layout.clone();
-            // However it ended: only what the next run can use is to be left lying about.
-            let tidied = blocking(move || {
-                layout.tidy();
-                Ok(())
-            });
-            if let Err(error) = tidied.await {
-                outcome.errors.push(error);
-            }
-        }
-        let Err(error) = imported else {
-            outcome.reports.push(report);
-            continue;
-        };
-        outcome.reports.push(report.failed(&error));
-        let stopped = error.is::<Interrupted>();
-        let error = error.context(format!("importing from {}", source.s3.address()));
-        outcome.errors.push(error);
-        if stopped {
-            break;
-        }
-    }
-    outcome.not_begun(sources.map(|source| blank(source, task)));
-    judge_absent(task, &mut outcome, progress);
-    outcome
+/// Digests that an error lists.
+const LISTED: usize = 5;
+
+/// Imports from every source of the task.
+pub async fn run(task: &ImportTask, context: &Context<'_>) -> Outcome {
+    let import = Import { task };
+    let (mut reports, mut errors) = for_each_spec(&import, &task.sources, context).await;
+    judge_absent(task, &mut reports, &mut errors, context.progress);
+    (reports, errors).into()
 }
 
-/// A cache that is not there yet is the first build's lot. `--require` wants one to begin with:
-/// that of a branch may be absent while main's is there.
-fn judge_absent(task: &ImportTask, outcome: &mut Outcome, progress: &Progress) {
-    let none = outcome.reports.iter().all(|report| report.not_found);
-    for (source, report) in task.sources.iter().zip(&mut outcome.reports) {
-        if !report.not_found {
+/// What an import did with one source, or would do.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImportDetails {
+    /// The layout's directory as the user wrote it.
+    layout: String,
+    /// The digest of the manifest that was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    manifest: Option<Digest>,
+    /// The tag that was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tag: Option<String>,
+    dry_run: bool,
+    /// There is no such cache.
+    not_found: bool,
+    /// Blobs fetched.
+    transferred: u64,
+    /// Blobs that were in the layout already.
+    present: u64,
+    refreshed: u64,
+    /// Bytes that were fetched.
+    bytes: u64,
+    /// Layers and results left out because blobs are missing.
+    dropped_layers: u64,
+    dropped_results: u64,
+}
+
+impl Details for ImportDetails {
+    fn summary(&self, place: &Place, cost: &str) -> String {
+        let addresses = place.addresses();
+        if self.not_found {
+            return format!("nothing is stored at {addresses}: nothing imported; {cost}");
+        }
+        let (transferred, present) = (self.transferred, self.present);
+        let (names, destination) = (place.quoted_names(), self.destination());
+        let (blobs, bytes) = (
+            count(transferred + present, "blob"),
+            progress::bytes(self.bytes),
+        );
+        let mut summary = if self.dry_run {
+            format!(
+                "dry run: would import {names} from {addresses}{destination}: {blobs}: \
+                 would fetch {transferred} ({bytes}), {present} already there; {cost}"
+            )
+        } else {
+            format!(
+                "imported {names} from {addresses}{destination}: {blobs}: \
+                 {transferred} fetched ({bytes}), {present} already there; {cost}"
+            )
+        };
+        let dropped: Vec<String> = [
+            (self.dropped_layers, "layer"),
+            (self.dropped_results, "result"),
+        ]
+        .into_iter()
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, what)| count(n, what))
+        .collect();
+        if !dropped.is_empty() {
+            let left_out = match self.dry_run {
+                true => "would leave out",
+                false => "left out",
+            };
+            let dropped = dropped.join(" and ");
+            let _ = write!(summary, "\n{left_out} {dropped} because blobs are missing");
+        }
+        summary
+    }
+
+    fn of_failure(self) -> Self {
+        ImportDetails {
+            layout: self.layout,
+            manifest: self.manifest,
+            dry_run: self.dry_run,
+            ..ImportDetails::default()
+        }
+    }
+}
+
+impl ImportDetails {
+    fn destination(&self) -> String {
+        let mut destination = format!(" into {}", printable(&self.layout));
+        if let Some(tag) = &self.tag {
+            let _ = write!(destination, " as {}", printable(tag));
+        }
+        destination
+    }
+}
+
+/// A cache that is not there yet is normal before the first build. `--require` demands at least one:
+/// a branch's cache may be absent while the main branch's is there.
+fn judge_absent(
+    task: &ImportTask,
+    reports: &mut [Report<ImportDetails>],
+    errors: &mut Vec<anyhow::Error>,
+    progress: &Progress,
+) {
+    let none = reports.iter().all(|report| report.details.not_found);
+    for (source, report) in task.sources.iter().zip(reports) {
+        if !report.details.not_found {
             continue;
         }
-        let key = source.s3.manifest_key(&source.s3.names[0]);
-        let absent = format!("there is no manifest {key} in bucket {}", source.s3.bucket);
+        let key = source.manifest_key(&source.names[0]);
+        let absent = format!("there is no manifest {key} in bucket {}", source.bucket);
         if task.require && none {
             let error = anyhow!("{absent}, and --require wants one");
             report.error = Some(error.to_string());
-            let error = error.context(format!("importing from {}", source.s3.address()));
-            outcome.errors.push(error);
+            errors.push(error.context(format!("importing from {}", source.address())));
         } else if task.require {
             progress.warn(&format!("{absent} yet: nothing imported from there"));
         } else {
@@ -141,26 +163,72 @@ fn judge_absent(task: &ImportTask, outcome: &mut Outcome, progress: &Progress) {
     }
 }
 
-/// A report that says where from, and nothing yet of what was done.
-fn blank(source: &ImportConfig, task: &ImportTask) -> Report {
-    Report {
-        command: "import",
-        bucket: source.s3.bucket.clone(),
-        names: vec![source.s3.names[0].clone()],
-        keys: vec![source.s3.manifest_key(&source.s3.names[0])],
-        layout: task.layout.display().to_string(),
-        dry_run: task.dry_run,
-        ..Report::default()
+struct Import<'a> {
+    task: &'a ImportTask,
+}
+
+#[async_trait]
+impl PerSpec for Import<'_> {
+    type Spec = S3Config;
+    type Details = ImportDetails;
+    type Ready = Layout;
+
+    fn s3<'a>(&self, source: &'a S3Config) -> &'a S3Config {
+        source
+    }
+
+    fn ignores_errors(&self, _: &S3Config) -> bool {
+        false
+    }
+
+    fn blank(&self, source: &S3Config) -> Report<ImportDetails> {
+        let details = ImportDetails {
+            layout: self.task.layout.display().to_string(),
+            dry_run: self.task.dry_run,
+            ..ImportDetails::default()
+        };
+        // Like BuildKit, an import reads the first name only.
+        let names = &source.names[..1];
+        Report::new(
+            Place::new("import", "importing from", source, names),
+            details,
+        )
+    }
+
+    async fn prepare(&self, _: &Context<'_>) -> Result<Layout> {
+        let root = self.task.layout.clone();
+        blocking(move || Layout::open_for_import(&root, LOCK_WAIT)).await
+    }
+
+    fn work<'a>(
+        &'a self,
+        layout: &'a Layout,
+        source: &'a S3Config,
+        bucket: Bucket,
+        earlier: &[Report<ImportDetails>],
+        context: &'a Context<'_>,
+    ) -> Box<dyn Work<ImportDetails> + 'a> {
+        let name = &source.names[0];
+        let taken = earlier.iter().filter_map(|r| r.details.tag.as_deref());
+        Box::new(ImportFrom {
+            task: self.task,
+            name,
+            tag: tag_for(self.task, name, &taken.collect::<Vec<_>>()),
+            bucket,
+            layout,
+            progress: context.progress,
+            limits: context.limits,
+        })
     }
 }
 
-/// The first cache found gets the tag that was asked for, the others that of their own name; no tag
-/// is written twice in one run.
-fn tag_for(task: &ImportTask, source: &ImportConfig, taken: &[&str]) -> String {
+/// The first cache found gets the tag that was asked for, the others one from their own name. No tag is
+/// written twice in one run.
+fn tag_for(task: &ImportTask, name: &str, taken: &[&str]) -> String {
     let wanted = match (taken, &task.tag) {
         ([], Some(tag)) => tag.as_str(),
         ([], None) => "latest",
-        _ => source.s3.names[0].as_str(),
+        _ => &tag_of(name),
     };
     let mut tag = wanted.to_owned();
     let mut count = 2;
@@ -171,143 +239,127 @@ fn tag_for(task: &ImportTask, source: &ImportConfig, taken: &[&str]) -> String {
     tag
 }
 
-/// The manifest; `None` if there is none.
-async fn read_manifest(store: &Arc<dyn Store>, key: &str) -> Result<Option<CacheConfig>> {
-    let reading = || format!("reading the manifest {key} on s3");
-    // What is JSON all through is what was written, if not by BuildKit or by us.
-    let read = store::read_whole(store, key, MANIFEST_LIMIT, is_json).await;
-    let Some(bytes) = read.with_context(reading)? else {
-        return Ok(None);
-    };
-    CacheConfig::parse_s3(&bytes)
-        .map(Some)
-        .with_context(reading)
-}
-
-/// On bytes alone serde_json would not look into the strings that it ignores.
-fn is_json(bytes: &[u8]) -> Result<(), String> {
-    let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?;
-    match serde_json::from_str::<serde::de::IgnoredAny>(text) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(format!("it is not JSON ({error})")),
-    }
-}
-
-/// [`BLOBS`], or as many as the limit on open files allows: a blob has its file open twice and a
-/// connection, and some wait to be named.
-fn blobs_at_once() -> usize {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let files = limit.current.and_then(|files| usize::try_from(files).ok());
-    files.map_or(BLOBS, |files| (files / 6).clamp(1, BLOBS))
-}
-
-/// One source being imported.
-struct Import<'a> {
-    source: &'a ImportConfig,
+/// The import from one source.
+struct ImportFrom<'a> {
     task: &'a ImportTask,
+    /// The cache's name on S3.
+    name: &'a str,
+    /// The tag that it gets in the layout.
+    tag: String,
+    bucket: Bucket,
     layout: &'a Layout,
-    store: Arc<dyn Store>,
     progress: &'a Progress,
     limits: Limits,
 }
 
-impl Import<'_> {
-    async fn import(&self, tag: String, interrupt: &Interrupt) -> (Report, Result<()>) {
-        let began = Instant::now();
-        let mut report = blank(self.source, self.task);
-        let imported = interrupt.or(self.run(tag, &mut report)).await;
-        report.requests = self.store.requests();
-        report.seconds = began.elapsed().as_secs_f64();
-        (report, imported)
-    }
-
-    async fn run(&self, tag: String, report: &mut Report) -> Result<()> {
-        let key = self.source.s3.manifest_key(&self.source.s3.names[0]);
-        self.progress.stage("reading the manifest", 0, 0);
-        let Some(mut cache) = read_manifest(&self.store, &key).await? else {
-            report.not_found = true;
+#[async_trait]
+impl Work<ImportDetails> for ImportFrom<'_> {
+    async fn run(&mut self, report: &mut Report<ImportDetails>) -> Result<()> {
+        let details = &mut report.details;
+        let Some(plan) = self.plan().await? else {
+            details.not_found = true;
             return Ok(());
         };
-        let blobs = blobs_of(&cache)?;
-        let absent = self.absent(&blobs).await?;
-        report.present = (blobs.len() - absent.len()) as u64;
-        report.transferred = absent.len() as u64;
+        plan.count(details);
         if self.task.dry_run {
-            let missing = self.would_fetch(&absent, report).await?;
-            if !missing.is_empty() {
-                self.without(&cache, &missing, report)?;
-            }
-            report.tag = Some(tag);
-            return Ok(());
+            self.show(&plan, details).await?;
+        } else {
+            self.execute(plan, details).await?;
         }
-
-        let layout = self.layout.clone();
-        blocking(move || layout.prepare()).await?;
-        let missing = self.fetch(absent, report).await?;
-        if !missing.is_empty() {
-            cache = self.without(&cache, &missing, report)?;
-        }
-
-        let (layout, tag_name) = (self.layout.clone(), tag.clone());
-        let (entry, config_bytes) = blocking(move || write(&layout, &cache, &tag_name)).await?;
-        if config_bytes > BUILDKIT_CONFIG_LIMIT {
-            self.progress.warn(&format!(
-                "the cache config has {}: BuildKit's local import refuses more than 1 MiB; export with mode=min, or fewer stages",
-                crate::progress::bytes(config_bytes as u64)
-            ));
-        }
-        report.manifest = Some(entry.to_string());
-        report.tag = Some(tag);
+        details.tag = Some(self.tag.clone());
         Ok(())
     }
 
-    /// What the layout lacks, the largest first.
-    async fn absent(&self, blobs: &BTreeMap<Digest, u64>) -> Result<Vec<(Digest, u64)>> {
-        let (layout, wanted, verify) = (self.layout.clone(), blobs.clone(), self.task.verify);
-        let mut absent: Vec<(Digest, u64)> = if verify {
-            let known: u64 = wanted.values().sum();
-            self.progress.stage("verifying", wanted.len() as u64, known);
-            let checks = wanted.into_iter().map(|(digest, size)| {
-                let (layout, progress) = (layout.clone(), self.progress.clone());
-                blocking(move || {
-                    let blob = progress.blob(Activity::Hash, &digest, size);
-                    let good = layout.verify_blob(&digest, size)?;
-                    blob.advance(size);
-                    blob.done();
-                    Ok((!good).then_some((digest, size)))
-                })
-            });
-            let found: Vec<_> = futures::stream::iter(checks)
-                .buffer_unordered(HASHES)
-                .try_collect()
-                .await?;
-            found.into_iter().flatten().collect()
-        } else {
-            blocking(move || {
-                Ok(wanted
-                    .into_iter()
-                    .filter(|(digest, size)| !layout.has_blob(digest, *size))
-                    .collect())
-            })
-            .await?
+    async fn clean_up(&mut self) -> Result<()> {
+        if self.task.dry_run {
+            return Ok(());
+        }
+        let layout = self.layout.clone();
+        // Only what the next run can resume stays.
+        blocking(move || {
+            layout.tidy();
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// What an import is going to do with one source.
+struct Plan {
+    cache: CacheConfig,
+    /// Blobs that the layout has.
+    present: usize,
+    /// Blobs that it lacks, the largest first.
+    fetch: Vec<(Digest, u64)>,
+}
+
+impl Plan {
+    fn count(&self, details: &mut ImportDetails) {
+        details.present = self.present as u64;
+        details.transferred = self.fetch.len() as u64;
+    }
+}
+
+impl ImportFrom<'_> {
+    /// Compares the manifest with what the layout has. `None`: there is no manifest.
+    async fn plan(&self) -> Result<Option<Plan>> {
+        self.progress.stage("reading the manifest", 0, 0);
+        let Some(cache) = self.bucket.manifest(self.name).await? else {
+            return Ok(None);
         };
-        absent.sort_by_key(|&(digest, size)| (std::cmp::Reverse(size), digest));
-        Ok(absent)
+        let blobs = cache.blobs()?;
+        let all = blobs.len();
+        let mut fetch = match self.task.verify {
+            true => self.not_intact(blobs).await?,
+            false => self.not_there(blobs).await?,
+        };
+        fetch.sort_by_key(|&(digest, size)| (Reverse(size), digest));
+        Ok(Some(Plan {
+            cache,
+            present: all - fetch.len(),
+            fetch,
+        }))
     }
 
-    /// Says what would be fetched; returns what S3 does not have.
-    async fn would_fetch(
-        &self,
-        absent: &[(Digest, u64)],
-        report: &mut Report,
-    ) -> Result<BTreeSet<Digest>> {
-        let config = &self.source.s3;
+    /// The blobs that are not in the layout.
+    async fn not_there(&self, blobs: BTreeMap<Digest, u64>) -> Result<Vec<(Digest, u64)>> {
+        let layout = self.layout.clone();
+        blocking(move || {
+            Ok(blobs
+                .into_iter()
+                .filter(|(digest, size)| !layout.has_blob(digest, *size))
+                .collect())
+        })
+        .await
+    }
+
+    /// The blobs that are not in the layout, or whose bytes are wrong there.
+    async fn not_intact(&self, blobs: BTreeMap<Digest, u64>) -> Result<Vec<(Digest, u64)>> {
+        let bytes = blobs.values().sum();
+        self.progress.stage("verifying", blobs.len() as u64, bytes);
+        let checks = blobs.into_iter().map(|(digest, size)| {
+            let (layout, progress) = (self.layout.clone(), self.progress.clone());
+            blocking(move || {
+                let blob = progress.blob(Verb::Hash, &digest, size);
+                let good = layout.verify_blob(&digest, size, |read| blob.advance(read))?;
+                blob.done();
+                Ok((!good).then_some((digest, size)))
+            })
+        });
+        let wrong: Vec<_> = futures::stream::iter(checks)
+            .buffer_unordered(HASHES)
+            .try_collect()
+            .await?;
+        Ok(wrong.into_iter().flatten().collect())
+    }
+
+    /// Says what would be fetched, after a look at what S3 has.
+    async fn show(&self, plan: &Plan, details: &mut ImportDetails) -> Result<()> {
         self.progress.stage("looking for blobs on s3", 0, 0);
-        let digests = absent.iter().map(|(digest, _)| *digest);
-        let found =
-            presence::survey(&*self.store, config, digests, Bucket::Sure, self.progress).await?;
+        let digests = plan.fetch.iter().map(|(digest, _)| *digest);
+        let found = self.bucket.survey(digests, Certainty::Known).await?;
         let mut missing = BTreeSet::new();
-        for (digest, size) in absent {
+        for (digest, size) in &plan.fetch {
             let Some(info) = found.get(digest) else {
                 missing.insert(*digest);
                 continue;
@@ -315,79 +367,104 @@ impl Import<'_> {
             if info.size != *size {
                 bail!(
                     "blob {} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
-                    config.blob_key(digest),
+                    self.bucket.blob_key(digest),
                     info.size
                 );
             }
-            self.progress.note(&format!(
-                "would fetch {digest} ({})",
-                crate::progress::bytes(*size)
-            ));
-            report.bytes += size;
+            let text = progress::bytes(*size);
+            self.progress
+                .note(&format!("would fetch {digest} ({text})"));
+            details.bytes += size;
         }
-        Ok(missing)
+        if !missing.is_empty() {
+            self.without(&plan.cache, &missing, details)?;
+        }
+        Ok(())
     }
 
-    /// Fetches what is absent; returns what S3 does not have either.
-    async fn fetch(
-        &self,
-        absent: Vec<(Digest, u64)>,
-        report: &mut Report,
-    ) -> Result<BTreeSet<Digest>> {
-        if !absent.is_empty() {
-            self.progress.stage(
-                "fetching",
-                absent.len() as u64,
-                absent.iter().map(|(_, size)| size).sum(),
-            );
+    /// Fetches the blobs, then publishes the cache in the layout.
+    async fn execute(&self, plan: Plan, details: &mut ImportDetails) -> Result<()> {
+        let layout = self.layout.clone();
+        blocking(move || layout.prepare()).await?;
+        let Haul {
+            missing,
+            present,
+            bytes,
+        } = self.fetch(plan.fetch).await?;
+        details.bytes += bytes;
+        details.transferred -= present;
+        details.present += present;
+        let mut cache = plan.cache;
+        if !missing.is_empty() {
+            self.set_damaged_aside(&missing, &cache.blobs()?).await?;
+            cache = self.without(&cache, &missing, details)?;
         }
-        let (sender, receiver) = mpsc::channel(VERIFIED);
-        let downloader = Downloader::new(
-            Arc::clone(&self.store),
-            self.layout.clone(),
-            Buffers::new(DOWNLOADS),
-            self.progress.clone(),
-            sender,
-            self.task.verify,
-            self.limits,
-        );
-        let naming = publish(self.layout.clone(), receiver);
-        let fetching = async {
-            // Moved in, so that the last sender goes with it and the naming ends.
-            let downloader = downloader;
-            let fetched = futures::stream::iter(absent)
-                .map(|(digest, size)| {
-                    let downloader = &downloader;
-                    async move {
-                        let fetched = downloader
-                            .fetch(&self.source.s3.blob_key(&digest), digest, size)
-                            .await;
-                        Ok::<_, anyhow::Error>((digest, fetched?))
-                    }
-                })
-                .buffer_unordered(blobs_at_once())
-                .try_fold(
-                    (BTreeSet::new(), 0),
-                    |(mut missing, mut bytes), (digest, fetched)| async move {
-                        match fetched {
-                            Fetched::Missing => {
-                                missing.insert(digest);
-                            }
-                            Fetched::Whole { bytes: more } => bytes += more,
-                        }
-                        Ok((missing, bytes))
-                    },
-                )
-                .await;
-            drop(downloader);
-            fetched
-        };
-        // Both run to their ends: what was verified before a failure is kept for the next run.
-        let (fetched, named) = tokio::join!(fetching, naming);
-        named?;
-        let (missing, bytes) = fetched?;
-        report.bytes += bytes;
-        Ok(missing)
+        let (manifest, config_size) = self.publish(cache, details).await?;
+        if config_size > BUILDKIT_CONFIG_LIMIT {
+            let size = progress::bytes(config_size);
+            self.progress.warn(&format!(
+                "the cache config has {size}: BuildKit's local import refuses more than 1 MiB; export with mode=min, or fewer stages"
+            ));
+        }
+        details.manifest = Some(manifest);
+        Ok(())
+    }
+
+    /// Moves what the layout has under the names of these blobs out of the way. It is damaged, and no
+    /// later run would replace it.
+    async fn set_damaged_aside(
+        &self,
+        missing: &BTreeSet<Digest>,
+        sizes: &BTreeMap<Digest, u64>,
+    ) -> Result<()> {
+        for digest in missing {
+            let (layout, digest, size) = (self.layout.clone(), *digest, sizes[digest]);
+            let moved = blocking(move || layout.set_damaged_aside(&digest, size)).await?;
+            if let Some(path) = moved {
+                self.progress.warn(&format!(
+                    "blob {digest} of the layout is damaged: moved to {}",
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tags the cache once all its blobs are there at the same time: what another process deletes in
+    /// between is fetched again. Returns the manifest's digest and the bytes of the cache config.
+    async fn publish(
+        &self,
+        mut cache: CacheConfig,
+        details: &mut ImportDetails,
+    ) -> Result<(Digest, u64)> {
+        for _ in 0..REFETCHES {
+            let (layout, tag, tagged) = (self.layout.clone(), self.tag.clone(), cache.clone());
+            let mut gone = match blocking(move || layout.publish_cache(&tag, &tagged)).await? {
+                Published::Done {
+                    manifest,
+                    config_size,
+                } => return Ok((manifest, config_size)),
+                Published::Gone(gone) => gone,
+            };
+            let count = count(gone.len() as u64, "blob");
+            self.progress.note(&format!(
+                "another process deleted {count} of this cache from the layout; fetching again"
+            ));
+            gone.sort_by_key(|&(digest, size)| (Reverse(size), digest));
+            details.transferred += gone.len() as u64;
+            let Haul {
+                missing,
+                present,
+                bytes,
+            } = self.fetch(gone).await?;
+            details.bytes += bytes;
+            details.transferred -= present;
+            details.present += present;
+            if !missing.is_empty() {
+                cache = self.without(&cache, &missing, details)?;
+            }
+        }
+        bail!("another process keeps deleting blobs of this cache from the layout")
     }
 
     /// The cache without what S3 no longer has.
@@ -395,56 +472,108 @@ impl Import<'_> {
         &self,
         cache: &CacheConfig,
         missing: &BTreeSet<Digest>,
-        report: &mut Report,
+        details: &mut ImportDetails,
     ) -> Result<CacheConfig> {
         if self.task.missing == Missing::Error {
-            let named: Vec<String> = missing.iter().take(5).map(Digest::to_string).collect();
+            let listed = missing.iter().take(LISTED).map(Digest::to_string);
             bail!(
                 "{} blob(s) that the manifest names are not on s3 (expired?): {}{}; export the cache again, or let --missing=drop leave out what needs them",
                 missing.len(),
-                named.join(", "),
-                if missing.len() > named.len() {
-                    ", …"
-                } else {
-                    ""
-                }
+                listed.collect::<Vec<_>>().join(", "),
+                if missing.len() > LISTED { ", …" } else { "" }
             );
         }
-        report.transferred -= missing.len() as u64;
+        details.transferred -= missing.len() as u64;
         for digest in missing {
             self.progress
                 .note(&format!("{digest} is not on s3 any more"));
         }
         let (kept, dropped) = cache.without_blobs(missing);
-        report.dropped_layers = dropped.layers as u64;
-        report.dropped_results = dropped.results as u64;
+        details.dropped_layers = dropped.layers as u64;
+        details.dropped_results = dropped.results as u64;
         self.progress.warn(&format!(
             "{} blob(s) that the manifest names are not on s3 (expired?): {} result(s) and {} layer(s) {} left out{}",
             missing.len(),
             dropped.results,
             dropped.layers,
             if self.task.dry_run { "would be" } else { "were" },
-            if cache.image.is_some() && kept.image.is_none() { ", and the image cannot be given back" } else { "" }
+            if cache.image.is_some() && kept.image.is_none() { ", and the image cannot be restored" } else { "" }
         ));
         Ok(kept)
     }
 }
 
-/// Writes the documents of `cache` and points `tag` to them, when all that they name is there.
-/// Returns the manifest's digest and the bytes of the cache config.
-fn write(layout: &Layout, cache: &CacheConfig, tag: &str) -> Result<(Digest, usize)> {
-    if let Some(image) = &cache.image {
-        // The manifest on S3 said what belongs to the image; the image itself has the last word.
-        snapshot::check_complete(layout, &image.root)
-            .context("checking the image that came from s3")?;
-        layout.tag(tag, &image.root)?;
-        return Ok((image.root.digest, 0));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report<ImportDetails> {
+        let place = Place {
+            command: "import",
+            doing: "importing from",
+            bucket: "cache".into(),
+            names: vec!["main".into()],
+            keys: vec!["manifests/main".into()],
+        };
+        let details = ImportDetails {
+            layout: "build/cache".into(),
+            tag: Some("latest".into()),
+            transferred: 3,
+            present: 7,
+            bytes: 1_258_291,
+            ..ImportDetails::default()
+        };
+        let mut report = Report::new(place, details);
+        (report.cost.requests, report.cost.seconds) = (12, 1.4321);
+        report
     }
-    let documents = documents(cache)?;
-    let config = Digest::of(&documents.config);
-    layout.write_document(&config, &documents.config)?;
-    let entry: Descriptor = documents.descriptor;
-    layout.write_document(&entry.digest, &documents.manifest)?;
-    layout.tag(tag, &entry)?;
-    Ok((entry.digest, documents.config.len()))
+
+    #[test]
+    fn an_import_says_where_from_where_to_and_what_was_left_out() {
+        let mut report = report();
+        assert_eq!(
+            report.summary(),
+            "imported 'main' from s3://cache/manifests/main into build/cache as latest: \
+             10 blobs: 3 fetched (1.20 MiB), 7 already there; 12 requests in 1.4 s"
+        );
+        report.details.dropped_layers = 2;
+        report.details.dropped_results = 1;
+        let second_line = |report: &Report<_>| report.summary().lines().nth(1).map(str::to_owned);
+        assert_eq!(
+            second_line(&report).as_deref(),
+            Some("left out 2 layers and 1 result because blobs are missing")
+        );
+        report.details.dropped_layers = 0;
+        report.details.dry_run = true;
+        assert_eq!(
+            report.summary(),
+            "dry run: would import 'main' from s3://cache/manifests/main into build/cache as \
+             latest: 10 blobs: would fetch 3 (1.20 MiB), 7 already there; 12 requests in 1.4 s\n\
+             would leave out 1 result because blobs are missing"
+        );
+    }
+
+    #[test]
+    fn a_cache_that_does_not_exist_is_reported_as_absent() {
+        let mut report = report();
+        report.details.not_found = true;
+        report.cost.requests = 1;
+        assert_eq!(
+            report.summary(),
+            "nothing is stored at s3://cache/manifests/main: nothing imported; 1 request in 1.4 s"
+        );
+    }
+
+    #[test]
+    fn names_cannot_steer_the_terminal() {
+        let mut report = report();
+        report.place.names = vec!["a\x1b[31m".into()];
+        report.details.layout = "dir\r".into();
+        report.details.tag = Some("t\n".into());
+        assert_eq!(
+            report.summary(),
+            "imported 'a\\u{1b}[31m' from s3://cache/manifests/main into dir\\r as t\\n: \
+             10 blobs: 3 fetched (1.20 MiB), 7 already there; 12 requests in 1.4 s"
+        );
+    }
 }

@@ -1,12 +1,13 @@
-//! A directory of the layout, held open. Every name is looked up relative to it and never through a
-//! symlink, so that a layout from elsewhere cannot lead a read or a write out of itself, and only
-//! regular files are opened, so that a FIFO or a device in it cannot hang us.
+//! A directory of the layout, held open. Names are looked up relative to it and never through a
+//! symlink, so that an untrusted layout cannot lead a read or a write out of itself; only regular files
+//! are opened, so that a FIFO or a device cannot hang us.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, Stat};
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 
 /// To read a file.
 pub(super) const READ: OFlags = OFlags::RDONLY;
-/// To write one that may be there already; what is in it stays.
+/// To write a file; creates it if it is absent, and keeps its contents if not.
 pub(super) const WRITE: OFlags = OFlags::RDWR.union(OFlags::CREATE);
 
 const GUARD: OFlags = OFlags::NOFOLLOW
@@ -43,7 +44,7 @@ impl Dir {
         self.path.join(name)
     }
 
-    /// What stands under `name`, itself rather than what it points to.
+    /// The file `name`; a symlink is not followed.
     pub(super) fn stat(&self, name: &str) -> Result<Option<Stat>> {
         match rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
@@ -52,7 +53,7 @@ impl Dir {
         }
     }
 
-    /// The size of the regular file `name`; `None` for whatever else stands there.
+    /// The size of the regular file `name` in bytes; `None` if it is absent or something else.
     pub(super) fn file_size(&self, name: &str) -> Result<Option<u64>> {
         Ok(self
             .stat(name)?
@@ -68,9 +69,9 @@ impl Dir {
         let kind = FileType::from_raw_mode(stat.st_mode);
         if !kind.is_dir() {
             bail!(
-                "{} is {} where an OCI layout has a directory; refused, as it could lead out of the layout",
+                "{} is {} where an OCI layout has a directory; refused, because it could lead out of the layout",
                 self.path_of(name).display(),
-                called(kind)
+                kind_name(kind)
             );
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -84,10 +85,10 @@ impl Dir {
         }
     }
 
-    /// A directory in this one, made if it is not there; and whether it was made.
+    /// A directory in this one, created if it is absent; and whether it was created.
     pub(super) fn make_subdir(&self, name: &str) -> Result<(Dir, bool)> {
         let mut made = false;
-        // Another process's tidy() may remove an empty directory between our two steps.
+        // Another process's `tidy` may remove an empty directory between our two steps.
         for _ in 0..100 {
             if let Some(dir) = self.subdir(name)? {
                 return Ok((dir, made));
@@ -104,10 +105,10 @@ impl Dir {
         )
     }
 
-    /// Opens a regular file. `None`: it is not there or, when it was to be created, this directory
-    /// itself has been removed.
+    /// Opens a regular file. `None`: it is absent or, if it was to be created, this directory has been
+    /// removed.
     pub(super) fn open_file(&self, name: &str, flags: OFlags) -> Result<Option<File>> {
-        // Looked at before it is opened, because opening a device alone can have effects ...
+        // Before, because merely opening a device can have effects ...
         match self.stat(name)? {
             Some(stat) => self.require_regular(name, FileType::from_raw_mode(stat.st_mode))?,
             None if !flags.contains(OFlags::CREATE) => return Ok(None),
@@ -115,7 +116,7 @@ impl Dir {
         }
         match rustix::fs::openat(&self.fd, name, flags | GUARD, Mode::from_raw_mode(0o644)) {
             Ok(fd) => {
-                // ... and after, because it may have been exchanged in between.
+                // ... and after, because it may have been replaced in between.
                 let stat = rustix::fs::fstat(&fd)
                     .map_err(|error| self.failed("cannot look at", name, error))?;
                 self.require_regular(name, FileType::from_raw_mode(stat.st_mode))?;
@@ -131,28 +132,64 @@ impl Dir {
             bail!(
                 "{} is {} where an OCI layout has a regular file; refused",
                 self.path_of(name).display(),
-                called(kind)
+                kind_name(kind)
             );
         }
         Ok(())
     }
 
-    /// Whether `name` still stands for the file that is open as `file`. A lock on a file that has
-    /// been removed or renamed protects nothing.
+    /// Whether `name` still is the file that is open as `file`. A lock on a file that has been removed or
+    /// renamed protects nothing.
     pub(super) fn names(&self, name: &str, file: &File) -> Result<bool> {
-        let held = file
-            .metadata()
-            .with_context(|| format!("cannot look at {}", self.path_of(name).display()))?;
-        Ok(self.stat(name)?.is_some_and(|stat| {
-            // rustix keeps the platform's integer types; on Linux these are u64 already.
-            #[allow(clippy::unnecessary_cast)]
-            let found = (stat.st_dev as u64, stat.st_ino as u64);
-            found == (held.dev(), held.ino())
-        }))
+        let identity = |file: &File| -> Result<(u64, u64)> {
+            let metadata = file
+                .metadata()
+                .with_context(|| format!("cannot look at {}", self.path_of(name).display()))?;
+            Ok((metadata.dev(), metadata.ino()))
+        };
+        let held = identity(file)?;
+        let Some(stat) = self.stat(name)? else {
+            return Ok(false);
+        };
+        // rustix keeps the platform's integer types; on Linux these are u64 already.
+        #[allow(clippy::unnecessary_cast)]
+        if held == (stat.st_dev as u64, stat.st_ino as u64) {
+            return Ok(true);
+        }
+        // Some network file systems give a file another identity by its name than once it is open. Then
+        // two open files can still be compared.
+        match self.open_file(name, READ)? {
+            Some(named) => Ok(identity(&named)? == held),
+            None => Ok(false),
+        }
     }
 
-    /// The names in this directory. Those that are not UTF-8 come with replacement characters: no
-    /// name we look for has any.
+    /// Whether files can be renamed between this directory and `other`, as far as can be known.
+    pub(super) fn is_on_mount_of(&self, other: &Dir) -> Result<bool> {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::StatxFlags;
+            let mount = |dir: &Dir| {
+                let mask = StatxFlags::MNT_ID;
+                let statx = rustix::fs::statx(&dir.fd, "", AtFlags::EMPTY_PATH, mask).ok()?;
+                // Before Linux 5.8, it is not filled in.
+                (statx.stx_mask & mask.bits() != 0).then_some(statx.stx_mnt_id)
+            };
+            if let (Some(one), Some(another)) = (mount(self), mount(other)) {
+                return Ok(one == another);
+            }
+        }
+        let device = |dir: &Dir| -> Result<_> {
+            let stat = rustix::fs::fstat(&dir.fd);
+            Ok(stat
+                .with_context(|| format!("cannot look at {}", dir.path.display()))?
+                .st_dev)
+        };
+        Ok(device(self)? == device(other)?)
+    }
+
+    /// The names in this directory. In those that are not UTF-8, replacement characters stand for what
+    /// is not: no name that we look for has any.
     pub(super) fn list(&self) -> Result<Vec<String>> {
         let context = || format!("cannot list {}", self.path.display());
         let mut names = Vec::new();
@@ -167,13 +204,30 @@ impl Dir {
     }
 
     pub(super) fn rename(&self, name: &str, to: &Dir, to_name: &str) -> Result<()> {
-        rustix::fs::renameat(&self.fd, name, &to.fd, to_name).with_context(|| {
-            format!(
-                "cannot rename {} to {}",
-                self.path_of(name).display(),
-                to.path_of(to_name).display()
-            )
+        rustix::fs::renameat(&self.fd, name, &to.fd, to_name).map_err(|error| {
+            let context = match error {
+                Errno::XDEV => other_mount(&to.path),
+                _ => format!(
+                    "cannot rename {} to {}",
+                    self.path_of(name).display(),
+                    to.path_of(to_name).display()
+                ),
+            };
+            anyhow::Error::new(error).context(context)
         })
+    }
+
+    /// Sets the time of the last change of `name` to now, if that is permitted.
+    pub(super) fn touch(&self, name: &str) {
+        let now = rustix::fs::Timespec {
+            tv_sec: 0,
+            tv_nsec: rustix::fs::UTIME_NOW,
+        };
+        let times = rustix::fs::Timestamps {
+            last_access: now,
+            last_modification: now,
+        };
+        let _ = rustix::fs::utimensat(&self.fd, name, &times, AtFlags::SYMLINK_NOFOLLOW);
     }
 
     pub(super) fn unlink(&self, name: &str) -> Result<()> {
@@ -191,7 +245,7 @@ impl Dir {
     /// Makes what was renamed into this directory survive a power cut.
     pub(super) fn sync(&self) -> Result<()> {
         match rustix::fs::fsync(&self.fd) {
-            // Some network and FUSE filesystems cannot sync a directory, and say so.
+            // Some network and FUSE file systems cannot sync a directory.
             Ok(()) | Err(Errno::INVAL | Errno::NOTSUP | Errno::NOSYS) => Ok(()),
             Err(error) => {
                 Err(error).with_context(|| format!("cannot sync {}", self.path.display()))
@@ -199,7 +253,7 @@ impl Dir {
         }
     }
 
-    /// An error, unless files can be created in this directory.
+    /// Makes sure that files can be created in this directory.
     pub(super) fn require_writable(&self) -> Result<()> {
         rustix::fs::accessat(
             &self.fd,
@@ -216,7 +270,22 @@ impl Dir {
     }
 }
 
-/// The system's reason at the bottom of an error, if it was one.
+/// Why `directory` of a layout cannot be written to.
+pub(super) fn other_mount(directory: &Path) -> String {
+    format!(
+        "{} is on another mount than the rest of the layout, and files cannot be renamed across mounts: \
+         mount the whole layout",
+        directory.display()
+    )
+}
+
+/// When a file was last written to; `None` if its file system says something impossible.
+pub(super) fn modified(stat: &Stat) -> Option<SystemTime> {
+    let seconds = Duration::from_secs(u64::try_from(stat.st_mtime).ok()?);
+    UNIX_EPOCH.checked_add(seconds)
+}
+
+/// The system's error code at the bottom of an error, if there is one.
 pub(super) fn errno(error: &anyhow::Error) -> Option<Errno> {
     let cause = error.root_cause();
     cause
@@ -225,7 +294,7 @@ pub(super) fn errno(error: &anyhow::Error) -> Option<Errno> {
         .or_else(|| Errno::from_io_error(cause.downcast_ref::<io::Error>()?))
 }
 
-fn called(kind: FileType) -> &'static str {
+fn kind_name(kind: FileType) -> &'static str {
     match kind {
         FileType::RegularFile => "a file",
         FileType::Directory => "a directory",

@@ -1,5 +1,5 @@
-//! `index.json`: which manifests a layout holds, and under which tags. What we do not change in it
-//! is kept as the bytes it came in.
+//! `index.json`: which manifests a layout holds, and under which tags. What we do not change keeps its
+//! bytes.
 
 use std::fmt;
 
@@ -10,18 +10,19 @@ use serde_json::value::RawValue;
 
 use super::Selection;
 use crate::cache::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
+use crate::quote::{one_line, quoted};
 
-/// An error lists at most so many entries.
+/// Entries that an error lists at most.
 const LISTED: usize = 20;
 
 #[derive(Debug)]
-pub(super) struct Index {
+pub(super) struct IndexJson {
     /// All fields but `manifests`, in their order; `None` stands where `manifests` was.
     fields: Vec<Option<(String, Box<RawValue>)>>,
     manifests: Vec<Box<RawValue>>,
 }
 
-/// A JSON object as its fields in their order, the values unparsed.
+/// A JSON object's fields in their order, the values unparsed.
 struct Fields(Vec<(String, Box<RawValue>)>);
 
 impl<'de> Deserialize<'de> for Fields {
@@ -50,7 +51,7 @@ impl<'de> Deserialize<'de> for Fields {
 struct Entry {
     ref_name: Option<String>,
     containerd_name: Option<String>,
-    /// Or why it cannot be used: a sha512 digest, say.
+    /// Or why it cannot be used: because of a sha512 digest, for example.
     descriptor: Result<Descriptor, String>,
 }
 
@@ -82,11 +83,13 @@ impl Entry {
         }
     }
 
+    /// Whether BuildKit finds it by `tag`: it looks for this name in either annotation.
     fn is_named(&self, tag: &str) -> bool {
         self.ref_name.as_deref() == Some(tag) || self.containerd_name.as_deref() == Some(tag)
     }
 
-    /// containerd writes a whole reference, `docker.io/library/x:latest`.
+    /// Whether `tag` is the tag in its full name, which containerd writes (`docker.io/library/x:latest`).
+    /// Only we look for that, if no entry is named `tag`.
     fn is_reference_tagged(&self, tag: &str) -> bool {
         self.containerd_name
             .as_deref()
@@ -100,27 +103,12 @@ impl fmt::Display for Entry {
         f.write_str(&self.label())?;
         match &self.descriptor {
             Ok(descriptor) => write!(f, " ({})", descriptor.digest),
-            Err(reason) => write!(f, " (unusable: {})", shortened(reason)),
+            Err(reason) => write!(f, " (unusable: {})", one_line(reason)),
         }
     }
 }
 
-/// A text from the file, shown so that it can neither flood nor control a terminal.
-fn quoted(text: &str) -> String {
-    format!("{:?}", shortened(text))
-}
-
-fn shortened(text: &str) -> String {
-    let plain = text.chars().filter(|c| !c.is_control());
-    let mut start: String = plain.take(201).collect();
-    if start.chars().count() > 200 {
-        start.pop();
-        start.push('…');
-    }
-    start
-}
-
-impl Index {
+impl IndexJson {
     /// An index that names nothing yet, as BuildKit starts one.
     pub(super) fn empty() -> Self {
         let start = format!(r#"{{"schemaVersion":2,"mediaType":"{IMAGE_INDEX}","manifests":[]}}"#);
@@ -146,7 +134,7 @@ impl Index {
         if manifests.is_none() {
             fields.push(None);
         }
-        Ok(Index {
+        Ok(IndexJson {
             fields,
             manifests: manifests.unwrap_or_default(),
         })
@@ -173,34 +161,28 @@ impl Index {
         Ok(json)
     }
 
-    /// Points `tag` to `entry`; false if it does so already, in the very same words.
+    /// Points `tag` to `entry`, and removes every other entry that is named so under either annotation.
+    /// Entries whose full name merely ends in the tag stay: from now on, they do not answer to it.
+    /// False if nothing has changed.
     pub(super) fn set_tag(&mut self, tag: &str, entry: &Descriptor) -> Result<bool> {
         let mut entry = entry.clone();
+        entry.annotations.remove(CONTAINERD_NAME);
         entry.annotations.insert(REF_NAME.into(), tag.into());
         let entry = serde_json::value::to_raw_value(&entry)
             .with_context(|| format!("cannot write the index entry of tag {}", quoted(tag)))?;
-        let tagged: Vec<bool> = self
-            .manifests
-            .iter()
-            .map(|raw| Entry::new(raw).ref_name.as_deref() == Some(tag))
-            .collect();
-        let mut present = self
-            .manifests
-            .iter()
-            .zip(&tagged)
-            .filter(|(_, tagged)| **tagged);
-        if let (Some((only, _)), None) = (present.next(), present.next())
+        let is_named = |raw: &RawValue| Entry::new(raw).is_named(tag);
+        let mut named = self.manifests.iter().filter(|raw| is_named(raw));
+        if let (Some(only), None) = (named.next(), named.next())
             && only.get() == entry.get()
         {
             return Ok(false);
         }
-        let mut tagged = tagged.into_iter();
-        self.manifests.retain(|_| !tagged.next().unwrap_or(false));
+        self.manifests.retain(|raw| !is_named(raw));
         self.manifests.push(entry);
         Ok(true)
     }
 
-    /// The entry that is meant, and what to call it; `None` for a digest that no entry has.
+    /// The entry that `selection` means, and what to call it; `None` for a digest that no entry has.
     pub(super) fn select(&self, selection: &Selection) -> Result<Option<(Descriptor, String)>> {
         let entries: Vec<Entry> = self.manifests.iter().map(|raw| Entry::new(raw)).collect();
         match selection {
@@ -230,7 +212,26 @@ impl Index {
         }
     }
 
-    /// What is there, for an error.
+    /// Each entry: what to call it, and its descriptor or why it cannot be used.
+    pub(super) fn entries(&self) -> Vec<(String, Result<Descriptor, String>)> {
+        let entries = self.manifests.iter().map(|raw| Entry::new(raw));
+        entries
+            .map(|entry| (entry.label(), entry.descriptor.map_err(|e| one_line(&e))))
+            .collect()
+    }
+
+    /// Removes those entries; returns how many.
+    pub(super) fn remove(&mut self, is_meant: impl Fn(&Descriptor) -> bool) -> u64 {
+        let before = self.manifests.len();
+        self.manifests.retain(|raw| {
+            !Entry::new(raw)
+                .descriptor
+                .is_ok_and(|found| is_meant(&found))
+        });
+        (before - self.manifests.len()) as u64
+    }
+
+    /// What is there, to be part of an error.
     pub(super) fn listing(&self) -> String {
         listed(
             &self
@@ -248,8 +249,8 @@ fn usable(entries: &[Entry]) -> impl DoubleEndedIterator<Item = (&Descriptor, &E
         .filter_map(|entry| Some((entry.descriptor.as_ref().ok()?, entry)))
 }
 
-/// The last entry of this tag, as the last is the one written last. If that one cannot be used, an
-/// older one of the same name is not what is meant.
+/// The last entry of this tag: the one written last. If it cannot be used, an older one of the same name
+/// is not what is meant.
 fn find_tag(entries: &[Entry], tag: &str) -> Result<Option<(Descriptor, String)>> {
     let found = entries
         .iter()
@@ -262,7 +263,7 @@ fn find_tag(entries: &[Entry], tag: &str) -> Result<Option<(Descriptor, String)>
             Err(reason) => Err(anyhow!(
                 "the entry of tag {} cannot be used: {}",
                 quoted(tag),
-                shortened(reason)
+                one_line(reason)
             )),
         },
     }

@@ -1,11 +1,11 @@
-//! Waiting for flock(2) locks on files that their holders remove: the lock of `index.json`, which
-//! BuildKit shares with us, and those of the staging files.
+//! flock(2) locks on files that their holders remove: that of `index.json`, which BuildKit takes too, and
+//! those of the staging files.
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -14,10 +14,19 @@ use super::dir::{Dir, WRITE, errno};
 /// BuildKit's name for the lock of `index.json`.
 pub(super) const INDEX_LOCK: &str = "index.json.lock";
 
-/// How much longer we wait.
+/// How often in a row the file that we have just locked may have lost its name. Its holder removes it with
+/// its lock, so once is common; more often, we pause; and so often, something is wrong.
+const MOST_REPLACED: u32 = 100;
+
+/// Before that many, we try again at once.
+const PAUSE_FROM: u32 = 20;
+
+/// How much longer to wait.
 struct Patience {
     wait: Duration,
     since: Instant,
+    /// How often in a row the file that we locked had lost its name.
+    replaced: u32,
 }
 
 impl Patience {
@@ -25,20 +34,57 @@ impl Patience {
         Patience {
             wait,
             since: Instant::now(),
+            replaced: 0,
         }
     }
 
-    /// Sleeps a little; false once the time is up.
-    fn pause(&self) -> bool {
+    /// Sleeps for a moment because another process holds the lock; false once the time is up.
+    fn pause(&mut self) -> bool {
+        self.replaced = 0;
+        self.sleep()
+    }
+
+    fn sleep(&self) -> bool {
         let left = self.wait.saturating_sub(self.since.elapsed());
         if left.is_zero() {
             return false;
         }
-        // Jitter, so that many waiting processes do not keep asking all at the same moment.
+        // Random, so that many waiting processes do not all try at the same moment.
         let pause = Duration::from_millis(rand::random_range(20..=50));
         std::thread::sleep(pause.min(left));
         true
     }
+
+    /// The file that we locked no longer has its name.
+    fn replaced(&mut self, dir: &Dir, name: &str) -> Result<()> {
+        self.replaced += 1;
+        if self.replaced < PAUSE_FROM || (self.replaced < MOST_REPLACED && self.sleep()) {
+            return Ok(());
+        }
+        bail!(
+            "cannot lock {}: either other processes keep removing it, or this file system does not tell \
+             whether an open file still has its name, as some network file systems do not; keep the \
+             layout on a local disk",
+            dir.path_of(name).display()
+        )
+    }
+}
+
+fn cannot_lock(dir: &Dir, name: &str, error: std::io::Error) -> anyhow::Error {
+    let path = dir.path_of(name);
+    let is_unsupported = matches!(
+        Errno::from_io_error(&error),
+        Some(Errno::NOSYS | Errno::NOTSUP | Errno::NOLCK | Errno::INVAL)
+    );
+    anyhow!(error).context(if is_unsupported {
+        format!(
+            "cannot lock {}: this file system has no flock(2), by which BuildKit and layercache keep out \
+             of each other's way; keep the layout on a local disk",
+            path.display()
+        )
+    } else {
+        format!("cannot lock {}", path.display())
+    })
 }
 
 /// The lock of `index.json`, held until dropped; the lock file is then removed, as BuildKit does.
@@ -49,9 +95,9 @@ pub(super) struct IndexLock<'a> {
 }
 
 impl<'a> IndexLock<'a> {
-    /// To read the index. `None` where no lock can be had because nothing can be written (a
-    /// read-only mount, another user's directory) or the filesystem knows no locks: reading is then
-    /// still the best that can be done.
+    /// To read the index. `None` where there can be no lock, because nothing can be written (a read-only
+    /// mount, another user's directory) or the file system has no locks: then reading without one is
+    /// the best there is.
     pub(super) fn shared(root: &'a Dir, wait: Duration) -> Result<Option<Self>> {
         match Self::acquire(
             root,
@@ -86,32 +132,30 @@ impl<'a> IndexLock<'a> {
         wait: Duration,
     ) -> Result<Self> {
         let path = root.path_of(INDEX_LOCK);
-        let patience = Patience::new(wait);
+        let mut patience = Patience::new(wait);
         loop {
-            // Opened anew each time: the holder removes the file when it is done.
+            // Opened anew each time: its holder removes the file in the end.
             let Some(file) = root.open_file(INDEX_LOCK, flags)? else {
                 bail!("cannot create {}: the directory is gone", path.display());
             };
             match try_lock(&file) {
                 Ok(()) if root.names(INDEX_LOCK, &file)? => return Ok(IndexLock { root, file }),
-                Ok(()) => continue,
-                Err(TryLockError::WouldBlock) => {}
+                Ok(()) => patience.replaced(root, INDEX_LOCK)?,
                 Err(TryLockError::Error(error)) => {
-                    return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+                    return Err(cannot_lock(root, INDEX_LOCK, error));
                 }
-            }
-            if !patience.pause() {
-                bail!(
+                Err(TryLockError::WouldBlock) if patience.pause() => {}
+                Err(TryLockError::WouldBlock) => bail!(
                     "{} has been locked by another process for more than {wait:?}: a build or another \
                      layercache is using this layout; run again when it has finished",
                     path.display()
-                );
+                ),
             }
         }
     }
 
-    /// Whether we are still the only ones: BuildKit removes the file only after it has let go of the
-    /// lock, and can so remove one that we have just locked.
+    /// Whether we still keep the others out: BuildKit removes the file after it has released its lock,
+    /// and so may remove one that we have just locked.
     pub(super) fn holds(&self) -> Result<bool> {
         self.root.names(INDEX_LOCK, &self.file)
     }
@@ -119,16 +163,16 @@ impl<'a> IndexLock<'a> {
 
 impl Drop for IndexLock<'_> {
     fn drop(&mut self) {
-        // Only who holds it exclusively may remove it. Among readers that is the last one.
+        // Only an exclusive holder may remove it; of several readers, that is the last.
         if self.file.try_lock().is_ok() && self.holds().unwrap_or(false) {
             let _ = self.root.unlink(INDEX_LOCK);
         }
     }
 }
 
-/// Opens (or creates) the file `name` in `dir` and locks it exclusively. Who holds it may be
-/// downloading for hours: we give up only when nothing has been written to it for `wait`. Each time
-/// before it sleeps, `waiting` is called. `None`: `dir` has been removed meanwhile.
+/// Opens (or creates) the file `name` in `dir` and locks it exclusively. Its holder may be downloading for
+/// hours, so we give up only when nothing has been written to it for `wait`. Calls `waiting` before
+/// each sleep. `None`: `dir` has been removed meanwhile.
 pub(super) fn lock_file(
     dir: &Dir,
     name: &str,
@@ -144,11 +188,12 @@ pub(super) fn lock_file(
         let path = dir.path_of(name);
         match file.try_lock() {
             Ok(()) if dir.names(name, &file)? => return Ok(Some(file)),
-            Ok(()) => continue,
-            Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(error)) => {
-                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            Ok(()) => {
+                patience.replaced(dir, name)?;
+                continue;
             }
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => return Err(cannot_lock(dir, name, error)),
         }
         let now = file
             .metadata()
@@ -168,7 +213,7 @@ pub(super) fn lock_file(
     }
 }
 
-/// Locks an existing file of `dir` exclusively if no one holds it.
+/// Locks an existing file of `dir` exclusively, unless someone holds it.
 pub(super) fn try_lock_file(dir: &Dir, name: &str) -> Result<Option<File>> {
     let Some(file) = dir.open_file(name, OFlags::RDWR)? else {
         return Ok(None);

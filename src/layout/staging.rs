@@ -1,70 +1,50 @@
-//! How bytes come into a layout: written to a locked file in `.layercache/`, synced, and only then
-//! renamed to what readers look for.
+//! How bytes get into a layout: written to a locked file in `.layercache/`, synced, and only then given
+//! the name that readers look for.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
 
-use super::dir::Dir;
+use super::damaged::damaged_blob;
+use super::dir::{Dir, READ};
 use super::lock::{lock_file, try_lock_file};
 use super::{INDEX, Layout, OCI_LAYOUT};
 use crate::cache::digest::Digest;
+use crate::transfer::download::Growing;
 
-/// The staging directory. Nothing of BuildKit or containerd looks into it.
+/// The staging directory. Neither BuildKit nor containerd looks into it.
 pub(super) const STAGING: &str = ".layercache";
 
 const SUFFIX: &str = ".partial";
 
-/// Blobs from this size on get their space set aside first.
+/// How often to try to create a staging file.
+const ATTEMPTS: usize = 100;
+
+/// Blobs from this size on get their space reserved first. Bytes.
 const PREALLOCATED: u64 = 1 << 20;
 
-/// An interrupted download that no one took up for so long is given up.
-const ABANDONED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// An interrupted download that no run has resumed, or a damaged blob, is deleted after this.
+pub(super) const ABANDONED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// So many files are synced at once.
+/// Files synced at once.
 const SYNCS: usize = 8;
 
-/// But only from here on: where syncing takes no time, threads take more.
+/// Syncing takes threads only if it has taken this long: on fast disks, threads cost more.
 const SLOW_SYNC: Duration = Duration::from_micros(200);
 
-/// A blob being downloaded into a layout. Its file is locked against other processes; dropped, it
-/// stays for the next run to take up.
+/// A blob being downloaded into a layout. Its file is locked against other processes. When dropped, it
+/// stays for the next run to resume.
 #[derive(Debug)]
 pub struct Staged {
-    pub digest: Digest,
-    /// Positioned at `have`; open for reading and writing.
-    pub file: Arc<File>,
-    /// Bytes already there from an earlier run, not verified.
-    pub have: u64,
-    /// What the blob must have in the end, bytes.
-    size: u64,
+    pub growing: Growing,
     path: PathBuf,
-}
-
-impl Staged {
-    /// Throws away what an earlier run left, after it turned out to be wrong.
-    pub fn restart(&mut self) -> Result<()> {
-        self.file
-            .set_len(0)
-            .and_then(|()| (&*self.file).rewind())
-            .with_context(|| format!("cannot empty {}", self.path.display()))?;
-        self.have = 0;
-        Ok(())
-    }
-}
-
-/// What `Layout::stage` found.
-#[derive(Debug)]
-pub enum Stage {
-    /// Another process has put the blob in place meanwhile.
-    Present,
-    Staged(Staged),
 }
 
 fn partial(name: &str) -> String {
@@ -79,7 +59,7 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Calls `waiting` when another process holds it and there is going to be a wait.
+    /// Calls `waiting` before each wait for another process that holds it.
     pub(super) fn take(
         layout: &Layout,
         root: &Dir,
@@ -87,7 +67,7 @@ impl Held {
         mut waiting: impl FnMut(),
     ) -> Result<Held> {
         let name = partial(name);
-        loop {
+        for _ in 0..ATTEMPTS {
             let (dir, _) = root.make_subdir(STAGING)?;
             // None: another process tidied the directory away between these two lines.
             if let Some(file) = lock_file(&dir, &name, layout.lock_wait, &mut waiting)? {
@@ -96,12 +76,29 @@ impl Held {
                     .with_context(|| format!("cannot look at {}", dir.path_of(&name).display()))?
                     .nlink();
                 if links > 1 {
-                    // Also known by a name elsewhere, where we must not write.
+                    // It has a name elsewhere too, where we must not write.
                     dir.unlink(&name)?;
                     continue;
                 }
                 return Ok(Held { dir, name, file });
             }
+        }
+        bail!(
+            "cannot create {}: other processes keep removing its directory, or each new file has a second \
+             name (hard link)",
+            root.path_of(STAGING).join(name).display()
+        )
+    }
+
+    pub(super) fn dir(&self) -> &Dir {
+        &self.dir
+    }
+
+    /// Lets go of it; what an earlier run has downloaded stays.
+    pub(super) fn release(self) -> Result<()> {
+        match self.dir.file_size(&self.name)? {
+            Some(0) => self.discard(),
+            _ => Ok(()),
         }
     }
 
@@ -109,14 +106,20 @@ impl Held {
         self.dir.unlink(&self.name)
     }
 
-    /// Writes all of a small file and syncs it; with `mode`, gives it those permissions.
+    /// Writes a whole small file and syncs it. It gets the permissions in `mode`, on a file system that
+    /// has any.
     pub(super) fn fill(&mut self, bytes: &[u8], mode: Option<rustix::fs::Mode>) -> Result<()> {
         let mut write = || -> std::io::Result<()> {
             self.file.set_len(0)?;
             self.file.rewind()?;
             self.file.write_all(bytes)?;
             if let Some(mode) = mode {
-                rustix::fs::fchmod(&self.file, mode)?;
+                match rustix::fs::fchmod(&self.file, mode) {
+                    Ok(()) => {}
+                    // vfat and some network mounts have one mode for all files.
+                    Err(Errno::PERM | Errno::NOTSUP | Errno::NOSYS) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
             self.file.sync_all()
         };
@@ -140,22 +143,36 @@ impl Held {
 }
 
 impl Layout {
-    /// Opens (or takes up) the staging file of a blob, once no other process holds it. Blocks, as
-    /// long as the other one makes progress, after it has called `waiting` (perhaps more than once).
-    /// Sets the blob's space aside, so that a full disk shows before the download.
-    pub fn stage(&self, digest: &Digest, size: u64, waiting: impl FnMut()) -> Result<Stage> {
+    /// Opens the staging file of a blob, which may hold part of it, once no other process holds it.
+    /// Blocks for as long as the other one makes progress, calling `waiting` before each wait. Reserves
+    /// the blob's space, so that a full disk shows before the download. `None`: the blob is in place;
+    /// the other process has finished it.
+    ///
+    /// # Errors
+    /// The disk is full, the file cannot be written, or the other process has stopped making progress.
+    pub fn stage(
+        &self,
+        digest: &Digest,
+        size: u64,
+        waiting: impl FnMut(),
+    ) -> Result<Option<Staged>> {
         self.stage_unless(digest, size, waiting, || Ok(self.has_blob(digest, size)))
     }
 
-    /// As [`Layout::stage`], for a blob that [`Layout::verify_blob`] found damaged: the file that is
-    /// there counts only if it has been replaced by a good one meanwhile.
+    /// As [`Layout::stage`], for a blob that [`Layout::verify_blob`] found damaged: `None` only if it has
+    /// been replaced by a good one meanwhile.
+    ///
+    /// # Errors
+    /// As [`Layout::stage`].
     pub fn stage_replacement(
         &self,
         digest: &Digest,
         size: u64,
         waiting: impl FnMut(),
-    ) -> Result<Stage> {
-        self.stage_unless(digest, size, waiting, || self.verify_blob(digest, size))
+    ) -> Result<Option<Staged>> {
+        self.stage_unless(digest, size, waiting, || {
+            self.verify_blob(digest, size, |_| {})
+        })
     }
 
     fn stage_unless(
@@ -164,13 +181,13 @@ impl Layout {
         size: u64,
         waiting: impl FnMut(),
         present: impl Fn() -> Result<bool>,
-    ) -> Result<Stage> {
+    ) -> Result<Option<Staged>> {
         let root = self.open_root()?;
         let mut held = Held::take(self, &root, &digest.hex(), waiting)?;
-        // Asked only under the lock: its last holder may have finished the blob.
+        // Only under the lock: its last holder may have finished the blob.
         if present()? {
             held.discard()?;
-            return Ok(Stage::Present);
+            return Ok(None);
         }
         let path = held.dir.path_of(&held.name);
         let mut resume = || -> std::io::Result<u64> {
@@ -181,7 +198,7 @@ impl Layout {
             }
             held.file.seek(SeekFrom::Start(have))
         };
-        let have = resume().with_context(|| format!("cannot take up {}", path.display()))?;
+        let have = resume().with_context(|| format!("cannot resume {}", path.display()))?;
         let left = size - have;
         if size >= PREALLOCATED
             && left > 0
@@ -197,34 +214,38 @@ impl Layout {
                 )
             });
         }
-        Ok(Stage::Staged(Staged {
+        let growing = Growing {
             digest: *digest,
+            size,
             file: Arc::new(held.file),
             have,
-            size,
-            path,
-        }))
+        };
+        Ok(Some(Staged { growing, path }))
     }
 
-    /// Gives verified blobs their names, after syncing their bytes: one call for many, so that the
-    /// cost of syncing is shared. Blocks. On an error, some may have their names, the others stay
-    /// staged.
+    /// Syncs verified blobs and gives them their names: many in one call, because they share the cost of
+    /// syncing. Blocks.
+    ///
+    /// # Errors
+    /// A blob is incomplete, or cannot be synced or renamed. Some may then have their names; the others
+    /// stay staged.
     pub fn publish(&self, staged: Vec<Staged>) -> Result<()> {
         if staged.is_empty() {
             return Ok(());
         }
         for blob in &staged {
             let length = blob
+                .growing
                 .file
                 .metadata()
                 .with_context(|| format!("cannot look at {}", blob.path.display()))?
                 .len();
-            if length != blob.size {
+            if length != blob.growing.size {
                 bail!(
                     "{} has {length} bytes, but blob {} has {}: it is not whole",
                     blob.path.display(),
-                    blob.digest,
-                    blob.size
+                    blob.growing.digest,
+                    blob.growing.size
                 );
             }
         }
@@ -233,9 +254,9 @@ impl Layout {
         let (blobs, _) = self.make_blobs(&root)?;
         let (staging, _) = root.make_subdir(STAGING)?;
         let renamed = staged.iter().try_for_each(|blob| {
-            let hex = blob.digest.hex();
+            let hex = blob.growing.digest.hex();
             let name = partial(&hex);
-            if !staging.names(&name, &blob.file)? {
+            if !staging.names(&name, &blob.growing.file)? {
                 bail!(
                     "{} has been removed while it was written",
                     blob.path.display()
@@ -247,14 +268,14 @@ impl Layout {
         renamed
     }
 
-    /// Gives up a blob of which no byte has come: its file may still hold the space set aside for
-    /// it, as much as a manifest cared to claim. Never fails an import.
+    /// Gives up a blob, removing its file if no byte has arrived: it may hold as much reserved space as a
+    /// manifest cared to claim. Never fails an import.
     pub fn discard_empty(&self, staged: Staged) {
         let discard = || -> Result<()> {
-            let name = partial(&staged.digest.hex());
-            if staged.file.metadata()?.len() == 0
+            let name = partial(&staged.growing.digest.hex());
+            if staged.growing.file.metadata()?.len() == 0
                 && let Some(staging) = self.open_root()?.subdir(STAGING)?
-                && staging.names(&name, &staged.file)?
+                && staging.names(&name, &staged.growing.file)?
             {
                 staging.unlink(&name)?;
             }
@@ -263,14 +284,14 @@ impl Layout {
         let _ = discard();
     }
 
-    /// Removes staging files of blobs that are in place, those that hold nothing, those of
-    /// interrupted downloads that no one
-    /// took up for a week, and the staging directory if nothing is left in it. Never fails an import.
+    /// Removes what no later run can use: staging files that are empty, abandoned, or of blobs in place;
+    /// damaged blobs that have been replaced or are old; and the staging directory, if it is empty
+    /// then. Never fails an import.
     pub fn tidy(&self) {
         let Ok(root) = self.open_root() else { return };
         if let Ok(Some(staging)) = root.subdir(STAGING) {
             for name in staging.list().unwrap_or_default() {
-                // What we cannot remove stays for a later run.
+                // What cannot be removed stays for a later run.
                 let _ = self.tidy_file(&root, &staging, &name);
             }
             root.remove_if_empty(STAGING);
@@ -278,48 +299,65 @@ impl Layout {
     }
 
     fn tidy_file(&self, root: &Dir, staging: &Dir, name: &str) -> Result<()> {
+        let in_place = |digest: &Digest| -> Result<bool> {
+            match self.blobs(root)? {
+                Some(blobs) => Ok(blobs.file_size(&digest.hex())?.is_some()),
+                None => Ok(false),
+            }
+        };
+        if let Some(digest) = damaged_blob(name) {
+            let Some(file) = staging.open_file(name, READ)? else {
+                return Ok(());
+            };
+            if in_place(&digest)? || is_abandoned(&file)? {
+                staging.unlink(name)?;
+            }
+            return Ok(());
+        }
         let Some(stem) = name.strip_suffix(SUFFIX) else {
             return Ok(());
         };
-        let of_index = stem == INDEX || stem == OCI_LAYOUT;
         let digest = format!("sha256:{stem}").parse::<Digest>().ok();
+        let of_index = stem == INDEX || stem == OCI_LAYOUT;
         if !of_index && digest.is_none() {
             return Ok(());
         }
-        // Whoever works on it holds the lock.
+        // A run that works on it holds the lock.
         let Some(file) = try_lock_file(staging, name)? else {
             return Ok(());
         };
-        let in_place = match (digest, self.blobs(root)?) {
-            (Some(digest), Some(blobs)) => blobs.file_size(&digest.hex())?.is_some(),
-            _ => false,
+        // An empty file has nothing to resume, but may hold reserved space.
+        let is_useless = match &digest {
+            None => true,
+            Some(digest) => {
+                file.metadata()?.len() == 0 || in_place(digest)? || is_abandoned(&file)?
+            }
         };
-        let abandoned = SystemTime::now()
-            .duration_since(file.metadata()?.modified()?)
-            .is_ok_and(|age| age > ABANDONED);
-        // Such a file holds nothing to take up, but may hold space that was set aside.
-        let empty = file.metadata()?.len() == 0;
-        if of_index || in_place || abandoned || empty {
+        if is_useless {
             staging.unlink(name)?;
         }
         Ok(())
     }
 }
 
-/// Reserves space without changing the file's length, which says how much was downloaded.
+fn is_abandoned(file: &File) -> Result<bool> {
+    let age = SystemTime::now().duration_since(file.metadata()?.modified()?);
+    Ok(age.is_ok_and(|age| age > ABANDONED))
+}
+
+/// Reserves space without changing the file's length, which is what has been downloaded.
 fn preallocate(file: &File, from: u64, length: u64) -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
     {
-        use rustix::io::Errno;
-        // On tmpfs reserving is allocating, page by page: it would hold up the download and be paid
-        // for again when writing (a quarter of an import's CPU time, measured).
+        // On tmpfs, reserving means allocating page by page: it would delay the download and be paid for
+        // again when writing (measured: a quarter of an import's CPU time).
         let is_tmpfs = |fs: rustix::fs::StatFs| fs.f_type == 0x0102_1994;
         if rustix::fs::fstatfs(file).is_ok_and(is_tmpfs) {
             return Ok(());
         }
         let reserve =
             || rustix::fs::fallocate(file, rustix::fs::FallocateFlags::KEEP_SIZE, from, length);
-        // Other errors: a filesystem that cannot reserve will say that it is full when it is.
+        // Not the others: a file system that cannot reserve space reports later that it is full.
         if let Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) =
             rustix::io::retry_on_intr(reserve)
         {
@@ -331,20 +369,19 @@ fn preallocate(file: &File, from: u64, length: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Syncs the files' bytes, several at once, so that a journalling filesystem commits many together.
-/// Not one syncfs(2) for all: that would also wait for whatever else is being written to the
-/// filesystem, such as the build's own gigabytes, and says nothing of errors before Linux 5.8.
+/// Syncs the files' bytes, several at once, so that a journalling file system commits many together. Not
+/// one syncfs(2) for all: that would wait for everything else being written to the file system, such as
+/// a build's gigabytes, and reports no errors before Linux 5.8.
 fn sync_files(staged: &[Staged]) -> Result<()> {
     let next = AtomicUsize::new(0);
-    let failed = Mutex::new(None);
+    let failed = OnceLock::new();
     let sync_next = || {
         let Some(blob) = staged.get(next.fetch_add(1, Ordering::Relaxed)) else {
             return false;
         };
-        if let Err(error) = blob.file.sync_data() {
+        if let Err(error) = blob.growing.file.sync_data() {
             let context = format!("cannot sync {}", blob.path.display());
-            let mut failed = failed.lock().unwrap_or_else(|poison| poison.into_inner());
-            failed.get_or_insert(anyhow::Error::new(error).context(context));
+            let _ = failed.set(anyhow::Error::new(error).context(context));
         }
         true
     };
@@ -353,16 +390,10 @@ fn sync_files(staged: &[Staged]) -> Result<()> {
     std::thread::scope(|scope| {
         let left = staged.len().saturating_sub(next.load(Ordering::Relaxed));
         for _ in 1..left.min(SYNCS) {
-            // This thread works too, so one that cannot be started is only missed.
+            // This thread works too, so it does not matter if one cannot be started.
             let _ = std::thread::Builder::new().spawn_scoped(scope, || while sync_next() {});
         }
         while sync_next() {}
     });
-    match failed
-        .into_inner()
-        .unwrap_or_else(|poison| poison.into_inner())
-    {
-        Some(error) => Err(error),
-        None => Ok(()),
-    }
+    failed.into_inner().map_or(Ok(()), Err)
 }

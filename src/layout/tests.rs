@@ -1,5 +1,6 @@
-//! The layout against BuildKit's own fixtures, damage, company, and layouts made to harm.
+//! The layout against BuildKit's own fixtures, damage, other processes, and hostile layouts.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -11,19 +12,20 @@ use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
 
 use super::*;
+use crate::cache::oci::CONTAINERD_NAME;
 
 const SHORT: Duration = Duration::from_millis(150);
-const LONG: Duration = Duration::from_secs(60);
+pub(super) const LONG: Duration = Duration::from_secs(60);
 const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-fn fixture(name: &str) -> PathBuf {
+pub(super) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures")
         .join(name)
 }
 
 /// A fixture of its own for a test that reads it, since reading makes and removes a lock file.
-fn copy_of(name: &str) -> TempDir {
+pub(super) fn copy_of(name: &str) -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     fs::create_dir_all(copy.path().join("blobs/sha256")).unwrap();
     for file in ["oci-layout", "index.json"] {
@@ -37,7 +39,7 @@ fn copy_of(name: &str) -> TempDir {
     copy
 }
 
-fn prepared() -> (TempDir, Layout) {
+pub(super) fn prepared() -> (TempDir, Layout) {
     let dir = tempfile::tempdir().unwrap();
     let layout = Layout::open_for_import(dir.path(), LONG).unwrap();
     layout.prepare().unwrap();
@@ -77,7 +79,7 @@ fn entry_json(content: &str, annotations: &str) -> String {
     )
 }
 
-fn put(root: &Path, content: &[u8]) -> Digest {
+pub(super) fn put(root: &Path, content: &[u8]) -> Digest {
     let digest = Digest::of(content);
     fs::write(blob_path(root, &digest), content).unwrap();
     digest
@@ -92,14 +94,28 @@ fn partial_path(root: &Path, digest: &Digest) -> PathBuf {
         .join(format!("{}.partial", digest.hex()))
 }
 
-fn staged(stage: Stage) -> Staged {
-    match stage {
-        Stage::Staged(staged) => staged,
-        Stage::Present => panic!("the blob is there already"),
-    }
+#[track_caller]
+fn staged(stage: Option<Staged>) -> Staged {
+    stage.expect("the blob is not there yet")
 }
 
-fn names(dir: &Path) -> Vec<String> {
+fn verify(layout: &Layout, digest: &Digest, size: u64) -> Result<bool> {
+    layout.verify_blob(digest, size, |_| {})
+}
+
+/// Sets a tag without asking for any blob.
+fn set_tag(layout: &Layout, tag: &str, entry: &Descriptor) -> Result<()> {
+    let tagged = layout.publish_tag(tag, entry, &BTreeMap::new())?;
+    assert_eq!(tagged, Tagged::Done);
+    Ok(())
+}
+
+pub(super) fn set_modified(path: &Path, time: SystemTime) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_modified(time).unwrap();
+}
+
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -116,7 +132,7 @@ fn message<T>(result: Result<T>) -> String {
 }
 
 #[track_caller]
-fn assert_says<T>(result: Result<T>, parts: &[&str]) {
+pub(super) fn assert_says<T>(result: Result<T>, parts: &[&str]) {
     let message = message(result);
     for part in parts {
         assert!(message.contains(part), "{message:?} does not say {part:?}");
@@ -142,7 +158,7 @@ fn every_fixture_reads_back_whole_and_is_left_as_it_was() {
             let digest: Digest = format!("sha256:{hex}").parse().unwrap();
             let size = fs::metadata(blob_path(copy.path(), &digest)).unwrap().len();
             assert!(layout.has_blob(&digest, size));
-            assert!(layout.verify_blob(&digest, size).unwrap());
+            assert!(verify(&layout, &digest, size).unwrap());
         }
         assert_eq!(names(copy.path()), ["blobs", "index.json", "oci-layout"]);
     }
@@ -319,22 +335,30 @@ fn a_blob_that_is_absent_or_cut_short_or_altered_is_told_apart() {
     let digest = Digest::of(b"whole");
     assert_says(layout.open_blob(&digest, 5), &["incomplete"]);
     assert!(!layout.has_blob(&digest, 5));
-    assert!(!layout.verify_blob(&digest, 5).unwrap());
+    assert!(!verify(&layout, &digest, 5).unwrap());
 
     fs::write(blob_path(dir.path(), &digest), "whol").unwrap();
     assert_says(layout.open_blob(&digest, 5), &["has 4 bytes", "says 5"]);
     assert!(!layout.has_blob(&digest, 5));
-    assert!(!layout.verify_blob(&digest, 5).unwrap());
+    assert!(!verify(&layout, &digest, 5).unwrap());
 
     fs::write(blob_path(dir.path(), &digest), "whale").unwrap();
     assert_says(layout.read_document(&entry_of(b"whole")), &["hash to"]);
     assert!(layout.has_blob(&digest, 5));
-    assert!(!layout.verify_blob(&digest, 5).unwrap());
+    assert!(!verify(&layout, &digest, 5).unwrap());
+
+    let mut steps = 0;
+    layout
+        .verify_blob(&digest, 5, |read| steps += read)
+        .unwrap();
+    assert_eq!(steps, 5);
+    let nowhere = Layout::open_for_import(&dir.path().join("nowhere"), LONG).unwrap();
+    assert!(!verify(&nowhere, &digest, 5).unwrap());
 
     fs::write(blob_path(dir.path(), &digest), "whole").unwrap();
     let bytes = layout.read_document(&entry_of(b"whole")).unwrap();
     assert_eq!(bytes, b"whole");
-    assert!(layout.verify_blob(&digest, 5).unwrap());
+    assert!(verify(&layout, &digest, 5).unwrap());
 }
 
 #[test]
@@ -377,7 +401,10 @@ fn a_fifo_or_symlink_or_directory_in_place_of_a_file_is_refused_and_never_waited
             assert_says(outcome, &[name, kind, "refused"]);
             assert!(!layout.has_blob(&digest, 0));
             if name != blob {
-                assert_says(layout.tag("latest", &entry_of(b"x")), &[name, "refused"]);
+                assert_says(
+                    set_tag(&layout, "latest", &entry_of(b"x")),
+                    &[name, "refused"],
+                );
             }
         }
     }
@@ -405,7 +432,7 @@ fn a_directory_that_leads_out_of_the_layout_is_refused_and_nothing_is_written_th
         assert_says(layout.write_document(&digest, b"new"), &parts);
         let outcome = layout.stage(&digest, 3, || {}).and_then(|stage| {
             let mut blob = staged(stage);
-            blob.file.write_all(b"new")?;
+            blob.growing.file.write_all(b"new")?;
             layout.publish(vec![blob])
         });
         assert_says(outcome, &parts);
@@ -429,7 +456,7 @@ fn a_staging_file_that_is_a_link_to_another_file_is_not_written_through() {
     fs::remove_file(partial_path(dir.path(), &digest)).unwrap();
     fs::hard_link(&victim, partial_path(dir.path(), &digest)).unwrap();
     let mut blob = staged(layout.stage(&digest, 3, || {}).unwrap());
-    blob.file.write_all(b"new").unwrap();
+    blob.growing.file.write_all(b"new").unwrap();
     layout.publish(vec![blob]).unwrap();
     assert_eq!(fs::read(&victim).unwrap(), b"precious");
     assert_eq!(fs::read(blob_path(dir.path(), &digest)).unwrap(), b"new");
@@ -444,7 +471,7 @@ fn a_symlink_or_fifo_under_a_blobs_name_is_replaced_and_not_followed() {
     symlink(&victim, blob_path(dir.path(), &digest)).unwrap();
     layout.write_document(&digest, b"new").unwrap();
     assert_eq!(fs::read(&victim).unwrap(), b"old");
-    assert!(layout.verify_blob(&digest, 3).unwrap());
+    assert!(verify(&layout, &digest, 3).unwrap());
 }
 
 // Where an import may go
@@ -502,7 +529,7 @@ fn a_damaged_index_stops_an_import_before_it_begins_and_is_never_overwritten() {
     fs::write(&index, r#"{"schemaVersion":2,"manif"#).unwrap();
     assert_says(Layout::open_for_import(copy.path(), LONG), &["index.json"]);
     let layout = Layout::open(copy.path(), LONG).unwrap();
-    assert_says(layout.tag("latest", &entry_of(b"x")), &["index.json"]);
+    assert_says(set_tag(&layout, "latest", &entry_of(b"x")), &["index.json"]);
     assert_eq!(fs::read(&index).unwrap(), br#"{"schemaVersion":2,"manif"#);
 }
 
@@ -543,15 +570,15 @@ fn a_blob_gets_its_name_only_when_published_and_leaves_no_staging() {
     for content in &contents {
         let digest = Digest::of(content);
         let mut blob = staged(layout.stage(&digest, content.len() as u64, || {}).unwrap());
-        assert_eq!((blob.digest, blob.have), (digest, 0));
-        blob.file.write_all(content).unwrap();
+        assert_eq!((blob.growing.digest, blob.growing.have), (digest, 0));
+        blob.growing.file.write_all(content).unwrap();
         blobs.push(blob);
     }
     assert_eq!(names(&root.join("blobs/sha256")), [""; 0]);
     layout.publish(blobs).unwrap();
     for content in &contents {
         let digest = Digest::of(content);
-        assert!(layout.verify_blob(&digest, content.len() as u64).unwrap());
+        assert!(verify(&layout, &digest, content.len() as u64).unwrap());
         let mode = fs::metadata(blob_path(&root, &digest)).unwrap().mode();
         assert_eq!(mode & 0o777 & !0o644, 0, "{mode:o}");
     }
@@ -560,35 +587,35 @@ fn a_blob_gets_its_name_only_when_published_and_leaves_no_staging() {
 }
 
 #[test]
-fn an_interrupted_download_is_taken_up_where_it_stopped() {
+fn an_interrupted_download_is_resumed_where_it_stopped() {
     let (_dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     let mut first = staged(layout.stage(&digest, 5, || {}).unwrap());
-    first.file.write_all(b"who").unwrap();
+    first.growing.file.write_all(b"who").unwrap();
     drop(first);
     layout.tidy();
     let mut second = staged(layout.stage(&digest, 5, || {}).unwrap());
-    assert_eq!(second.have, 3);
-    second.file.write_all(b"le").unwrap();
+    assert_eq!(second.growing.have, 3);
+    second.growing.file.write_all(b"le").unwrap();
     layout.publish(vec![second]).unwrap();
-    assert!(layout.verify_blob(&digest, 5).unwrap());
+    assert!(verify(&layout, &digest, 5).unwrap());
 }
 
 #[test]
-fn left_over_bytes_beyond_the_blobs_size_or_found_wrong_are_thrown_away() {
+fn left_over_bytes_beyond_the_blobs_size_or_found_wrong_are_discarded() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     fs::write(partial_path(dir.path(), &digest), "too long").unwrap();
     let mut blob = staged(layout.stage(&digest, 5, || {}).unwrap());
-    assert_eq!(blob.have, 0);
-    assert_eq!(blob.file.metadata().unwrap().len(), 0);
+    assert_eq!(blob.growing.have, 0);
+    assert_eq!(blob.growing.file.metadata().unwrap().len(), 0);
 
-    blob.file.write_all(b"wrong").unwrap();
-    blob.restart().unwrap();
-    blob.file.write_all(b"whole").unwrap();
+    blob.growing.file.write_all(b"wrong").unwrap();
+    blob.growing.restart().unwrap();
+    blob.growing.file.write_all(b"whole").unwrap();
     let mut back = String::new();
-    blob.file.rewind().unwrap();
-    blob.file.read_to_string(&mut back).unwrap();
+    blob.growing.file.rewind().unwrap();
+    blob.growing.file.read_to_string(&mut back).unwrap();
     assert_eq!(back, "whole");
 }
 
@@ -597,7 +624,7 @@ fn an_incomplete_blob_is_not_published() {
     let (dir, layout) = prepared();
     let digest = Digest::of(b"whole");
     let mut blob = staged(layout.stage(&digest, 5, || {}).unwrap());
-    blob.file.write_all(b"who").unwrap();
+    blob.growing.file.write_all(b"who").unwrap();
     assert_says(layout.publish(vec![blob]), &["has 3 bytes", "has 5"]);
     assert_eq!(names(&dir.path().join("blobs/sha256")), [""; 0]);
 }
@@ -609,20 +636,15 @@ fn a_blob_of_the_wrong_size_is_replaced_and_one_of_the_right_size_on_request() {
     for damage in ["whol", "whale"] {
         fs::write(blob_path(dir.path(), &digest), damage).unwrap();
         if damage.len() == 5 {
-            assert!(matches!(
-                layout.stage(&digest, 5, || {}).unwrap(),
-                Stage::Present
-            ));
+            assert!(layout.stage(&digest, 5, || {}).unwrap().is_none());
         }
         let mut blob = staged(layout.stage_replacement(&digest, 5, || {}).unwrap());
-        blob.file.write_all(b"whole").unwrap();
+        blob.growing.file.write_all(b"whole").unwrap();
         layout.publish(vec![blob]).unwrap();
-        assert!(layout.verify_blob(&digest, 5).unwrap());
+        assert!(verify(&layout, &digest, 5).unwrap());
     }
-    assert!(matches!(
-        layout.stage_replacement(&digest, 5, || {}).unwrap(),
-        Stage::Present
-    ));
+    let stage = layout.stage_replacement(&digest, 5, || {}).unwrap();
+    assert!(stage.is_none());
     assert_eq!(names(&dir.path().join(".layercache")), [""; 0]);
 }
 
@@ -633,9 +655,9 @@ fn who_waits_for_a_blob_finds_it_present_once_the_other_has_published_it() {
     let mut first = staged(layout.stage(&digest, 5, || {}).unwrap());
     std::thread::scope(|scope| {
         let second = scope.spawn(|| layout.stage(&digest, 5, || {}).unwrap());
-        first.file.write_all(b"whole").unwrap();
+        first.growing.file.write_all(b"whole").unwrap();
         layout.publish(vec![first]).unwrap();
-        assert!(matches!(second.join().unwrap(), Stage::Present));
+        assert!(second.join().unwrap().is_none());
     });
     assert_eq!(names(&dir.path().join(".layercache")), [""; 0]);
 }
@@ -676,10 +698,12 @@ fn space_set_aside_does_not_count_as_downloaded() {
     let (_dir, layout) = prepared();
     let digest = Digest::of(b"x");
     let first = staged(layout.stage(&digest, 8 << 20, || {}).unwrap());
-    assert_eq!(first.file.metadata().unwrap().len(), 0);
+    assert_eq!(first.growing.file.metadata().unwrap().len(), 0);
     drop(first);
     assert_eq!(
-        staged(layout.stage(&digest, 8 << 20, || {}).unwrap()).have,
+        staged(layout.stage(&digest, 8 << 20, || {}).unwrap())
+            .growing
+            .have,
         0
     );
 }
@@ -693,9 +717,9 @@ fn eight_threads_writing_the_same_blobs_leave_each_once_and_whole() {
             scope.spawn(|| {
                 for content in &contents {
                     let digest = Digest::of(content);
-                    if let Stage::Staged(mut blob) = layout.stage(&digest, 5000, || {}).unwrap() {
-                        blob.restart().unwrap();
-                        blob.file.write_all(content).unwrap();
+                    if let Some(mut blob) = layout.stage(&digest, 5000, || {}).unwrap() {
+                        blob.growing.restart().unwrap();
+                        blob.growing.file.write_all(content).unwrap();
                         layout.publish(vec![blob]).unwrap();
                     }
                     // Removes the staging directory under the others' feet.
@@ -705,7 +729,7 @@ fn eight_threads_writing_the_same_blobs_leave_each_once_and_whole() {
         }
     });
     for content in &contents {
-        assert!(layout.verify_blob(&Digest::of(content), 5000).unwrap());
+        assert!(verify(&layout, &Digest::of(content), 5000).unwrap());
     }
     assert_eq!(names(&dir.path().join("blobs/sha256")).len(), 12);
     assert_eq!(names(dir.path()), ["blobs"]);
@@ -721,16 +745,11 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
         fs::write(partial_path(dir.path(), &digest), "part").unwrap();
     }
     let age = SystemTime::now() - WEEK - Duration::from_secs(60);
-    let file = File::options()
-        .write(true)
-        .open(partial_path(dir.path(), &old))
-        .unwrap();
-    file.set_modified(age).unwrap();
-    drop(file);
+    set_modified(&partial_path(dir.path(), &old), age);
     fs::write(staging.join("index.json.partial"), "{").unwrap();
     fs::write(staging.join("notes"), "mine").unwrap();
     let in_use = staged(layout.stage(&held, 9, || {}).unwrap());
-    in_use.file.set_modified(age).unwrap();
+    in_use.growing.file.set_modified(age).unwrap();
 
     layout.tidy();
 
@@ -741,6 +760,59 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
     ];
     expected.sort();
     assert_eq!(names(&staging), expected);
+}
+
+#[test]
+fn a_damaged_blob_is_moved_to_where_nothing_reads_it_and_a_good_one_is_not() {
+    let (dir, layout) = prepared();
+    let good = put(dir.path(), b"good");
+    assert_eq!(layout.set_damaged_aside(&good, 4).unwrap(), None);
+    let absent = Digest::of(b"absent");
+    assert_eq!(layout.set_damaged_aside(&absent, 6).unwrap(), None);
+    let nowhere = Layout::open_for_import(&dir.path().join("nowhere"), LONG).unwrap();
+    assert_eq!(nowhere.set_damaged_aside(&absent, 6).unwrap(), None);
+
+    let digest = Digest::of(b"whole");
+    let aside = dir
+        .path()
+        .join(format!(".layercache/damaged-{}", digest.hex()));
+    for damage in ["whale", "wh"] {
+        // What was downloaded of it stays too.
+        fs::write(partial_path(dir.path(), &digest), "who").unwrap();
+        fs::write(blob_path(dir.path(), &digest), damage).unwrap();
+        let moved = layout.set_damaged_aside(&digest, 5).unwrap();
+        assert_eq!(moved.as_ref(), Some(&aside));
+        assert!(!layout.has_blob(&digest, 5));
+        assert_eq!(fs::read_to_string(&aside).unwrap(), damage);
+        assert_eq!(
+            staged(layout.stage(&digest, 5, || {}).unwrap())
+                .growing
+                .have,
+            3
+        );
+    }
+    assert_eq!(names(&dir.path().join("blobs/sha256")), [good.hex()]);
+}
+
+#[test]
+fn a_damaged_blob_is_kept_for_a_week_or_until_it_is_back() {
+    let (dir, layout) = prepared();
+    let [recent, old, back] = [b"recent", b"old___", b"back__"].map(|blob| Digest::of(blob));
+    let age = SystemTime::now() - WEEK - Duration::from_secs(60);
+    for digest in [recent, old, back] {
+        fs::write(blob_path(dir.path(), &digest), "damage").unwrap();
+        // When it was written does not matter.
+        set_modified(&blob_path(dir.path(), &digest), age);
+        layout.set_damaged_aside(&digest, 6).unwrap().unwrap();
+    }
+    layout.tidy();
+    let staging = dir.path().join(".layercache");
+    assert_eq!(names(&staging).len(), 3);
+
+    put(dir.path(), b"back__");
+    set_modified(&staging.join(format!("damaged-{}", old.hex())), age);
+    layout.tidy();
+    assert_eq!(names(&staging), [format!("damaged-{}", recent.hex())]);
 }
 
 #[test]
@@ -782,7 +854,7 @@ fn a_fresh_layout_is_buildkits_byte_for_byte() {
         let (dir, layout) = prepared();
         let mut untagged = entry.clone();
         untagged.annotations.clear();
-        layout.tag("latest", &untagged).unwrap();
+        set_tag(&layout, "latest", &untagged).unwrap();
         layout.tidy();
         for file in ["index.json", "oci-layout"] {
             assert_eq!(
@@ -801,19 +873,21 @@ fn setting_a_tag_keeps_every_other_byte_of_the_index() {
         "{ \"extra\": [1.0e5, 12345678901234567890123],\n \"manifests\": [ ",
         r#"{"size":1.50, "digest":"sha512:q"},"#,
         r#"{"annotations":{"org.opencontainers.image.ref.name":"v1"},"old":true},"#,
-        r#"{"annotations":{"io.containerd.image.name":"v1"}, "z":{"b":1,"a":2}}"#,
+        r#"{"annotations":{"io.containerd.image.name":"docker.io/library/x:v1"}, "z":{"b":1,"a":2}},"#,
+        r#"{"annotations":{"io.containerd.image.name":"v1","org.opencontainers.image.ref.name":"v0"}}"#,
         " ], \"schemaVersion\": 2, \"annotations\":{\"b\":\"\",\"a\":\"\"} }\n",
     );
     fs::write(dir.path().join("index.json"), before).unwrap();
     let mut entry = entry_of(b"x");
     entry.annotations.insert("z".into(), "last".into());
     entry.annotations.insert("a".into(), "first".into());
-    layout.tag("v1", &entry).unwrap();
+    set_tag(&layout, "v1", &entry).unwrap();
     let expected = format!(
         concat!(
             r#"{{"extra":[1.0e5, 12345678901234567890123],"manifests":["#,
             r#"{{"size":1.50, "digest":"sha512:q"}},"#,
-            r#"{{"annotations":{{"io.containerd.image.name":"v1"}}, "z":{{"b":1,"a":2}}}},"#,
+            r#"{{"annotations":{{"io.containerd.image.name":"docker.io/library/x:v1"}}, "#,
+            r#""z":{{"b":1,"a":2}}}},"#,
             r#"{{"mediaType":"{}","digest":"{}","size":1,"annotations":{{"a":"first","#,
             r#""org.opencontainers.image.ref.name":"v1","z":"last"}}}}],"#,
             r#""schemaVersion":2,"annotations":{{"b":"","a":""}}}}"#,
@@ -825,6 +899,73 @@ fn setting_a_tag_keeps_every_other_byte_of_the_index() {
     assert_eq!(after, expected);
 }
 
+/// As BuildKit looks for a tag in `index.json`: exactly, in containerd's annotation first; the first wins.
+fn buildkits_choice(root: &Path, tag: &str) -> Option<String> {
+    let index: serde_json::Value =
+        serde_json::from_slice(&fs::read(root.join("index.json")).unwrap()).unwrap();
+    let entries = index["manifests"].as_array().unwrap();
+    [
+        "io.containerd.image.name",
+        "org.opencontainers.image.ref.name",
+    ]
+    .iter()
+    .find_map(|name| {
+        entries
+            .iter()
+            .find(|entry| entry["annotations"][name] == tag)
+    })
+    .map(|entry| entry["digest"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn once_set_a_tag_is_what_we_and_buildkit_find_whoever_had_its_name() {
+    for taken in [
+        r#""io.containerd.image.name":"latest""#,
+        r#""org.opencontainers.image.ref.name":"latest""#,
+        r#""io.containerd.image.name":"latest","org.opencontainers.image.ref.name":"v1""#,
+        r#""io.containerd.image.name":"docker.io/library/x:latest""#,
+    ] {
+        let (dir, layout) = with_index(&[entry_json("other", taken)]);
+        let new = put(dir.path(), b"new");
+        let mut entry = entry_of(b"new");
+        // Whatever else the entry brings, it gets one name.
+        for name in ["v2", "latest"] {
+            let name = name.to_owned();
+            entry.annotations.insert(CONTAINERD_NAME.into(), name);
+            set_tag(&layout, "latest", &entry).unwrap();
+            let selected = layout.select(&Selection::Default).unwrap();
+            assert_eq!(selected.digest, new, "{taken}");
+            let choice = buildkits_choice(dir.path(), "latest");
+            assert_eq!(choice, Some(new.to_string()), "{taken}");
+            assert_eq!(buildkits_choice(dir.path(), "v2"), None);
+        }
+    }
+}
+
+#[test]
+fn a_tag_is_set_only_if_all_blobs_are_there_and_stays_otherwise() {
+    let copy = copy_of("local-max");
+    let layout = Layout::open(copy.path(), LONG).unwrap();
+    let before = fs::read(copy.path().join("index.json")).unwrap();
+    let whole = put(copy.path(), b"whole");
+    let short = Digest::of(b"short");
+    fs::write(blob_path(copy.path(), &short), "shor").unwrap();
+    let link = Digest::of(b"link");
+    symlink(
+        blob_path(copy.path(), &whole),
+        blob_path(copy.path(), &link),
+    )
+    .unwrap();
+    let absent = Digest::of(b"absent");
+    let blobs = BTreeMap::from([(whole, 5), (short, 5), (link, 5), (absent, 6)]);
+    let tagged = layout.publish_tag("latest", &entry_of(b"whole"), &blobs);
+    let mut gone = vec![(short, 5), (link, 5), (absent, 6)];
+    gone.sort();
+    assert_eq!(tagged.unwrap(), Tagged::Gone(gone));
+    assert_eq!(fs::read(copy.path().join("index.json")).unwrap(), before);
+    assert_eq!(names(copy.path()), ["blobs", "index.json", "oci-layout"]);
+}
+
 #[test]
 fn setting_a_tag_to_what_it_is_writes_nothing() {
     let copy = copy_of("local-max");
@@ -832,7 +973,7 @@ fn setting_a_tag_to_what_it_is_writes_nothing() {
     let entry = layout.select(&Selection::Default).unwrap();
     let index = copy.path().join("index.json");
     let before = fs::metadata(&index).unwrap();
-    layout.tag("latest", &entry).unwrap();
+    set_tag(&layout, "latest", &entry).unwrap();
     let after = fs::metadata(&index).unwrap();
     assert_eq!(
         (after.ino(), after.mtime(), after.mtime_nsec()),
@@ -847,7 +988,7 @@ fn an_index_that_others_may_not_read_stays_so() {
     let index = copy.path().join("index.json");
     fs::set_permissions(&index, fs::Permissions::from_mode(0o600)).unwrap();
     let layout = Layout::open(copy.path(), LONG).unwrap();
-    layout.tag("v2", &entry_of(b"x")).unwrap();
+    set_tag(&layout, "v2", &entry_of(b"x")).unwrap();
     assert_eq!(fs::metadata(&index).unwrap().mode() & 0o777, 0o600);
 }
 
@@ -857,7 +998,7 @@ fn an_empty_index_is_filled_as_buildkit_does_and_left_over_staging_is_overwritte
     fs::write(dir.path().join("index.json"), "").unwrap();
     let left_over = dir.path().join(".layercache/index.json.partial");
     fs::write(left_over, "x".repeat(1000)).unwrap();
-    layout.tag("latest", &entry_of(b"x")).unwrap();
+    set_tag(&layout, "latest", &entry_of(b"x")).unwrap();
     put(dir.path(), b"x");
     let selected = layout.select(&Selection::Default).unwrap();
     assert_eq!(selected.digest, Digest::of(b"x"));
@@ -873,7 +1014,7 @@ fn of_eight_threads_tagging_at_once_no_tag_is_lost() {
             scope.spawn(move || {
                 for turn in 0..4 {
                     let tag = format!("t{thread}-{turn}");
-                    layout.tag(&tag, &entry_of(b"x")).unwrap();
+                    set_tag(layout, &tag, &entry_of(b"x")).unwrap();
                     layout.select(&Selection::Tag(tag)).unwrap();
                     layout.tidy();
                 }
@@ -902,9 +1043,7 @@ fn process_that_tags() {
     layout.prepare().unwrap();
     for turn in 0..5 {
         layout.write_document(&Digest::of(b"x"), b"x").unwrap();
-        layout
-            .tag(&format!("{name}-{turn}"), &entry_of(b"x"))
-            .unwrap();
+        set_tag(&layout, &format!("{name}-{turn}"), &entry_of(b"x")).unwrap();
         layout.tidy();
     }
 }
@@ -947,7 +1086,7 @@ fn a_lock_held_by_a_build_is_waited_for_and_then_named() {
     let impatient = Layout::open(copy.path(), SHORT).unwrap();
     let parts = [path.to_str().unwrap(), "run again"];
     assert_says(impatient.select(&Selection::Default), &parts);
-    assert_says(impatient.tag("latest", &entry_of(b"x")), &parts);
+    assert_says(set_tag(&impatient, "latest", &entry_of(b"x")), &parts);
     assert!(path.exists(), "another's lock was removed");
 
     let patient = Layout::open(copy.path(), LONG).unwrap();
@@ -1007,7 +1146,10 @@ fn user_without_write_permission() {
         layout.prepare(),
         &["cannot write into", root.to_str().unwrap(), "denied"],
     );
-    assert_says(layout.tag("v2", &entry), &["index.json.lock", "denied"]);
+    assert_says(
+        set_tag(&layout, "v2", &entry),
+        &["index.json.lock", "denied"],
+    );
     let below = Layout::open_for_import(&root.join("below"), SHORT).unwrap();
     assert_says(
         below.prepare(),

@@ -857,7 +857,7 @@ mod tests {
         assert_eq!(found.code.as_deref(), Some("A B"));
         let message = found.message.unwrap();
         assert!(message.starts_with("a b"));
-        assert!(message.chars().count() <= crate::redact::LONGEST);
+        assert!(message.chars().count() <= crate::quote::ONE_LINE + 1);
 
         let secrets = Secrets::default();
         let secret = "wJalrXUtnFEMIbK7MDENG";

@@ -9,6 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::Refusal;
 use super::remote::{Remote, lock};
+use crate::quote::printable;
 use crate::retry::Trouble;
 use crate::store::{Kind, StoreError, UploadBody};
 
@@ -181,8 +182,7 @@ impl Failure {
             message.push_str(&format!(" ({tries})"));
         }
         if !self.general {
-            // Keys come from the user's own prefix, but nothing here may end a line.
-            message.push_str(&format!(", {} {}", call.doing, subject.escape_debug()));
+            message.push_str(&format!(", {} {}", call.doing, printable(&subject)));
         }
         if let Some(advice) = &self.advice {
             message.push_str(&format!("; {advice}"));

@@ -1,21 +1,20 @@
 //! The store against a scripted server on loopback: what is sent, and what becomes of each answer.
 
 use std::io;
-use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, future};
 use bytes::Bytes;
 use futures::StreamExt;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+
+pub(crate) use scripted::Reply;
+use scripted::{Act, Request, Scripted, response};
 
 use super::credentials::Keyring;
 use super::*;
 use crate::cache::digest::Digest;
 use crate::config::{RetryMode, StaticCredentials};
-
 use crate::store::{ByteStream, Kind};
 
 mod floods;
@@ -23,7 +22,10 @@ mod secrets;
 mod stores;
 mod strangers;
 
-pub(crate) fn config(endpoint: &str) -> S3Config {
+#[path = "../../tests/scripted/mod.rs"]
+mod scripted;
+
+pub(super) fn config(endpoint: &str) -> S3Config {
     S3Config {
         region: "us-east-1".into(),
         bucket: "cache".into(),
@@ -45,44 +47,24 @@ pub(crate) fn config(endpoint: &str) -> S3Config {
     }
 }
 
-/// What the server does with a request.
-#[derive(Clone)]
-pub(crate) enum Reply {
-    /// Reads the request, answers, keeps the connection.
-    Answer(Vec<u8>),
-    /// Reads the request, answers, closes.
-    AnswerAndClose(Vec<u8>),
-    /// Answers once it has read the head, and closes with the body unread.
-    AnswerEarly(Vec<u8>),
-    /// Closes without a word.
-    Close,
-}
-
-/// A server that replies by its script, and the requests that it got.
+/// A scripted server, and its URL as the store is to be told.
 pub(crate) struct Server {
+    scripted: Scripted,
     url: String,
-    requests: Arc<Mutex<Vec<String>>>,
 }
 
 impl Server {
-    /// A server that says nothing of its own: whoever asked for it does what is to be done.
-    async fn unattended(scheme: &str) -> (TcpListener, Self) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("{scheme}://{}", listener.local_addr().unwrap());
-        let requests = Arc::default();
-        (listener, Server { url, requests })
+    pub(crate) async fn new(script: Vec<Reply>) -> Self {
+        let scripted = Scripted::replies(script);
+        let url = scripted.url();
+        Server { scripted, url }
     }
 
-    pub(crate) async fn new(script: Vec<Reply>) -> Self {
-        let (listener, server) = Server::unattended("http").await;
-        let script = Arc::new(Mutex::new(script.into_iter()));
-        let log = server.requests.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(serve(stream, script.clone(), log.clone()));
-            }
-        });
-        server
+    /// A server that answers each request with what `make` makes of it.
+    fn making(make: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        let scripted = Scripted::start(move |_, request| Reply::Answer(make(request)));
+        let url = scripted.url();
+        Server { scripted, url }
     }
 
     fn store(&self) -> S3Store {
@@ -104,8 +86,12 @@ impl Server {
         store_of(&config(&self.url), timing)
     }
 
+    /// Each request from its first line to the end of its body.
     pub(crate) fn requests(&self) -> Vec<String> {
-        self.requests.lock().unwrap().clone()
+        let requests = self.scripted.requests().into_iter();
+        requests
+            .map(|request| request.head + &request.body)
+            .collect()
     }
 }
 
@@ -121,72 +107,17 @@ fn store_of(config: &S3Config, timing: Timing) -> S3Store {
     S3Store::new(config, Progress::silent(), timing).unwrap()
 }
 
-async fn serve(
-    mut stream: TcpStream,
-    script: Arc<Mutex<std::vec::IntoIter<Reply>>>,
-    log: Arc<Mutex<Vec<String>>>,
-) {
-    loop {
-        let mut request = Vec::new();
-        let head = loop {
-            if let Some(at) = request.windows(4).position(|four| four == b"\r\n\r\n") {
-                break at + 4;
-            }
-            let mut byte = [0];
-            if stream.read(&mut byte).await.unwrap_or(0) == 0 {
-                return;
-            }
-            request.push(byte[0]);
-        };
-        let text = String::from_utf8(request[..head].to_vec()).unwrap();
-        let length = text
-            .lines()
-            .find_map(|line| line.strip_prefix("content-length: "))
-            .map_or(0, |length| length.parse::<usize>().unwrap());
-        let reply = script.lock().unwrap().next();
-        let reply = reply.unwrap_or_else(|| panic!("one request too many: {text}"));
-        log.lock().unwrap().push(text);
-        if let Reply::AnswerEarly(answer) = reply {
-            stream.write_all(&answer).await.unwrap();
-            // Unread bytes make this a reset.
-            return;
-        }
-        let mut body = vec![0; length];
-        if stream.read_exact(&mut body).await.is_err() {
-            return;
-        }
-        log.lock()
-            .unwrap()
-            .last_mut()
-            .unwrap()
-            .push_str(&String::from_utf8_lossy(&body));
-        match reply {
-            Reply::Answer(answer) => stream.write_all(&answer).await.unwrap(),
-            Reply::AnswerAndClose(answer) => {
-                stream.write_all(&answer).await.unwrap();
-                return;
-            }
-            Reply::AnswerEarly(_) | Reply::Close => return,
-        }
-    }
-}
-
-pub(crate) fn answer(status: &str, headers: &str, body: &str) -> Vec<u8> {
-    let length = body.len();
-    format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\n{headers}\r\n{body}").into_bytes()
-}
-
 pub(crate) fn ok(headers: &str, body: &str) -> Reply {
-    Reply::Answer(answer("200 OK", headers, body))
+    Reply::Answer(response("200 OK", headers, body))
 }
 
 pub(crate) fn status(status: &str) -> Reply {
-    Reply::Answer(answer(status, "", ""))
+    Reply::Answer(response(status, "", ""))
 }
 
 pub(crate) fn error(status: &str, code: &str) -> Reply {
     let body = format!("<Error><Code>{code}</Code><Message>said so</Message></Error>");
-    Reply::Answer(answer(status, "", &body))
+    Reply::Answer(response(status, "", &body))
 }
 
 pub(crate) const TAG: &str = "etag: \"abc\"\r\n";
@@ -386,7 +317,7 @@ async fn the_last_try_s_failure_is_told_with_the_number_of_tries() {
         )
     );
     let nobody = {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.local_addr().unwrap()
     };
     let refused = |attempts: u32| {
@@ -436,7 +367,12 @@ async fn what_is_wrong_is_not_tried_again() {
 async fn an_early_answer_counts_more_than_the_broken_pipe() {
     for _ in 0..20 {
         let body = "<Error><Code>AccessDenied</Code></Error>";
-        let server = Server::new(vec![Reply::AnswerEarly(answer("403 Forbidden", "", body))]).await;
+        let server = Server::new(vec![Reply::AnswerEarly(response(
+            "403 Forbidden",
+            "",
+            body,
+        ))])
+        .await;
         let blob = Blob::new(vec![7; 8 << 20]);
         let e = server.store().put("a", blob).await.unwrap_err();
         assert_eq!(e.kind, Kind::Denied, "{e}");
@@ -460,7 +396,7 @@ async fn a_body_that_cannot_be_read_is_no_fault_of_the_store() {
 
 #[tokio::test]
 async fn get_streams_the_object_and_says_how_much_there_is() {
-    let part = Reply::Answer(answer(
+    let part = Reply::Answer(response(
         "206 Partial Content",
         "content-range: bytes 1-3/5\r\netag: \"abc\"\r\n",
         "ell",
@@ -485,7 +421,7 @@ async fn get_streams_the_object_and_says_how_much_there_is() {
 async fn a_range_must_be_answered_with_that_range() {
     let ranged = |range: &str, body: &str| {
         let headers = format!("content-range: bytes {range}\r\n{TAG}");
-        Reply::Answer(answer("206 Partial Content", &headers, body))
+        Reply::Answer(response("206 Partial Content", &headers, body))
     };
     for (reply, kind) in [
         (ok(TAG, "hello"), Kind::NoRanges),
@@ -739,11 +675,12 @@ async fn parts_are_listed_over_all_pages() {
 
 #[tokio::test]
 async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
-    let (listener, server) = Server::unattended("http").await;
+    let server = Server::new(vec![Reply::Play(vec![Act::Hang])]).await;
     let store = server.store_as(|config| config.retry_max_attempts = 1);
     let head = tokio::spawn(async move { store.head("a").await });
-    let (mut stream, _) = listener.accept().await.unwrap();
-    stream.read_exact(&mut [0; 20]).await.unwrap();
+    while server.requests().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     tokio::time::pause();
     let e = head.await.unwrap().unwrap_err();
     assert_eq!(e.kind, Kind::Unavailable);
@@ -752,23 +689,16 @@ async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
 
 #[tokio::test]
 async fn a_peer_that_says_nothing_when_it_is_greeted_over_tls_is_given_up() {
-    let (listener, server) = Server::unattended("https").await;
+    // To the scripted server the greeting is the beginning of a request that never ends.
+    let mut server = Server::new(vec![]).await;
+    server.url = server.url.replace("http://", "https://");
     let store = server.store_at(Timing {
         ready: Duration::from_millis(200),
         ..soon()
     });
-    let accepted = async {
-        let mut silent = Vec::new();
-        loop {
-            silent.push(listener.accept().await.unwrap());
-            assert!(silent.len() <= 3, "one connection too many");
-        }
-    };
-    let e = tokio::select! {
-        found = store.head("a") => found.unwrap_err(),
-        never = accepted => never,
-        () = tokio::time::sleep(Duration::from_secs(20)) => panic!("it never ends"),
-    };
+    let head = tokio::time::timeout(Duration::from_secs(20), store.head("a"));
+    let e = head.await.expect("it gives up").unwrap_err();
+    assert_eq!(server.scripted.connections(), 3);
     assert_eq!(e.kind, Kind::Unavailable);
     let host = server.url.trim_start_matches("https://");
     assert_eq!(
@@ -818,21 +748,9 @@ async fn an_expired_token_is_renewed_once_and_the_request_sent_again() {
 
 /// A server that sends an object's first bytes, and then one more every `pause`.
 async fn dripping(pause: Duration) -> Server {
-    let (listener, server) = Server::unattended("http").await;
-    tokio::spawn(async move {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        // hyper hangs up on an answer that comes before the question.
-        stream.read_exact(&mut [0; 20]).await.unwrap();
-        let head = b"HTTP/1.1 200 OK\r\netag: \"a\"\r\ncontent-length: 1000\r\n\r\nhello";
-        stream.write_all(head).await.unwrap();
-        loop {
-            tokio::time::sleep(pause).await;
-            if stream.write_all(b"!").await.is_err() {
-                return;
-            }
-        }
-    });
-    server
+    let head = b"HTTP/1.1 200 OK\r\netag: \"a\"\r\ncontent-length: 1000\r\n\r\nhello";
+    let acts = vec![Act::Send(head.to_vec()), Act::Repeat(b"!".to_vec(), pause)];
+    Server::new(vec![Reply::Play(acts)]).await
 }
 
 #[tokio::test]

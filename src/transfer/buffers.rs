@@ -1,26 +1,27 @@
-//! One bound on the bytes in flight, whatever the number and size of the blobs, and buffers that
-//! are used again instead of being allocated for every chunk.
+//! One bound on the bytes in flight, however many blobs there are and however large, and a pool of
+//! buffers, so that chunks need no allocation.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that an export may hold in buffers at once: nine parts of 5.25 MiB, to keep as many
-/// connections busy. Peak memory stays below 64 MiB.
+/// Bytes that an export holds in buffers at most: nine parts of 5.25 MiB, which keep nine connections
+/// busy. Peak memory stays below 64 MiB.
 pub const UPLOADS: u64 = 48 << 20;
 
-/// The same for an import: pieces of 2 MiB, and what waits to be written of the first piece of each
-/// blob. Less, as what a connection reads comes on top.
+/// The same for an import: pieces of 2 MiB, and what waits to be written of each blob's first piece.
+/// Less, because the connections' read buffers come on top.
 pub const DOWNLOADS: u64 = 40 << 20;
 
 /// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
 const UNIT: u64 = 4 << 10;
 
-/// Bytes of the largest buffer: what is larger takes several, which all fit the next taker.
+/// Bytes of the largest buffer. Larger reads take several, so that every buffer fits the next taker.
 pub const BUFFER: u64 = 256 << 10;
 
-/// Freed buffers kept for the next taker, at most: as many as an export fills at once.
+/// Free buffers kept at most: as many as an export fills at once.
 const KEPT: usize = (UPLOADS / BUFFER) as usize;
 
 /// Cheap to clone; all clones share the bound.
@@ -37,7 +38,7 @@ pub struct Room {
     permit: Arc<OwnedSemaphorePermit>,
 }
 
-/// A filled buffer that goes back to the pool when its last reader is through with it.
+/// A filled buffer that returns to the pool when its last reader is done.
 struct Lent {
     bytes: Vec<u8>,
     pool: Buffers,
@@ -66,9 +67,8 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Ok(mut free) = self.pool.free.lock()
-            && free.len() < KEPT
-        {
+        let mut free = self.pool.free.lock();
+        if free.len() < KEPT {
             free.push(std::mem::take(&mut self.bytes));
         }
     }
@@ -99,12 +99,10 @@ impl Buffers {
 
     /// An empty buffer that can hold `capacity` bytes.
     pub fn take(&self, capacity: usize) -> Vec<u8> {
-        let reused = self.free.lock().ok().and_then(|mut free| {
-            let fits = free
-                .iter()
-                .position(|buffer| buffer.capacity() >= capacity)?;
-            Some(free.swap_remove(fits))
-        });
+        let mut free = self.free.lock();
+        let fits = free.iter().position(|kept| kept.capacity() >= capacity);
+        let reused = fits.map(|fits| free.swap_remove(fits));
+        drop(free);
         let mut buffer = reused.unwrap_or_else(|| Vec::with_capacity(capacity));
         buffer.clear();
         buffer

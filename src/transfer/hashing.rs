@@ -9,9 +9,10 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use parking_lot::Mutex;
 use rustix::buffer::spare_capacity;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::oneshot;
@@ -147,12 +148,12 @@ pub fn read_into(
 /// The threads. Cheap to clone; all clones share them.
 #[derive(Clone)]
 pub struct Hashing {
-    shared: Arc<Mutex<Shared>>,
+    queue: Arc<Mutex<Queue>>,
     most: usize,
 }
 
 #[derive(Default)]
-struct Shared {
+struct Queue {
     waiting: VecDeque<Box<dyn Turns>>,
     /// Threads at work or about to be.
     threads: usize,
@@ -174,7 +175,7 @@ impl Hashing {
 
     fn on(most: usize) -> Self {
         Hashing {
-            shared: Arc::default(),
+            queue: Arc::default(),
             most,
         }
     }
@@ -191,25 +192,21 @@ impl Hashing {
             at: 0,
             answer,
         };
-        if self.queue(Box::new(job)) {
-            start(Arc::clone(&self.shared));
+        if self.enqueue(Box::new(job)) {
+            start(Arc::clone(&self.queue));
         }
         answered.await.context("a thread that hashes has ended")?
     }
 
     /// Whether another thread is to start.
-    fn queue(&self, job: Box<dyn Turns>) -> bool {
-        let mut shared = lock(&self.shared);
-        shared.waiting.push_back(job);
-        let start = shared.threads < self.most;
-        shared.threads += usize::from(start);
-        shared.starting += usize::from(start);
+    fn enqueue(&self, job: Box<dyn Turns>) -> bool {
+        let mut queue = self.queue.lock();
+        queue.waiting.push_back(job);
+        let start = queue.threads < self.most;
+        queue.threads += usize::from(start);
+        queue.starting += usize::from(start);
         start
     }
-}
-
-fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn cores() -> usize {
@@ -218,13 +215,13 @@ fn cores() -> usize {
 
 /// One of the threads.
 struct Thread {
-    shared: Arc<Mutex<Shared>>,
+    queue: Arc<Mutex<Queue>>,
 }
 
 impl Thread {
     /// Works until nothing waits.
     fn work(self) {
-        lock(&self.shared).starting -= 1;
+        self.queue.lock().starting -= 1;
         let (mut one, mut other) = (None, None);
         loop {
             if one.is_none() {
@@ -259,15 +256,15 @@ impl Thread {
         one: &mut Option<Box<dyn Turns>>,
         other: &mut Option<Box<dyn Turns>>,
     ) -> bool {
-        let mut shared = lock(&self.shared);
+        let mut queue = self.queue.lock();
         if one.is_none() {
-            *one = shared.waiting.pop_front();
+            *one = queue.waiting.pop_front();
         }
-        if other.is_none() && shared.waiting.len() > shared.starting {
-            *other = shared.waiting.pop_front();
+        if other.is_none() && queue.waiting.len() > queue.starting {
+            *other = queue.waiting.pop_front();
         }
         // Here, because whoever adds to what waits looks at this under the same lock.
-        shared.threads -= usize::from(one.is_none());
+        queue.threads -= usize::from(one.is_none());
         one.is_some()
     }
 }
@@ -275,20 +272,20 @@ impl Thread {
 impl Drop for Thread {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let mut shared = lock(&self.shared);
-            if shared.waiting.is_empty() {
-                shared.threads -= 1;
+            let mut queue = self.queue.lock();
+            if queue.waiting.is_empty() {
+                queue.threads -= 1;
             } else {
                 // What waits in the queue is not to blame.
-                shared.starting += 1;
-                start(Arc::clone(&self.shared));
+                queue.starting += 1;
+                start(Arc::clone(&self.queue));
             }
         }
     }
 }
 
-fn start(shared: Arc<Mutex<Shared>>) {
-    tokio::task::spawn_blocking(move || Thread { shared }.work());
+fn start(queue: Arc<Mutex<Queue>>) {
+    tokio::task::spawn_blocking(move || Thread { queue }.work());
 }
 
 /// A [`Job`], whatever feeds it.
@@ -397,10 +394,10 @@ mod tests {
                 prop_assert_eq!(found.unwrap().0.digest(), Digest::of(&blob.concat()));
             }
             // They answer before they end.
-            while lock(&hashing.shared).threads > 0 {
+            while hashing.queue.lock().threads > 0 {
                 std::thread::yield_now();
             }
-            prop_assert_eq!(lock(&hashing.shared).starting, 0);
+            prop_assert_eq!(hashing.queue.lock().starting, 0);
         }
 
         #[test]

@@ -1,5 +1,4 @@
-//! What must hold whatever happened to the program, and caches large enough for something to happen
-//! in the middle of a blob.
+//! What must hold after any run, however it ended, and caches large enough to interrupt a blob midway.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,7 +15,7 @@ pub fn soak() -> bool {
     std::env::var_os("LAYERCACHE_SOAK").is_some_and(|value| value == "1")
 }
 
-/// Every object under `blobs/` is what its key says, and no manifest names a blob that is absent.
+/// Every object under `blobs/` matches its digest, and no manifest names an absent blob.
 #[track_caller]
 pub fn assert_store_is_sound(server: &Server, when: &str) {
     let objects = server.objects();
@@ -39,8 +38,8 @@ pub fn assert_store_is_sound(server: &Server, when: &str) {
     }
 }
 
-/// No blob is misnamed, nothing partial stands outside `.layercache/`, and the index names only
-/// manifests that are there with all that they name.
+/// Every blob matches its name, no partial file is outside `.layercache/`, and every manifest in the
+/// index is complete.
 #[track_caller]
 pub fn assert_layout_is_sound(root: &Path, when: &str) {
     let names = |path: &Path| -> BTreeSet<String> {
@@ -92,7 +91,7 @@ pub fn assert_layout_is_sound(root: &Path, when: &str) {
     }
 }
 
-/// Bytes that repeat nowhere, the same for the same seed.
+/// Incompressible bytes, the same for the same seed.
 pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut noise = Vec::with_capacity(bytes + 8);
@@ -106,7 +105,7 @@ pub fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     noise
 }
 
-/// Puts a cache of one layer for each of `sizes` on the server, under `name`, as BuildKit would.
+/// Puts a cache with one layer for each of `sizes` on the server, under `name`, as BuildKit would.
 pub fn put_cache(server: &Server, name: &str, sizes: &[usize]) {
     let mut blobs: Vec<(Digest, Bytes)> = (1u64..)
         .zip(sizes)
@@ -139,7 +138,7 @@ pub fn put_cache(server: &Server, name: &str, sizes: &[usize]) {
     server.put(&format!("manifests/{name}"), manifest.to_string());
 }
 
-/// A layout that holds such a cache under the tag `latest`.
+/// A layout with such a cache under the tag `latest`.
 pub fn layout_of(sizes: &[usize]) -> tempfile::TempDir {
     let server = Server::start();
     put_cache(&server, "buildkit", sizes);

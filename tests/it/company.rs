@@ -1,4 +1,4 @@
-//! Many processes at once: on one bucket and name, and in one layout.
+//! Many processes at once, on one bucket and name and in one layout.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -11,7 +11,8 @@ use layercache::config::{RetryMode, S3Config, StaticCredentials};
 use layercache::layout::{Layout, Selection};
 use layercache::progress::Progress;
 use layercache::store::{Part, Store};
-use layercache::transfer::upload::{Document, Limits};
+use layercache::transfer::body::InMemory;
+use layercache::transfer::limits::Limits;
 
 use crate::aftermath::{
     assert_layout_is_sound, assert_store_is_sound, layout_of, noise, put_cache, soak,
@@ -44,7 +45,7 @@ fn sixteen_exporters_to_one_name_and_importers_beside_them_never_meet_a_manifest
     let references = layouts.map(|layout| files(&fixture(layout)));
     for _ in 0..if soak() { 10 } else { 2 } {
         let server = Arc::new(Server::start());
-        // Whenever a manifest is about to be written, what it may name is already there.
+        // Whenever a manifest is about to be written, the blobs it may name are already there.
         let (seen, early) = (Arc::clone(&server), Arc::new(Mutex::new(Vec::new())));
         let found = Arc::clone(&early);
         let blobs: [BTreeSet<String>; 2] = layouts.map(|layout| {
@@ -106,7 +107,7 @@ fn processes_importing_into_one_layout_lose_no_tag_and_tear_nothing() {
     for _ in 0..if soak() { 10 } else { 2 } {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let layout = directory.path().join("cache");
-        // Four each of one cache under one tag, one cache under four tags, and one more of both.
+        // Four imports of one cache under one tag, and of two caches under four tags each.
         let mut wanted = BTreeSet::new();
         let mut importers = Vec::new();
         for nth in 0..4 {
@@ -127,7 +128,7 @@ fn processes_importing_into_one_layout_lose_no_tag_and_tear_nothing() {
         for left in [".layercache", "index.json.lock"] {
             assert!(!layout.join(left).exists(), "{left}");
         }
-        // And each tag is the whole of its cache.
+        // And each tag leads to its complete cache.
         for (tag, name) in [("main", "a"), ("b-2", "b"), ("c-3", "c")] {
             let spec = server.spec(&format!("mode=max,name=again-{name}"));
             Program::export(&spec, &layout)
@@ -176,7 +177,7 @@ fn one_layout_is_exported_while_others_import_into_it() {
     }
 }
 
-/// Two exporters of the same blob in parts; `signal` meets the first of them in the middle.
+/// Two processes export the same blob in parts; `signal` hits the first of them midway.
 fn two_in_parts(signal: Option<i32>) {
     let layout = layout_of(&[40 * MIB, 100]);
     let reference = Server::start();
@@ -185,7 +186,7 @@ fn two_in_parts(signal: Option<i32>) {
 
     let server = Server::start();
     let spec = server.spec("mode=max");
-    // The first one stands still in the middle until the second has found its upload.
+    // The first waits midway until the second has found its upload.
     let (reached, first_stands) = std::sync::mpsc::channel();
     let (listed, second_listed) = std::sync::mpsc::channel();
     server.fail(move |asked| {
@@ -214,7 +215,7 @@ fn two_in_parts(signal: Option<i32>) {
     let first: Run = first.wait_with_output().expect("it ends").into();
     match signal {
         None => assert_eq!(first.code, Some(0), "{}", first.stderr),
-        // It may have been through already.
+        // It may have finished already.
         Some(libc::SIGINT) => assert!(matches!(first.code, Some(0 | 130)), "{first:?}"),
         Some(_) => assert!(matches!(first.code, Some(0) | None), "{first:?}"),
     }
@@ -242,7 +243,7 @@ fn an_exporter_that_shares_an_upload_survives_the_other_ones_death() {
 fn an_upload_whose_parts_another_run_replaced_is_begun_anew() {
     let layout = layout_of(&[40 * MIB]);
     let server = Server::start();
-    // With encryption on the store's side the ETag of the same bytes differs from time to time.
+    // With server-side encryption, the same bytes can have different ETags.
     server.fail_first(
         1,
         "UploadPart",
@@ -275,7 +276,7 @@ fn an_import_waits_for_a_build_to_let_go_of_the_index() {
     }
     assert!(import.try_wait().expect("it can be asked").is_none());
     assert!(!layout.path().join("index.json").exists());
-    // BuildKit removes the file once it has let go.
+    // BuildKit removes the file after unlocking it.
     lock.unlock().expect("it is ours");
     std::fs::remove_file(path).ok();
     all_succeed(vec![import]);
@@ -289,7 +290,7 @@ fn a_lock_that_is_never_let_go_of_is_named_in_the_end() {
     let path = directory.path().join("index.json.lock");
     let lock = std::fs::File::create(&path).expect("a lock file");
     lock.lock().expect("a free lock");
-    // What the program does with `layercache::LOCK_WAIT`, a minute.
+    // The program waits `layercache::LOCK_WAIT`, one minute.
     let wait = Duration::from_millis(120);
     let layout = Layout::open_for_import(directory.path(), wait).expect("opening locks nothing");
     let Err(error) = layout.select(&Selection::Default) else {
@@ -303,13 +304,15 @@ fn a_lock_that_is_never_let_go_of_is_named_in_the_end() {
     );
     drop(lock);
     let entry = layout.select(&Selection::Default).expect("it is free now");
-    layout.tag("other", &entry).expect("it is free now");
+    layout
+        .publish_tag("other", &entry, &BTreeMap::new())
+        .expect("it is free now");
     layout.tidy();
     assert_eq!(tags(directory.path()).len(), 2);
     assert_eq!(files(directory.path()).len(), before.len());
 }
 
-/// A store for a test's own requests to `server`, and the key there of a blob.
+/// A store for the test's own requests to `server`, and the key of a blob there.
 async fn another_client(server: &Server, blob: &[u8]) -> (Arc<dyn Store>, String) {
     let config = S3Config {
         region: "us-east-1".into(),
@@ -344,7 +347,7 @@ async fn an_upload_that_holds_other_bytes_is_not_taken_up_and_aborted_in_the_end
     let (store, key) = another_client(&server, &noise(1, 40 * MIB)).await;
     let upload = store.create_upload(&key, None).await.expect("an upload");
     let part = usize::try_from(Limits::default().part).expect("it fits");
-    let other = Document(noise(2, part).into());
+    let other = InMemory(noise(2, part).into());
     store
         .upload_part(&key, &upload, 1, Arc::new(other))
         .await
@@ -363,7 +366,7 @@ async fn the_uploads_of_another_client_are_left_alone_until_they_are_a_day_old()
     let blob = noise(1, 40 * MIB);
     let server = Server::start();
     let (store, key) = another_client(&server, &blob).await;
-    // As BuildKit does it: parts of 5 MiB, some of them there already; and one just begun.
+    // As BuildKit does it, in parts of 5 MiB: one upload with some parts sent, one just started.
     let theirs = store.create_upload(&key, None).await.expect("an upload");
     let begun = store.create_upload(&key, None).await.expect("an upload");
     let mut parts = Vec::new();
@@ -374,7 +377,7 @@ async fn the_uploads_of_another_client_are_left_alone_until_they_are_a_day_old()
                 .succeeds();
             assert_store_is_sound(&server, "beside another client");
         }
-        let body = Arc::new(Document(bytes.to_vec().into()));
+        let body = Arc::new(InMemory(bytes.to_vec().into()));
         let etag = store.upload_part(&key, &theirs, number, body).await;
         let (size, etag) = (bytes.len() as u64, etag.expect("a part"));
         parts.push(Part { number, size, etag });

@@ -1,5 +1,5 @@
-//! The program is killed, or told to stop, in the middle of everything it does; what it leaves behind
-//! is looked at, and the next run finishes the job.
+//! The program is killed or told to stop at every point of its work. After each run the test checks
+//! what is left behind, and that the next run finishes the job.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,10 +16,10 @@ use crate::server::{Asked, Fault, Server};
 
 const MIB: usize = 1 << 20;
 
-/// One layer that goes in parts and pieces, and two that do not.
+/// One layer large enough for parts and pieces, and two that are not.
 const LARGE: [usize; 3] = [40 * MIB, 70_000, 300];
 
-/// A process that the server's rules send signals to.
+/// A process that a rule of the server sends signals to.
 #[derive(Clone, Default)]
 struct Victim(Arc<OnceLock<i32>>);
 
@@ -29,8 +29,8 @@ impl Victim {
         self.0.set(pid).expect("there is one victim");
     }
 
-    /// Waits until the process is known. It is not waited for before a rule has had its say, so its id
-    /// is still its own.
+    /// Waits until the process is known. Nobody reaps it before the rule has run, so the id is still
+    /// its own.
     fn signal(&self, signal: i32) {
         unsafe { libc::kill(*self.0.wait(), signal) };
     }
@@ -52,7 +52,7 @@ fn run_under(
     run
 }
 
-/// Kills the program when its `nth` request arrives; the request is performed, or never.
+/// Kills the program when its `nth` request arrives. The request is then performed, or dropped.
 fn kill_at(program: Program, server: &Server, nth: usize, performed: bool) {
     let run = run_under(program, server, move |asked, victim| {
         if asked.index == nth {
@@ -70,7 +70,7 @@ fn fill(server: &Server, objects: &BTreeMap<String, Bytes>) {
     }
 }
 
-/// What a run that nothing disturbs leaves on the server, and in how many requests.
+/// What an undisturbed run leaves on the server, and its number of requests.
 fn undisturbed_export(extra: &str, layout: &Path) -> (BTreeMap<String, Bytes>, usize) {
     let server = Server::start();
     Program::export(&server.spec(extra), layout)
@@ -121,7 +121,7 @@ fn an_export_in_parts_killed_at_any_request_leaves_no_upload_once_the_next_one_i
         let program = Program::export(&spec, layout.path());
         kill_at(program, &server, nth, nth % 2 == 0);
         assert_store_is_sound(&server, &when);
-        // An upload that holds nothing yet could be anybody's: it is left alone for an hour.
+        // An upload without parts could belong to any client, so it is left alone for an hour.
         server.age_uploads(Duration::from_secs(2 * 60 * 60));
         Program::export(&spec, layout.path()).run().succeeds();
         assert_eq!(server.objects(), reference, "{when}");
@@ -198,7 +198,7 @@ fn what_a_killed_import_had_of_a_blob_is_not_fetched_again() {
     let spec = server.spec("");
     let layout = tempfile::tempdir().expect("a temporary directory");
     let staging = layout.path().join(".layercache");
-    // The last piece waits until all before it are in the file.
+    // The last piece waits until all others are in the file.
     let program = Program::import(&spec, layout.path());
     run_under(program, &server, move |asked, victim| {
         let range = asked.headers.get("range")?.to_str().ok()?;
@@ -255,7 +255,7 @@ fn either_signal_stops_an_export_in_parts_aborts_its_upload_and_says_so() {
                 victim.signal(signal);
             }
             match at {
-                // The answer comes when no one listens any more, and must not be lost.
+                // The answer comes when nothing waits for it any more, and must not be lost.
                 "CreateMultipartUpload" => Some(Fault::Delay(Duration::from_millis(300))),
                 _ => Some(Fault::Hang),
             }
@@ -320,17 +320,17 @@ fn what_was_done_before_a_signal_is_reported() {
     assert_eq!(run.stdout.lines().count(), 1, "{}", run.stdout);
     assert!(
         run.stdout
-            .starts_with("exported 10 layers to s3://cache/manifests/a"),
+            .starts_with("exported 10 blobs to s3://cache/manifests/a"),
         "{}",
         run.stdout
     );
-    assert_eq!(run.stderr.matches("layercache: ").count(), 1);
+    assert_eq!(run.stderr.matches("error: ").count(), 1);
     let metadata = std::fs::read(&file).expect("it was written");
     let metadata: serde_json::Value = serde_json::from_slice(&metadata).expect("JSON");
     let results = metadata["results"].as_array().expect("results");
     assert_eq!(results.len(), 3);
     assert_eq!(results[0]["transferred"], 10);
-    for (result, says) in results[1..].iter().zip(["interrupted", "not begun"]) {
+    for (result, says) in results[1..].iter().zip(["interrupted", "not started"]) {
         let error = result["error"].as_str().expect("an error");
         assert!(error.starts_with(says), "{error}");
     }
@@ -340,7 +340,7 @@ fn what_was_done_before_a_signal_is_reported() {
 fn a_signal_stops_an_export_that_waits_for_credentials() {
     let server = Server::start();
     let home = tempfile::tempdir().expect("a temporary directory");
-    // It ends with the directory.
+    // The thread ends with the directory.
     let asked = home.path().join("asked");
     let config = format!(
         "[profile slow]\ncredential_process = sh -c 'touch {0}; while [ -e {0} ]; do sleep 0.1; done'\n",
@@ -395,7 +395,7 @@ fn a_signal_stops_an_import_that_waits_for_the_lock() {
 fn a_signal_stops_an_import_that_waits_to_read_the_index() {
     let server = Server::start();
     let layout = tempfile::tempdir().expect("a temporary directory");
-    // As BuildKit leaves it for a moment while it writes.
+    // As BuildKit leaves it for a moment while writing.
     std::fs::write(
         layout.path().join("oci-layout"),
         r#"{"imageLayoutVersion":"1.0.0"}"#,
@@ -419,7 +419,7 @@ fn a_signal_stops_an_import_that_waits_to_read_the_index() {
     victim.is(&child);
     victim.signal(libc::SIGTERM);
     let run = Run::from(child.wait_with_output().expect("the program ends"));
-    // It would wait for a minute, and then say so.
+    // Without the signal it would wait for a minute.
     run.ends_with(143).says("interrupted");
     assert_eq!(server.log().len(), 0);
 }
@@ -431,7 +431,7 @@ fn the_second_signal_waits_for_nothing() {
     let second = Arc::new(AtomicBool::new(false));
     let sent = Arc::clone(&second);
     let program = Program::export(&server.spec("mode=max"), layout.path());
-    // Nothing is answered any more once the first signal is sent: aborting would take its full time.
+    // After the first signal the server answers nothing, so aborting would take its full time.
     run_under(program, &server, move |asked, victim| {
         match asked.operation {
             "UploadPart" if asked.nth == 0 => victim.signal(libc::SIGINT),
@@ -455,8 +455,8 @@ fn the_second_signal_waits_for_nothing() {
     assert_eq!(server.uploads(), 0);
 }
 
-/// Kills an import before each of its changes to the disk in turn, until one gets through; returns
-/// how many there were. Each begins at what `start` makes.
+/// Kills an import before each of its changes to the disk in turn, until one completes; returns the
+/// number of changes. Each import starts from what `start` makes.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn kill_at_every_change(
     spec: &str,

@@ -1,4 +1,4 @@
-//! Every source of AWS's default chain, against services of our own on this machine.
+//! Every source of AWS's default chain, against scripted services on this machine.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -7,7 +7,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::program::{Program, Run, fixture, s3_manifest};
-use crate::scripted::{Said, Scripted, json as answer, status, text, xml};
+use crate::scripted::{Reply, Scripted, response};
 use crate::server::{
     ACCESS_KEY, Fault, SECRET_KEY, SESSION_ACCESS_KEY, SESSION_SECRET_KEY, SESSION_TOKEN, Server,
 };
@@ -20,7 +20,7 @@ fn export(server: &Server) -> Program {
     Program::export(&server.keyless_spec("mode=max"), &fixture("local-max"))
 }
 
-/// The cache is there, and each request was signed with `key` and had its token, if any.
+/// Checks that the cache arrived and that each request was signed with `key` and had its token, if any.
 #[track_caller]
 fn exported_with(server: &Server, key: &str, token: Option<&str>) {
     assert_eq!(
@@ -47,6 +47,21 @@ fn home_with(files: &[(&str, &str)]) -> TempDir {
     home
 }
 
+/// A response of a service that credentials come from, with the header that EC2's metadata service
+/// adds to a session token.
+fn said(status: &str, body: impl AsRef<[u8]>) -> Reply {
+    let header = "x-aws-ec2-metadata-token-ttl-seconds: 21600\r\n";
+    Reply::Answer(response(status, header, body))
+}
+
+fn ok(body: impl AsRef<[u8]>) -> Reply {
+    said("200 OK", body)
+}
+
+fn status(status: u16) -> Reply {
+    said(&format!("{status} Scripted"), "")
+}
+
 fn at(time: SystemTime) -> String {
     let format =
         time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second]Z");
@@ -55,7 +70,7 @@ fn at(time: SystemTime) -> String {
         .expect("the time can be written")
 }
 
-/// What the metadata services and credential processes say.
+/// The answer of metadata services and credential processes.
 fn temporary(expires: SystemTime) -> serde_json::Value {
     json!({
         "Version": 1,
@@ -70,10 +85,10 @@ fn temporary(expires: SystemTime) -> serde_json::Value {
     })
 }
 
-/// What STS says to `action`.
-fn assumed(action: &str) -> Said {
+/// STS's response to `action`.
+fn assumed(action: &str) -> Reply {
     let expires = at(SystemTime::now() + HOUR);
-    xml(format!(
+    ok(format!(
         "<{action}Response xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><{action}Result>\
          <AssumedRoleUser><Arn>{ROLE}/x</Arn><AssumedRoleId>AROA:x</AssumedRoleId></AssumedRoleUser>\
          <Credentials><AccessKeyId>{SESSION_ACCESS_KEY}</AccessKeyId>\
@@ -160,7 +175,7 @@ fn a_profile_s_role_is_assumed_with_its_source_profile_s_keys() {
         .run()
         .succeeds();
     exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-    let heard = sts.heard();
+    let heard = sts.requests();
     assert_eq!(heard.len(), 1);
     let signed = heard[0].header("authorization").expect("it is signed");
     assert!(signed.contains("Credential=AKIABASE/"), "{signed}");
@@ -198,12 +213,13 @@ fn a_single_sign_on_profile_uses_the_token_that_aws_sso_login_left() {
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .expect("it is past 1970")
                 .as_millis() as u64;
-            answer(json!({"roleCredentials": {
+            ok(json!({"roleCredentials": {
                 "accessKeyId": SESSION_ACCESS_KEY,
                 "secretAccessKey": SESSION_SECRET_KEY,
                 "sessionToken": SESSION_TOKEN,
                 "expiration": expiration,
-            }}))
+            }})
+            .to_string())
         });
         let config = format!(
             "{section}[profile ci]\n{profile}sso_account_id = 111122223333\nsso_role_name = Cache\n"
@@ -223,7 +239,7 @@ fn a_single_sign_on_profile_uses_the_token_that_aws_sso_login_left() {
             .run()
             .succeeds();
         exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-        let heard = portal.heard();
+        let heard = portal.requests();
         assert_eq!(heard.len(), 1);
         assert_eq!(
             heard[0].path,
@@ -236,7 +252,7 @@ fn a_single_sign_on_profile_uses_the_token_that_aws_sso_login_left() {
     }
 }
 
-/// The two names that the AWS CLI gives its token files here.
+/// The names of the AWS CLI's token files for these two.
 fn sha1(text: &str) -> &'static str {
     match text {
         "https://example.awsapps.com/start" => "e8be5486177c5b5392bd9aa76563515b29358e6e",
@@ -279,7 +295,7 @@ fn a_web_identity_s_token_is_exchanged_for_the_role_s_credentials() {
         .run()
         .succeeds();
     exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-    let heard = sts.heard();
+    let heard = sts.requests();
     assert_eq!(heard.len(), 1);
     assert!(
         heard[0]
@@ -290,10 +306,10 @@ fn a_web_identity_s_token_is_exchanged_for_the_role_s_credentials() {
     );
 }
 
-/// A container's endpoint, which gives credentials that end at `expires(n)` to the n-th who asks.
+/// A container's endpoint. The credentials it gives to the n-th request end at `expires(n)`.
 fn container(expires: impl Fn(usize) -> SystemTime + Send + Sync + 'static) -> Scripted {
     Scripted::start(move |before, heard| match heard.header("authorization") {
-        Some("the-pod-s-token") => answer(temporary(expires(before))),
+        Some("the-pod-s-token") => ok(temporary(expires(before)).to_string()),
         _ => status(401),
     })
 }
@@ -313,7 +329,7 @@ fn a_container_s_endpoint_gives_credentials_to_the_bearer_of_its_token() {
     let endpoint = container(|_| SystemTime::now() + HOUR);
     in_container(&server, &endpoint).run().succeeds();
     exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-    let heard = endpoint.heard();
+    let heard = endpoint.requests();
     assert_eq!(heard.len(), 1, "many requests at once ask once");
     assert_eq!(heard[0].path, "/v1/credentials");
 }
@@ -345,15 +361,15 @@ fn an_instance_s_metadata_gives_its_role_s_credentials_under_version_2() {
     let server = Server::start();
     let metadata = Scripted::start(|_, heard| {
         if heard.method == "PUT" && heard.path == "/latest/api/token" {
-            return text("the-session-s-token");
+            return ok("the-session-s-token");
         }
         if heard.header("x-aws-ec2-metadata-token") != Some("the-session-s-token") {
             return status(401);
         }
         match heard.path.trim_end_matches('/') {
-            "/latest/meta-data/iam/security-credentials" => text("ci-cache"),
+            "/latest/meta-data/iam/security-credentials" => ok("ci-cache"),
             "/latest/meta-data/iam/security-credentials/ci-cache" => {
-                answer(temporary(SystemTime::now() + HOUR))
+                ok(temporary(SystemTime::now() + HOUR).to_string())
             }
             _ => status(404),
         }
@@ -371,7 +387,7 @@ fn credentials_that_have_ended_are_fetched_again_while_the_run_lasts() {
     });
     in_container(&server, &endpoint).run().succeeds();
     exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-    assert_eq!(endpoint.heard().len(), 2);
+    assert_eq!(endpoint.requests().len(), 2);
 }
 
 #[test]
@@ -380,18 +396,18 @@ fn credentials_that_end_soon_are_not_asked_for_at_every_request() {
     let endpoint = container(|_| SystemTime::now() + Duration::from_secs(100));
     in_container(&server, &endpoint).run().succeeds();
     exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-    assert_eq!(endpoint.heard().len(), 1);
+    assert_eq!(endpoint.requests().len(), 1);
 }
 
 #[test]
 fn a_token_that_the_store_calls_expired_is_renewed_once() {
     let server = Server::start();
-    // The second answer differs from the first, as that of a service with something new does.
+    // The second answer differs from the first, as with new credentials.
     let endpoint = container(|before| SystemTime::now() + HOUR * (before as u32 + 1));
     server.fail_first(1, "PutObject", Fault::Status(400, "ExpiredToken"));
     in_container(&server, &endpoint).run().succeeds();
     exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-    assert_eq!(endpoint.heard().len(), 2);
+    assert_eq!(endpoint.requests().len(), 2);
 }
 
 #[test]
@@ -401,7 +417,7 @@ fn a_token_that_has_expired_is_renewed_also_where_the_answer_cannot_say_so() {
     server.fail_first(1, "HeadObject", Fault::StatusEmpty(400));
     in_container(&server, &endpoint).run().succeeds();
     exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
-    assert_eq!(endpoint.heard().len(), 2);
+    assert_eq!(endpoint.requests().len(), 2);
 }
 
 #[test]
@@ -414,8 +430,8 @@ fn a_token_that_stays_expired_is_an_error_after_one_renewal() {
         .ends_with(1)
         .says("; the session token has expired: sign in again");
     assert!(server.objects().is_empty());
-    // Each request that failed was tried twice, with a renewal in between that others share.
-    assert!(endpoint.heard().len() <= 1 + server.log().len() / 2);
+    // Each failed request was sent twice, with a shared renewal in between.
+    assert!(endpoint.requests().len() <= 1 + server.log().len() / 2);
 }
 
 /// All that is said where nothing gives credentials, after what the export was.
@@ -431,7 +447,7 @@ fn without_credentials_the_metadata_service_is_asked_four_times_at_most() {
         on_ec2(&server, &metadata).run().ends_with(1).says(&format!(
             "exporting to s3://cache/manifests/buildkit: {NONE}"
         ));
-        let asked = metadata.heard().len();
+        let asked = metadata.requests().len();
         // Ten layers want to be looked for: what fails once is not asked for each.
         assert!((1..=4).contains(&asked), "{refusal}: {asked} times");
         assert_eq!(server.log().len(), 0);
@@ -445,7 +461,7 @@ fn a_source_that_fails_is_named_in_the_error() {
         let body = "<ErrorResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><Error><Type>Sender</Type>\
                     <Code>AccessDenied</Code><Message>Not authorized to perform sts:AssumeRoleWithWebIdentity</Message>\
                     </Error><RequestId>1</RequestId></ErrorResponse>";
-        (403, "text/xml", body.to_owned())
+        said("403 Forbidden", body)
     });
     let home = home_with(&[("token", "header.claims.signature")]);
     let run = export(&server)
@@ -483,7 +499,7 @@ fn a_token_service_that_echoes_the_token_has_it_shown_nowhere() {
              </Error></ErrorResponse>",
             heard.body.replace('&', " ")
         );
-        (400, "text/xml", body)
+        said("400 Scripted", body)
     });
     let home = home_with(&[("token", token)]);
     let run = export(&server)
@@ -523,7 +539,7 @@ fn a_single_sign_on_session_that_has_ended_or_never_began_says_how_to_begin_one(
             let server = Server::start();
             let portal = Scripted::start(|_, _| {
                 let message = json!({"message": "Session token not found or invalid"});
-                (401, "application/json", message.to_string())
+                said("401 Scripted", message.to_string())
             });
             let config = format!(
                 "{section}[profile ci]\n{profile}sso_account_id = 111122223333\nsso_role_name = Cache\n"

@@ -1,4 +1,4 @@
-//! A disk that is full, may not be read or written, or changes under the program's hands.
+//! A disk that is full, denies access, or changes while the program works on it.
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
@@ -16,8 +16,7 @@ use crate::server::Server;
 
 const MIB: usize = 1 << 20;
 
-/// Runs the program as one whom permissions bind: root, too, without the capabilities that override
-/// them.
+/// Runs the program bound by permissions: as root, without the capabilities that override them.
 fn run_bound(program: Program) -> Run {
     let mut command: Command = program.into();
     #[cfg(target_os = "linux")]
@@ -25,7 +24,7 @@ fn run_bound(program: Program) -> Run {
         command.pre_exec(|| {
             const CAP_DAC_OVERRIDE: libc::c_ulong = 1;
             const CAP_DAC_READ_SEARCH: libc::c_ulong = 2;
-            // Refused to whoever is not root, who does not have them either.
+            // Fails for other users, who do not have these capabilities anyway.
             libc::prctl(libc::PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0);
             libc::prctl(libc::PR_CAPBSET_DROP, CAP_DAC_READ_SEARCH, 0, 0, 0);
             Ok(())
@@ -65,6 +64,80 @@ fn an_import_into_a_read_only_directory_fails_before_any_blob_is_fetched() {
 }
 
 #[test]
+fn verify_works_where_there_is_no_layout_yet() {
+    let server = Server::start();
+    put_cache(&server, "buildkit", &[100, 200]);
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let layout = directory.path().join("new/layout");
+    for fetched in ["2 fetched", "0 fetched"] {
+        Program::import(&server.spec(""), &layout)
+            .arg("--verify")
+            .run()
+            .succeeds()
+            .says(fetched);
+        assert_layout_is_sound(&layout, fetched);
+    }
+}
+
+#[test]
+fn a_damaged_blob_that_s3_lacks_does_not_count_as_present_from_then_on() {
+    let server = Server::start();
+    let layout = layout_of(&[5000, 6000]);
+    put_cache(&server, "buildkit", &[5000, 6000]);
+    let blob = noise(2, 6000);
+    let digest = Digest::of(&blob);
+    let key = format!("blobs/{digest}");
+    server.remove(&key);
+    let spec = server.spec("");
+    for missing in ["error", "drop"] {
+        std::fs::write(blob_path(layout.path(), &digest), noise(3, 6000)).expect("it is damaged");
+        Program::import(&spec, layout.path())
+            .args(["--verify", "--missing", missing])
+            .run()
+            .ends_with(i32::from(missing == "error"))
+            .says(&format!("damaged-{}", digest.hex()));
+        assert!(!blob_path(layout.path(), &digest).exists());
+        Program::import(&spec, layout.path())
+            .args(["--missing", "error"])
+            .run()
+            .ends_with(1)
+            .says(&digest.to_string());
+    }
+    server.put(&key, blob);
+    Program::import(&spec, layout.path())
+        .run()
+        .succeeds()
+        .says("1 fetched");
+    assert_layout_is_sound(layout.path(), "at the end");
+    assert!(!layout.path().join(".layercache").exists());
+}
+
+#[test]
+fn blobs_that_go_before_the_tag_is_set_are_fetched_again() {
+    let server = Server::start();
+    put_cache(&server, "buildkit", &[100, 200, 300]);
+    let layout = layout_of(&[100, 200]);
+    let blobs = layout.path().join("blobs/sha256");
+    // As BuildKit's `reset=true`: whatever no manifest in the index names, at the last blob's request.
+    std::fs::write(layout.path().join("index.json"), "").expect("the index");
+    let last = Digest::of(&noise(3, 300)).to_string();
+    server.fail(move |asked| {
+        if asked.key.ends_with(&last) && asked.nth == 1 {
+            for blob in std::fs::read_dir(&blobs).expect("the blobs") {
+                std::fs::remove_file(blob.expect("a blob").path()).expect("it is removed");
+            }
+        }
+        None
+    });
+    Program::import(&server.spec(""), layout.path())
+        .run()
+        .succeeds()
+        .says("another process deleted 2 blobs")
+        .says("3 fetched");
+    assert_layout_is_sound(layout.path(), "at the end");
+}
+
+#[test]
 fn an_export_from_a_read_only_directory_works() {
     let server = Server::start();
     let layout = copy_of(&fixture("local-max"));
@@ -92,7 +165,7 @@ fn a_blob_that_may_not_be_read_fails_the_export_before_its_manifest() {
     Program::export(&spec, layout.path()).run().succeeds();
 }
 
-/// The first request of `operation` sees to it that `change` happens to the blob's file.
+/// The first request of `operation` applies `change` to the blob's file.
 fn export_while(
     size: usize,
     operation: &'static str,
@@ -113,7 +186,7 @@ fn export_while(
     assert_store_is_sound(&server, "at the end");
     if run.code != Some(0) {
         assert_eq!(server.objects().len(), 0);
-        // The layout is whole again: a second run is all that it takes.
+        // The layout is intact again, so a second run succeeds.
         let path = blob_path(layout.path(), &digest);
         std::fs::write(path, noise(1, size)).expect("the blob");
         server.reset_faults();
@@ -125,8 +198,8 @@ fn export_while(
     (server, run)
 }
 
-// The server reads no body before its rule has returned, so all but what the sockets' buffers hold
-// (a few MiB) of a large blob is read from the disk after the change.
+// The server reads no body before its rule has returned. So all of a large blob but the few MiB that
+// fit into the sockets' buffers is read from disk after the change.
 
 #[test]
 fn a_file_that_shrinks_while_it_is_sent_in_one_request_fails_the_export() {
@@ -214,8 +287,8 @@ fn a_limit_on_the_size_of_files_fails_the_import_and_the_next_one_finishes() {
     }
 }
 
-/// Mounts (or, with `remount`, resizes) a filesystem in memory that only this thread and what it
-/// starts can see. False where that is not allowed.
+/// Mounts (or, with `remount`, resizes) a file system in memory, visible only to this thread and its
+/// children. False where that is not allowed.
 #[cfg(target_os = "linux")]
 fn mount(path: &Path, mib: usize, remount: bool) -> bool {
     use std::ffi::CString;
@@ -253,7 +326,7 @@ fn a_full_disk_fails_the_import_with_room_again_the_next_one_finishes() {
         Program::import(&spec, reference.path()).run().succeeds();
         let (disk, root) = (directory.path(), directory.path().join("cache"));
         std::thread::scope(|scope| {
-            // A thread of its own, as it leaves the mounts that the other tests see.
+            // In its own thread, because it leaves the mount namespace of the other tests.
             let test = scope.spawn(|| {
                 if !mount(disk, 16, false) {
                     println!("not allowed to mount: not tested");
@@ -294,7 +367,7 @@ fn a_metadata_file_that_has_no_place_is_found_out_before_any_request() {
     let folder = tempfile::tempdir().expect("a temporary directory");
     let absent = folder.path().join("absent/metadata.json");
     for file in [&*absent, folder.path()] {
-        // Nor does `ignore-error` let it pass.
+        // `ignore-error` does not hide it either.
         Program::export(&server.spec("ignore-error=true"), &fixture("local-max"))
             .arg("--metadata-file")
             .arg(file)

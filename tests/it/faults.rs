@@ -1,6 +1,6 @@
-//! Every request of an export and an import fails once, and from some request on all of them do, in
-//! every way that the server and a wrapper around the store know. After each run what is left behind
-//! is looked at, and the command is run again.
+//! Each request of an export and an import fails once, and from each request on all of them fail, in
+//! every way that the server and a wrapper around the store know. After each run the test checks what
+//! is left behind, and runs the command again.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -19,17 +19,17 @@ use layercache::retry::RetryPolicy;
 use layercache::store::{
     Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
 };
-use layercache::transfer::upload::Limits;
+use layercache::transfer::limits::Limits;
 use tempfile::TempDir;
 
 use crate::inside::{self, Inside};
 use crate::program::{copy_of, files, fixture};
 use crate::server::{Fault, Server};
 
-/// Servers (and runs) side by side: most of what takes long is waiting.
+/// Servers and runs in parallel: most of the time is spent waiting.
 const SIDE_BY_SIDE: usize = 6;
 
-/// What is run, and where.
+/// A run, and where it takes place.
 struct Scenario {
     name: &'static str,
     limits: Limits,
@@ -37,9 +37,9 @@ struct Scenario {
 }
 
 enum Work {
-    /// A layout, and how to make the bucket ready for it.
+    /// A layout, and how to prepare the bucket.
     Export(&'static str, fn(&Server)),
-    /// The layout whose export is imported, and the layout that is there before.
+    /// The layout whose export is imported, and the layout that exists before.
     Import(&'static str, Option<&'static str>),
 }
 
@@ -93,7 +93,7 @@ fn put_blobs(server: &Server, layout: &str) {
 }
 
 impl Scenario {
-    /// Makes the bucket ready; the task, and the layout that an import fills.
+    /// Prepares the bucket. Returns the task, and the layout that an import fills.
     fn prepare(&self, server: &Server) -> (Task, Option<TempDir>) {
         server.clear();
         let spec = server.spec("mode=max,retry_max_attempts=4");
@@ -118,7 +118,7 @@ impl Scenario {
         }
     }
 
-    /// What the run leaves when nothing goes wrong, and how many requests it takes.
+    /// What the run leaves behind when nothing goes wrong, and its number of requests.
     fn reference(&self, server: &Server, runtime: &tokio::runtime::Runtime) -> Reference {
         let (task, layout) = self.prepare(server);
         let before = layout.as_ref().map(|layout| files(layout.path()));
@@ -170,10 +170,10 @@ struct Case<'a> {
     inside: Inside,
     rule: Option<(Fault, Range<usize>)>,
     end: End,
-    /// Even aborting an upload may have failed.
+    /// The fault lasts, so aborting an upload may have failed as well.
     lasting: bool,
-    /// The store begins uploads that it says it does not support, and lets none be found: nobody
-    /// could know of them.
+    /// The store starts uploads while it reports them as unsupported, and does not list them: no client
+    /// could find them.
     lies: bool,
 }
 
@@ -211,7 +211,7 @@ impl Case<'_> {
         }
 
         server.reset_faults();
-        // An upload that holds nothing yet could be anybody's: it is left alone for an hour.
+        // An upload without parts could belong to any client, so it is left alone for an hour.
         server.age_uploads(Duration::from_secs(2 * 60 * 60));
         let mut again = Inside::fast();
         again.limits = self.scenario.limits;
@@ -260,7 +260,7 @@ impl Case<'_> {
             }
         }
         let index = files.get("index.json");
-        // With a blob dropped for a 404 it is a third one, and still must be whole.
+        // With a blob dropped because of a 404 it is a third one, which must still be complete.
         let known = index == self.reference.before.get("index.json")
             || index == self.reference.files.get("index.json");
         if !known && self.end != End::Either {
@@ -292,8 +292,8 @@ impl Case<'_> {
         Ok(())
     }
 
-    /// Compares with the run that nothing went wrong in. A cache that was reduced before may have
-    /// left its own documents.
+    /// Compares with the undisturbed run. An earlier import of a reduced cache may have left its own
+    /// documents.
     fn compare(&self, server: &Server, layout: Option<&TempDir>) -> Result<(), String> {
         if server.objects() != self.reference.objects {
             return Err("the bucket holds something else than it should".into());
@@ -315,7 +315,7 @@ impl Case<'_> {
     }
 }
 
-/// Runs all cases, some at a time, and fails with those that failed.
+/// Runs all cases, some in parallel, and fails with a list of those that failed.
 fn run_all(cases: &[Case<'_>]) {
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
@@ -360,8 +360,8 @@ fn references() -> Vec<(Scenario, Reference)> {
         .collect()
 }
 
-/// What the server does, how a run ends that meets it once, and how one that meets it from some
-/// request on to the end.
+/// A fault of the server, how a run ends that meets it once, and how one ends that meets it from some
+/// request to the end.
 fn wire_faults() -> Vec<(Fault, End, End)> {
     use End::{Either, Fails, Succeeds};
     let tick = Duration::from_millis(30);
@@ -370,7 +370,7 @@ fn wire_faults() -> Vec<(Fault, End, End)> {
         (Fault::Status(503, "SlowDown"), Succeeds, Fails),
         (Fault::Status(503, "ServiceUnavailable"), Succeeds, Fails),
         (Fault::Status(429, "TooManyRequests"), Succeeds, Fails),
-        // A HEAD has no body, so the code that says it may pass is not seen.
+        // A HEAD has no body, so the code that makes it retryable is not visible.
         (Fault::Status(400, "RequestTimeout"), Either, Fails),
         (Fault::StatusEmpty(502), Succeeds, Fails),
         (Fault::StatusEmpty(504), Succeeds, Fails),
@@ -383,7 +383,7 @@ fn wire_faults() -> Vec<(Fault, End, End)> {
         ),
         (Fault::ErrorIn200("InternalError"), Succeeds, Fails),
         (Fault::ErrorIn200("SlowDown"), Succeeds, Fails),
-        // Refusals that another try would not change.
+        // Refusals that a retry would not change.
         (Fault::Status(400, "InvalidRequest"), Either, Fails),
         (Fault::Status(403, "AccessDenied"), Either, Fails),
         (Fault::StatusEmpty(403), Either, Fails),
@@ -397,7 +397,7 @@ fn wire_faults() -> Vec<(Fault, End, End)> {
             Fails,
         ),
         (Fault::EarlyAnswer(403), Either, Fails),
-        // No answer, or half of one.
+        // No response, or half of one.
         (Fault::EarlyAnswer(503), Succeeds, Fails),
         (Fault::Reset, Succeeds, Fails),
         (Fault::ResetBeforeReading, Succeeds, Fails),
@@ -411,7 +411,7 @@ fn wire_faults() -> Vec<(Fault, End, End)> {
         ),
         (Fault::ResetMidBody(60), Succeeds, Either),
         (Fault::Truncate(60), Succeeds, Either),
-        // Answers that are wrong.
+        // Wrong responses.
         (Fault::ShortLength, Succeeds, Either),
         (Fault::WrongLength, Succeeds, Either),
         (Fault::FlipByte(7), Succeeds, Either),
@@ -426,7 +426,7 @@ fn wire_faults() -> Vec<(Fault, End, End)> {
             Succeeds,
             Fails,
         ),
-        // Answers that are slow or odd.
+        // Slow or odd responses.
         (Fault::SlowDrip { bytes: 1, tick }, Succeeds, Either),
         (Fault::Delay(Duration::from_millis(5)), Succeeds, Succeeds),
         (Fault::NonAsciiHeader, Succeeds, Succeeds),
@@ -445,7 +445,7 @@ fn wire_faults() -> Vec<(Fault, End, End)> {
 
 #[test]
 fn whatever_the_server_does_to_one_request_or_to_all_from_one_on_leaves_nothing_wrong() {
-    // Lasting faults are alike from whichever request on.
+    // It matters little with which request a lasting fault starts.
     let step = if std::env::var_os("LAYERCACHE_SOAK").is_some() {
         1
     } else {
@@ -492,17 +492,17 @@ fn whatever_the_server_does_to_one_request_or_to_all_from_one_on_leaves_nothing_
 enum StoreFault {
     Fail(Kind),
     DoneThenFail(Kind),
-    /// What is asked about is not there.
+    /// The object is reported as absent.
     Vanished,
-    /// A body breaks off after half of it.
+    /// A body fails halfway.
     BodyBreaks,
-    /// A body ends after half of it, as if that were all.
+    /// A body ends halfway, as if it were complete.
     BodyEnds,
-    /// A body goes on.
+    /// A body does not end.
     BodyGoesOn,
-    /// A body is of other bytes.
+    /// A body has other bytes.
     BodyWrong,
-    /// An object is said to be larger than it is.
+    /// An object is reported as larger than it is.
     SizeWrong,
 }
 
@@ -610,7 +610,7 @@ impl Store for FaultStore {
             Some(StoreFault::BodyGoesOn) => response
                 .body
                 .chain(futures::stream::repeat_with(|| {
-                    Ok(Bytes::from_static(b"more"))
+                    Ok(Bytes::from_static(&[b'+'; 64 << 10]))
                 }))
                 .boxed(),
             Some(StoreFault::BodyWrong) => response

@@ -1,4 +1,4 @@
-//! What the program writes is what BuildKit writes, byte for byte, in both directions.
+//! The program writes what BuildKit writes, byte for byte, in both directions.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! Runs tasks inside the test process: at a faster pace, in smaller sizes, over a store that a test
-//! wraps.
+//! Runs tasks inside the test process, with shorter waits, smaller limits, or a wrapped store. The only
+//! place in the tests that names the program's inner functions for this.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,20 +7,20 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use layercache::cli::args;
+use layercache::commands::{Context, perform};
 use layercache::config::{S3Config, Task};
 use layercache::interrupt::Interrupt;
-use layercache::perform_within;
 use layercache::progress::Progress;
-use layercache::report::Report;
+use layercache::report::AnyReport;
 use layercache::s3::Timing;
 use layercache::store::Store;
-use layercache::transfer::upload::Limits;
+use layercache::transfer::limits::Limits;
 
-/// Makes a test's store of the real one.
+/// Wraps the real store.
 pub type Wrap = Arc<dyn Fn(Arc<dyn Store>) -> Arc<dyn Store> + Send + Sync>;
 
-/// Longer than any run of these tests may take, however it fails.
-const FOR_EVER: Duration = Duration::from_secs(90);
+/// Longer than any run of these tests takes, however it fails.
+const LONGEST: Duration = Duration::from_secs(90);
 
 #[derive(Clone)]
 pub struct Inside {
@@ -30,7 +30,7 @@ pub struct Inside {
 }
 
 impl Inside {
-    /// Retries follow at once; timeouts are the network's.
+    /// Retries without delay; the usual timeouts.
     pub fn fast() -> Self {
         Inside {
             limits: Limits::default(),
@@ -42,7 +42,7 @@ impl Inside {
         }
     }
 
-    /// As [`fast`](Self::fast), and silence is noticed soon.
+    /// As [`fast`](Self::fast), with short timeouts.
     pub fn impatient() -> Self {
         let soon = Duration::from_millis(500);
         let mut inside = Self::fast();
@@ -56,14 +56,14 @@ impl Inside {
         inside
     }
 
-    /// Does what the program does, but for the terminal. The error is the whole chain.
+    /// Does what the program does, without a terminal. The error is the whole chain.
     ///
     /// # Errors
-    /// The run's own.
+    /// If the run fails.
     ///
     /// # Panics
-    /// If the run does not come to an end.
-    pub async fn run(&self, task: &Task) -> Result<Vec<Report>, String> {
+    /// If the run hangs.
+    pub async fn run(&self, task: &Task) -> Result<Vec<Box<dyn AnyReport>>, String> {
         let connect = connector(|config, progress| {
             let (config, progress) = (config.clone(), progress.clone());
             let (timing, wrap) = (self.timing, self.wrap.clone());
@@ -76,8 +76,14 @@ impl Inside {
             })
         });
         let (interrupt, progress) = (Interrupt::never(), Progress::silent());
-        let run = perform_within(self.limits, task, &connect, &interrupt, &progress);
-        match tokio::time::timeout(FOR_EVER, run).await {
+        let context = Context {
+            connect: &connect,
+            limits: self.limits,
+            interrupt: &interrupt,
+            progress: &progress,
+        };
+        let run = perform(task, &context);
+        match tokio::time::timeout(LONGEST, run).await {
             Ok(done) if done.errors.is_empty() => Ok(done.reports),
             Ok(done) => Err(done
                 .errors
@@ -90,7 +96,7 @@ impl Inside {
     }
 }
 
-/// Tells the compiler how general a closure is.
+/// Helps the compiler infer the closure's lifetimes.
 fn connector<F>(connect: F) -> F
 where
     F: for<'a> Fn(&'a S3Config, &'a Progress) -> BoxFuture<'a, anyhow::Result<Arc<dyn Store>>>,
@@ -98,7 +104,7 @@ where
     connect
 }
 
-/// A runtime such as the program's.
+/// A runtime like the program's.
 pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -9,15 +9,20 @@ mod disk;
 mod expired;
 mod faults;
 mod fidelity;
+#[cfg(target_os = "linux")]
+mod filesystems;
 mod hostile;
 mod inside;
+mod output;
 mod program;
 mod retries;
+#[path = "../scripted/mod.rs"]
 mod scripted;
 mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
 mod several;
+mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;

@@ -1,4 +1,4 @@
-//! Runs the real program, and reads what it left on disk.
+//! Runs the real program, and reads what it leaves on disk.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -14,7 +14,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// The run, if it ended with `code`; the test fails with all that was printed otherwise.
+    /// Fails with everything that was printed unless the run ended with `code`.
     #[track_caller]
     pub fn ends_with(self, code: i32) -> Run {
         assert_eq!(
@@ -54,7 +54,7 @@ impl From<Output> for Run {
     }
 }
 
-/// The program, about to be run in an environment that holds nothing of the tester's own.
+/// The program with its arguments, in an environment without any of the developer's settings.
 pub struct Program(Command);
 
 impl Program {
@@ -122,12 +122,12 @@ pub fn fixture(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// A manifest that BuildKit put on S3.
+/// A manifest that BuildKit wrote to S3.
 pub fn s3_manifest(name: &str) -> Vec<u8> {
     std::fs::read(fixture("s3-manifests").join(name)).expect("the fixture is there")
 }
 
-/// Every file below `root` by its relative path, with its bytes; directories with none.
+/// Every file below `root` by its relative path, with its bytes; directories end in `/`.
 pub fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     fn walk(root: &Path, at: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
         for entry in std::fs::read_dir(at).expect("the directory can be read") {
@@ -137,7 +137,7 @@ pub fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
                 .expect("below the root")
                 .display()
                 .to_string();
-            // There while another test exports the same fixture.
+            // Exists while another test exports the same fixture.
             if name == "index.json.lock" {
                 continue;
             }

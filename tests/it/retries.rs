@@ -1,11 +1,11 @@
-//! What is asked for again, how often, and from where.
+//! What is retried, how often, and from which offset.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use layercache::cache::digest::Digest;
-use layercache::transfer::upload::Limits;
+use layercache::transfer::limits::Limits;
 
 use crate::inside::{self, Inside};
 use crate::program::{files, fixture, s3_manifest};
@@ -99,7 +99,8 @@ fn each_request_is_sent_once_when_nothing_goes_wrong() {
     let task = inside::export(&server.spec("mode=max"), &fixture("local-multiarch"));
     runtime.block_on(inside.run(&task)).expect("it works");
     let counts = ["HeadObject", "PutObject"].map(|operation| server.count(operation));
-    assert_eq!((counts, server.log().len()), ([3, 4], 7));
+    // The eighth lists unfinished uploads.
+    assert_eq!((counts, server.log().len()), ([3, 4], 8));
 }
 
 #[test]
@@ -137,7 +138,7 @@ fn a_download_that_broke_goes_on_from_there_with_range_and_if_match() {
 fn an_object_replaced_in_the_middle_of_a_download_is_taken_from_its_replacement() {
     let (server, inside, runtime) = ready(Limits::default());
     stock(&server);
-    // What a refresh by copying does to the ETag of a multipart object.
+    // As a refresh by copying changes the ETag of a multipart object.
     let asked_first = Arc::new(AtomicUsize::new(0));
     server.fail(move |asked| {
         if !asked.key.ends_with(LARGEST) {
@@ -228,8 +229,8 @@ fn in_parts() -> Limits {
 fn parts_that_an_interrupted_upload_holds_are_not_sent_again() {
     let (server, inside, runtime) = ready(in_parts());
     let task = inside::export(&server.spec("mode=max"), &fixture("local-multiarch"));
-    // Part 3 fails, and so does aborting: as if the run had been killed. Not at once, or it could be
-    // before the other parts have landed.
+    // Part 3 fails and so does aborting, as if the run had been killed. It fails late, so that the other
+    // parts have arrived.
     let asked_before = AtomicUsize::new(0);
     server.fail(move |asked| match asked.operation {
         "UploadPart" if asked.query.contains("partNumber=3") => {
@@ -314,7 +315,7 @@ fn bytes_that_were_damaged_on_the_way_are_sent_again() {
 
 #[test]
 fn all_requests_of_a_run_share_one_budget_of_retries() {
-    // 500 tokens, 5 a retry: with attempts without end, every request failing, 100 retries.
+    // 500 tokens, 5 for each retry: 100 retries when every request fails and attempts are unlimited.
     let (server, inside, runtime) = ready(Limits::default());
     stock(&server);
     server.fail(|asked| (asked.key != "manifests/buildkit").then_some(Fault::StatusEmpty(500)));
@@ -344,7 +345,7 @@ fn a_store_that_says_how_long_to_wait_is_not_asked_before() {
     let task = inside::export(&server.spec("mode=max"), &fixture("local-multiarch"));
     let began = std::time::Instant::now();
     runtime.block_on(inside.run(&task)).expect("it works");
-    // The backoff of these tests is a millisecond.
+    // The backoff in these tests is one millisecond.
     assert!(began.elapsed() >= std::time::Duration::from_secs(1));
     assert_eq!(server.count("PutObject"), 5);
 }
@@ -356,7 +357,7 @@ fn an_expired_token_is_replaced_once_and_then_the_error_stands() {
         server.fail_first(expired, "PutObject", Fault::Status(400, "ExpiredToken"));
         let directory = tempfile::tempdir().expect("a temporary directory");
         let runs = directory.path().join("runs");
-        // Each time with another end, and so not the credentials that have expired.
+        // With another expiry each time, to differ from the expired credentials.
         let config = format!(
             "[default]\ncredential_process = sh -c 'echo run >> {runs}; echo \"{{\\\"Version\\\":1,\\\"AccessKeyId\\\":\\\"{key}\\\",\\\"SecretAccessKey\\\":\\\"{secret}\\\",\\\"Expiration\\\":\\\"2099-01-01T00:00:$(printf %02d $(wc -l < {runs}))Z\\\"}}\"'\n",
             runs = runs.display(),

@@ -1,5 +1,5 @@
-//! Secrets are in nothing that the program writes: runs that work and runs that fail in every way,
-//! at the highest verbosity, with all of their output and files searched.
+//! The program writes no secret anywhere: successful runs and all kinds of failures, at the highest
+//! verbosity, with all their output and files searched.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::server::{
 
 const WRONG_SECRET: &str = "wrong+secret/that/nobody/has+0123456789";
 
-/// All that may not be seen: of the secrets, also a part.
+/// Everything that must not appear: of each secret also a part.
 fn secrets(server: &Server) -> Vec<String> {
     let mut secrets: Vec<String> = Vec::new();
     for secret in [
@@ -21,7 +21,7 @@ fn secrets(server: &Server) -> Vec<String> {
         SESSION_TOKEN,
         WRONG_SECRET,
     ] {
-        // "leaked+secret/of/the/" begins all of them.
+        // All of them begin with "leaked+secret/of/the/".
         secrets.push(secret[..16].to_owned());
         secrets.push(secret[secret.len() - 12..].to_owned());
     }
@@ -38,7 +38,7 @@ fn secrets(server: &Server) -> Vec<String> {
     secrets
 }
 
-/// Runs at the highest verbosity, in each form of progress, and searches what came of it.
+/// Runs at the highest verbosity, in each form of progress, and searches everything it wrote.
 fn search(server: &Server, what: &str, make: impl Fn(&Path) -> Program, code: i32) -> Vec<Run> {
     let mut runs = Vec::new();
     for progress in ["plain", "rawjson", "tty"] {
@@ -81,7 +81,7 @@ fn import(spec: &str) -> impl Fn(&Path) -> Program {
     move |folder| Program::import(&spec, &folder.join("layout"))
 }
 
-/// [`Server::spec`] of who has a session token.
+/// [`Server::spec`] with a session token.
 fn guest(server: &Server, extra: &str) -> String {
     server.keyless_spec(&format!(
         "access_key_id={SESSION_ACCESS_KEY},secret_access_key={SESSION_SECRET_KEY},\
@@ -100,7 +100,7 @@ fn runs_that_work_show_no_secret() {
         search(&server, "export", export(&spec), 0);
         let spec = spec.replace(",mode=max", "");
         for run in search(&server, "import", import(&spec), 0) {
-            // To this machine itself a token may go unencrypted.
+            // On loopback a token may go unencrypted.
             assert!(!run.stderr.contains("https"), "{}", run.stderr);
         }
     }
@@ -226,7 +226,7 @@ fn runs_that_fail_show_no_secret() {
         ("an error in a 200", Fault::ErrorIn200("AccessDenied")),
         ("a header that is not ASCII", Fault::NonAsciiHeader),
     ] {
-        // Denied throughout, as well as late.
+        // Every request gets the fault.
         let denied = fault.clone();
         server.fail(move |_| Some(denied.clone()));
         let code = i32::from(!matches!(fault, Fault::NonAsciiHeader));
@@ -308,12 +308,12 @@ fn specs_that_are_wrong_show_no_secret() {
         ("another type", good.replace("type=s3", "type=s4")),
     ] {
         search(&server, what, export(&spec), 2);
-        // An import takes any mode.
+        // An import ignores the mode.
         if what != "as a value" {
             search(&server, what, import(&spec.replace(",mode=max", "")), 2);
         }
     }
-    // Where no spec belongs.
+    // A spec where none belongs.
     let spec = good.clone();
     search(
         &server,
@@ -340,7 +340,7 @@ fn specs_that_are_wrong_show_no_secret() {
 
 #[test]
 fn a_token_over_plain_http_to_another_machine_is_warned_of() {
-    // Names under .invalid lead nowhere: no packet leaves this machine.
+    // Names below .invalid never resolve, so no packet leaves this machine.
     let server = Server::start();
     let spec = guest(&server, "retry_max_attempts=1");
     for (to, warned) in [

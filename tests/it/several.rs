@@ -1,7 +1,8 @@
-//! Runs over several specs, some of which fail: the others are tried, and told of.
+//! Runs over several specs, some of which fail: the others are still tried and reported.
 
 use std::path::Path;
 
+use expect_test::expect;
 use serde_json::Value;
 
 use crate::program::{Program, files, fixture, s3_manifest};
@@ -13,7 +14,7 @@ fn results(file: &Path) -> Vec<Value> {
     metadata["results"].as_array().expect("results").clone()
 }
 
-/// The tags of a layout, in the order of its index.
+/// The tags of a layout, in index order.
 fn tags(layout: &Path) -> Vec<String> {
     let index = std::fs::read(layout.join("index.json")).expect("the index");
     let index: Value = serde_json::from_slice(&index).expect("JSON");
@@ -35,30 +36,33 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
     let folder = tempfile::tempdir().expect("a temporary directory");
     let file = folder.path().join("metadata.json");
     std::fs::write(&file, "of an earlier run").expect("a file can be written");
-    let run = Program::new()
+    let absent = in_bucket(&server.spec("name=b,upload_parallelism=1"), "absent");
+    Program::new()
         .arg("export")
         .args(["--cache-to", &server.spec("mode=max,name=a")])
-        .args(["--cache-to", &in_bucket(&server.spec("name=b"), "absent")])
+        .args(["--cache-to", &absent])
         .args(["--cache-to", &server.spec("name=c")])
         .arg(fixture("local-max"))
         .arg("--metadata-file")
         .arg(&file)
         .run()
-        .ends_with(1);
+        .ends_with(1)
+        .without_blobs()
+        .prints(expect![[r#"
+            exported 10 blobs to s3://cache/manifests/a: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 21 requests in N s
+            exported 5 blobs to s3://cache/manifests/c: 0 uploaded (0 B), 5 already there, 0 refreshed; 6 requests in N s
+        "#]], expect![[r#"
+            Ns looking for blobs on s3
+            Ns uploading (10 blobs, 62.9 KiB)
+            Ns wrote manifests/a
+            Ns looking for blobs on s3
+            Ns uploading (5 blobs, 30.1 KiB)
+            Ns looking for blobs on s3
+            Ns wrote manifests/c
+            error: exporting to s3://absent/manifests/b: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+        "#]]);
     assert_eq!(server.objects()["manifests/a"], s3_manifest("max.json"));
     assert_eq!(server.objects()["manifests/c"], s3_manifest("min.json"));
-    let told: Vec<&str> = run.stdout.lines().collect();
-    assert_eq!(told.len(), 2, "{}", run.stdout);
-    assert!(told[0].starts_with("exported 10 layers to s3://cache/manifests/a"));
-    assert!(told[1].contains("s3://cache/manifests/c"), "{}", run.stdout);
-    let errors: Vec<&str> = run
-        .stderr
-        .lines()
-        .filter(|line| line.starts_with("layercache: "))
-        .collect();
-    assert_eq!(errors.len(), 1, "{}", run.stderr);
-    assert!(errors[0].starts_with("layercache: exporting to s3://absent/manifests/b: "));
-
     let results = results(&file);
     let of = |key: &str| -> Vec<Value> { results.iter().map(|r| r[key].clone()).collect() };
     assert_eq!(of("bucket"), ["cache", "absent", "cache"]);
@@ -90,14 +94,21 @@ fn a_failure_that_is_ignored_says_what_it_took() {
     let server = Server::start();
     let folder = tempfile::tempdir().expect("a temporary directory");
     let file = folder.path().join("metadata.json");
-    let spec = in_bucket(&server.spec("ignore-error=true"), "absent");
-    let run = Program::export(&spec, &fixture("local-max"))
+    let spec = server.spec("ignore-error=true,upload_parallelism=1");
+    let spec = in_bucket(&spec, "absent");
+    Program::export(&spec, &fixture("local-max"))
         .arg("--metadata-file")
         .arg(&file)
         .run()
         .succeeds()
-        .says("failed, which is ignored");
-    assert!(!run.stdout.contains("; 0 requests"), "{}", run.stdout);
+        .without_blobs()
+        .prints(expect![[r#"
+            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
+        "#]], expect![[r#"
+            Ns looking for blobs on s3
+            Ns uploading (5 blobs, 30.1 KiB)
+            warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+        "#]]);
     let result = &results(&file)[0];
     assert_eq!(result["requests"], server.log().len());
     assert_eq!(result["layout"], fixture("local-max").display().to_string());
@@ -109,7 +120,7 @@ fn a_layout_that_cannot_be_read_is_one_error_and_in_every_result() {
     let server = Server::start();
     let folder = tempfile::tempdir().expect("a temporary directory");
     let file = folder.path().join("metadata.json");
-    let run = Program::new()
+    Program::new()
         .arg("export")
         .args(["--cache-to", &server.spec("name=a")])
         .args(["--cache-to", &server.spec("name=b,ignore-error=true")])
@@ -117,9 +128,12 @@ fn a_layout_that_cannot_be_read_is_one_error_and_in_every_result() {
         .arg("--metadata-file")
         .arg(&file)
         .run()
-        .ends_with(1);
-    let errors = run.stderr.lines().filter(|l| l.starts_with("layercache: "));
-    assert_eq!(errors.count(), 1, "{}", run.stderr);
+        .ends_with(1)
+        .prints(expect![[r#"
+            exporting to s3://cache/manifests/b failed, which is ignored: no OCI layout at TMP/absent: no such directory; 0 requests in N s
+        "#]], expect![[r#"
+            error: no OCI layout at TMP/absent: no such directory
+        "#]]);
     let results = results(&file);
     assert_eq!(results.len(), 2);
     assert_eq!(results[0]["error"], results[1]["error"]);
@@ -138,10 +152,57 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
     server.fail(|asked| {
         (asked.key == "manifests/denied").then_some(Fault::Status(403, "AccessDenied"))
     });
-    for branch in ["damaged", "denied"] {
+    for (branch, stdout, stderr) in [
+        (
+            "damaged",
+            expect![[r#"
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
+            "#]],
+            expect![[r#"
+                Ns reading the manifest
+                Ns manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2), trying again (2 of 3)
+                Ns manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2), trying again (3 of 3)
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                error: importing from s3://cache/manifests/damaged: reading the manifest manifests/damaged on s3: manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2) (3 tries)
+            "#]],
+        ),
+        (
+            "denied",
+            expect![[r#"
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
+            "#]],
+            expect![[r#"
+                Ns reading the manifest
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                error: importing from s3://cache/manifests/denied: reading the manifest manifests/denied on s3: cannot get s3://cache/manifests/denied: the store answered 403 AccessDenied (The test server was told to answer AccessDenied.); s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+            "#]],
+        ),
+    ] {
         let folder = tempfile::tempdir().expect("a temporary directory");
         let (layout, file) = (folder.path().join("layout"), folder.path().join("file"));
-        let run = Program::new()
+        Program::new()
             .arg("import")
             .args(["--cache-from", &server.spec(&format!("name={branch}"))])
             .args(["--cache-from", &server.spec("name=main")])
@@ -150,10 +211,7 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
             .arg(&file)
             .run()
             .ends_with(1)
-            .says(&format!(
-                "layercache: importing from s3://cache/manifests/{branch}: "
-            ));
-        assert!(run.stdout.starts_with("imported 'main'"), "{}", run.stdout);
+            .prints(stdout, stderr);
         assert_eq!(tags(&layout), ["latest"]);
         assert_eq!(files(&layout), files(&fixture("local-max")));
         let results = results(&file);
@@ -179,20 +237,69 @@ fn require_wants_one_of_the_sources_to_be_there() {
             .arg(folder.join("file"))
             .run()
     };
-    for names in [["pr-7", "main"], ["main", "pr-7"]] {
+    for (names, stdout, stderr) in [
+        (
+            ["pr-7", "main"],
+            expect![[r#"
+                nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
+            "#]],
+            expect![[r#"
+                Ns reading the manifest
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
+            "#]],
+        ),
+        (
+            ["main", "pr-7"],
+            expect![[r#"
+                imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
+                nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
+            "#]],
+            expect![[r#"
+                Ns reading the manifest
+                Ns fetching (10 blobs, 62.9 KiB)
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns reading the manifest
+                warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
+            "#]],
+        ),
+    ] {
         let folder = tempfile::tempdir().expect("a temporary directory");
         import(names, folder.path())
             .succeeds()
-            .says("warning: there is no manifest manifests/pr-7")
-            .says("imported 'main'");
+            .prints(stdout, stderr);
         assert_eq!(tags(&folder.path().join("layout")), ["latest"]);
     }
     let folder = tempfile::tempdir().expect("a temporary directory");
-    let run = import(["pr-7", "pr-8"], folder.path())
+    import(["pr-7", "pr-8"], folder.path())
         .ends_with(1)
-        .says("layercache: importing from s3://cache/manifests/pr-7: there is no manifest")
-        .says("layercache: importing from s3://cache/manifests/pr-8: there is no manifest");
-    assert_eq!(run.stdout, "");
+        .prints(expect![[""]], expect![[r#"
+            Ns reading the manifest
+            Ns reading the manifest
+            error: importing from s3://cache/manifests/pr-7: there is no manifest manifests/pr-7 in bucket cache, and --require wants one
+            error: importing from s3://cache/manifests/pr-8: there is no manifest manifests/pr-8 in bucket cache, and --require wants one
+        "#]]);
     for result in results(&folder.path().join("file")) {
         assert_eq!(result["notFound"], true);
         assert!(result["error"].is_string(), "{result}");

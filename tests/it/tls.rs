@@ -1,25 +1,21 @@
-//! Stores behind https, and behind a proxy.
+//! Stores reached over https or through a proxy.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
-use rustls_pki_types::PrivateKeyDer;
-use tempfile::TempDir;
+use rcgen::{Certificate, KeyPair};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
 use crate::program::{Program, files, fixture, s3_manifest};
-use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
+use crate::server::authority::{acceptor, self_signed};
+use crate::server::{ACCESS_KEY, Authority, SECRET_KEY, Server};
 
-/// A listener on a runtime of its own, which ends with it.
+/// A listener with its own runtime; dropping it ends both.
 struct Front {
     port: u16,
-    /// Connections so far.
-    accepted: Arc<AtomicUsize>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -37,17 +33,13 @@ impl Front {
             .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
             .expect("bind a port of 127.0.0.1");
         let port = listener.local_addr().expect("the listener's port").port();
-        let accepted = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&accepted);
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                count.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(serve(stream));
             }
         });
         Front {
             port,
-            accepted,
             runtime: Some(runtime),
         }
     }
@@ -61,62 +53,12 @@ impl Drop for Front {
     }
 }
 
-/// A CA of our own, and the file its certificate is in.
-struct Authority {
-    key: KeyPair,
-    certificate: rcgen::Certificate,
-    folder: TempDir,
+/// TLS with a certificate of `authority` for `names`, before the listener at `to`.
+fn front(authority: &Authority, names: &[&str], to: SocketAddr) -> Front {
+    tls_front(authority.acceptor(names), to)
 }
 
-impl Authority {
-    fn new() -> Authority {
-        let mut params = CertificateParams::new([]).expect("no names");
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "layercache's tests");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let key = KeyPair::generate().expect("a key");
-        let certificate = params.self_signed(&key).expect("a certificate");
-        let folder = tempfile::tempdir().expect("a temporary directory");
-        std::fs::write(folder.path().join("ca.pem"), certificate.pem())
-            .expect("a file can be written");
-        Authority {
-            key,
-            certificate,
-            folder,
-        }
-    }
-
-    fn bundle(&self) -> PathBuf {
-        self.folder.path().join("ca.pem")
-    }
-
-    /// TLS with a certificate for `names`, before the store at `to`.
-    fn front(&self, names: &[&str], to: SocketAddr) -> Front {
-        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        let key = KeyPair::generate().expect("a key");
-        let certificate = CertificateParams::new(names)
-            .expect("names")
-            .signed_by(&key, &self.certificate, &self.key)
-            .expect("a certificate");
-        serve_tls(&certificate, &key, to)
-    }
-}
-
-/// TLS with `certificate`, before the store at `to`.
-fn serve_tls(certificate: &rcgen::Certificate, key: &KeyPair, to: SocketAddr) -> Front {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("versions")
-        .with_no_client_auth()
-        .with_single_cert(
-            vec![certificate.der().clone()],
-            PrivateKeyDer::try_from(key.serialize_der()).expect("a key"),
-        )
-        .expect("the key fits");
-    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+fn tls_front(acceptor: TlsAcceptor, to: SocketAddr) -> Front {
     Front::start(move |stream| {
         let acceptor = acceptor.clone();
         async move {
@@ -141,7 +83,7 @@ fn export(spec: &str) -> Program {
     Program::export(spec, &fixture("local-max"))
 }
 
-/// An export to `bucket` by way of `front`, which is known as `host`, that trusts `authority`.
+/// An export to `bucket` through `front`, addressed as `host`, that trusts `authority`.
 fn export_over_tls(host: &str, front: &Front, bucket: &str, authority: &Authority) -> Program {
     let endpoint = format!("https://{host}:{}", front.port);
     export(&spec(&endpoint, bucket, "")).env("AWS_CA_BUNDLE", authority.bundle())
@@ -149,9 +91,9 @@ fn export_over_tls(host: &str, front: &Front, bucket: &str, authority: &Authorit
 
 #[test]
 fn a_store_whose_certificate_aws_ca_bundle_vouches_for_is_used_both_ways() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     export(&spec)
         .env("AWS_CA_BUNDLE", authority.bundle())
         .run()
@@ -166,9 +108,9 @@ fn a_store_whose_certificate_aws_ca_bundle_vouches_for_is_used_both_ways() {
 
 #[test]
 fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     let run = export(&spec)
         .run()
         .ends_with(1)
@@ -180,19 +122,11 @@ fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() 
 
 #[test]
 fn a_self_signed_certificate_that_calls_itself_a_ca_s_is_trusted_if_it_is_in_the_bundle() {
-    // What `openssl req -x509` makes.
-    let make = |name: &str, days: i64| {
-        let mut params = CertificateParams::new([name.to_owned()]).expect("a name");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.not_after = time::OffsetDateTime::now_utc() + time::Duration::days(days);
-        let key = KeyPair::generate().expect("a key");
-        let certificate = params.self_signed(&key).expect("a certificate");
-        (certificate, key)
-    };
+    let make = |name: &str, days: i64| self_signed(name, time::Duration::days(days));
     let server = Server::start();
     let folder = tempfile::tempdir().expect("a temporary directory");
-    let run = |presented: &(rcgen::Certificate, KeyPair), bundled: &rcgen::Certificate| {
-        let front = serve_tls(&presented.0, &presented.1, server.addr());
+    let run = |(presented, key): &(Certificate, KeyPair), bundled: &Certificate| {
+        let front = tls_front(acceptor(presented, key), server.addr());
         let bundle = folder.path().join("bundle.pem");
         std::fs::write(&bundle, bundled.pem()).expect("a file can be written");
         let endpoint = format!("https://127.0.0.1:{}", front.port);
@@ -213,9 +147,9 @@ fn a_self_signed_certificate_that_calls_itself_a_ca_s_is_trusted_if_it_is_in_the
 
 #[test]
 fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     let spec = spec.replace(",mode=max", "");
     let directory = tempfile::tempdir().expect("a temporary directory");
     let absent = directory.path().join("absent.pem");
@@ -227,14 +161,14 @@ fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
             "cannot read AWS_CA_BUNDLE",
         ),
     ] {
-        front.accepted.store(0, Ordering::SeqCst);
+        server.clear_log();
         let run = Program::import(&spec, &directory.path().join("layout"))
             .env("AWS_CA_BUNDLE", bundle)
             .run()
             .ends_with(1)
             .says(complaint);
         assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
-        assert_eq!(front.accepted.load(Ordering::SeqCst), connections);
+        assert_eq!(server.connections(), connections);
     }
     assert_eq!(server.log().len(), 0);
 }
@@ -242,7 +176,7 @@ fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
 #[test]
 fn a_certificate_for_another_host_is_an_error_that_says_which() {
     let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["s3.example"], server.addr());
+    let front = front(&authority, &["s3.example"], server.addr());
     export_over_tls("127.0.0.1", &front, "cache", &authority)
         .run()
         .ends_with(1)
@@ -252,7 +186,7 @@ fn a_certificate_for_another_host_is_an_error_that_says_which() {
 
 #[test]
 fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_failed() {
-    // No DNS knows anything below .invalid.
+    // Names below .invalid never resolve.
     let run = |extra: &str| {
         let spec = spec("http://minio.invalid:9000", "cache", extra);
         export(&spec).run().ends_with(1)
@@ -269,7 +203,7 @@ fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_f
     );
 
     let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["s3.localhost"], server.addr());
+    let front = front(&authority, &["s3.localhost"], server.addr());
     export_over_tls("s3.localhost", &front, "cache", &authority)
         .run()
         .ends_with(1)
@@ -282,16 +216,17 @@ fn a_store_that_has_no_host_name_for_each_bucket_is_told_of_with_the_name_that_f
 
 #[test]
 fn a_bundle_that_cannot_be_used_is_named() {
-    let (server, authority) = (Server::start(), Authority::new());
-    let front = authority.front(&["127.0.0.1"], server.addr());
-    let spec = spec(&format!("https://127.0.0.1:{}", front.port), "cache", "");
+    let authority = Authority::new();
+    let server = Server::builder().tls(&authority).start();
+    let spec = spec(&server.url(), "cache", "");
     let keyless = spec.replace(
         &format!(",access_key_id={ACCESS_KEY},secret_access_key={SECRET_KEY}"),
         "",
     );
-    let garbage = authority.folder.path().join("garbage.pem");
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let garbage = folder.path().join("garbage.pem");
     std::fs::write(&garbage, "\u{0}\u{1}garbage").expect("a file can be written");
-    for bundle in [garbage, authority.folder.path().join("absent.pem")] {
+    for bundle in [garbage, folder.path().join("absent.pem")] {
         for spec in [&spec, &keyless] {
             export(spec)
                 .env("AWS_CA_BUNDLE", &bundle)
@@ -306,7 +241,7 @@ fn a_bundle_that_cannot_be_used_is_named() {
 fn a_bucket_s_own_host_name_is_covered_by_a_wildcard() {
     let (server, authority) = (Server::start(), Authority::new());
     // Not *.localhost: a wildcard directly below a top-level domain covers nothing.
-    let front = authority.front(&["*.s3.localhost"], server.addr());
+    let front = front(&authority, &["*.s3.localhost"], server.addr());
     export_over_tls("s3.localhost", &front, "cache", &authority)
         .run()
         .succeeds();
@@ -322,7 +257,11 @@ fn a_bucket_s_own_host_name_is_covered_by_a_wildcard() {
 fn a_bucket_with_dots_is_reached_by_path_as_no_wildcard_covers_it() {
     let server = Server::builder().bucket("ci.cache").start();
     let authority = Authority::new();
-    let front = authority.front(&["s3.localhost", "*.s3.localhost"], server.addr());
+    let front = front(
+        &authority,
+        &["s3.localhost", "*.s3.localhost"],
+        server.addr(),
+    );
     export_over_tls("s3.localhost", &front, "ci.cache", &authority)
         .run()
         .succeeds();
@@ -332,10 +271,10 @@ fn a_bucket_with_dots_is_reached_by_path_as_no_wildcard_covers_it() {
     assert_eq!(host, format!("s3.localhost:{}", front.port));
 }
 
-/// The first lines that a proxy was sent, and their Proxy-Authorization.
+/// The request lines that a proxy got, with their Proxy-Authorization.
 type Asked = Arc<Mutex<Vec<(String, Option<String>)>>>;
 
-/// A proxy that knows one way only, to `to`, whatever it is asked for.
+/// A proxy that connects to `to`, whatever it is asked for.
 fn proxy(to: SocketAddr, asked: &Asked) -> Front {
     let asked = asked.clone();
     Front::start(move |stream| {
@@ -368,7 +307,7 @@ fn proxy(to: SocketAddr, asked: &Asked) -> Front {
             if tunnel {
                 let _ = client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
             } else {
-                // The store takes the absolute form too, and verifies the signature.
+                // The store accepts the absolute form too, and verifies the signature.
                 let _ = inner.write_all(format!("{head}\r\n").as_bytes()).await;
             }
             let _ = tokio::io::copy_bidirectional(&mut client, &mut inner).await;
@@ -384,7 +323,7 @@ fn taken(asked: &Asked) -> Vec<(String, Option<String>)> {
 fn https_goes_through_a_tunnel_of_https_proxy() {
     let (server, authority) = (Server::start(), Authority::new());
     // Only the proxy knows this host.
-    let front = authority.front(&["s3.example.test"], server.addr());
+    let front = front(&authority, &["s3.example.test"], server.addr());
     let asked = Asked::default();
     let proxy = proxy((Ipv4Addr::LOCALHOST, front.port).into(), &asked);
     export(&spec(
@@ -450,7 +389,7 @@ fn no_proxy_and_this_machine_itself_are_reached_directly() {
     };
     proxied(&server.url()).run().succeeds();
     proxied(&server.localhost_url()).run().succeeds();
-    // This machine too, by an address that does not tell.
+    // Also this machine, but not recognisable as loopback.
     let other_name = server.url().replace("127.0.0.1", "0.0.0.0");
     proxied(&other_name)
         .env("NO_PROXY", "example.test,0.0.0.0")
@@ -511,7 +450,7 @@ fn a_proxy_that_is_not_there_is_named_with_its_port_and_the_reason() {
 #[test]
 fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
     let (server, authority) = (Server::start(), Authority::new());
-    let store = authority.front(&["s3.example.test"], server.addr());
+    let store = front(&authority, &["s3.example.test"], server.addr());
     for (scheme, variable, to) in [
         (
             "https",
@@ -522,7 +461,11 @@ fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
     ] {
         let asked = Asked::default();
         let proxy = proxy(to, &asked);
-        let front = authority.front(&["127.0.0.1"], (Ipv4Addr::LOCALHOST, proxy.port).into());
+        let front = front(
+            &authority,
+            &["127.0.0.1"],
+            (Ipv4Addr::LOCALHOST, proxy.port).into(),
+        );
         let exported = |bundle: &str| {
             export(&spec(
                 &format!("{scheme}://s3.example.test"),

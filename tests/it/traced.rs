@@ -1,6 +1,6 @@
-//! Runs the program under ptrace(2) and kills it just before a chosen change to the disk: its n-th
-//! write, sync, rename, … So every state that a crash can leave behind is reached, not those alone
-//! that some delay happens to hit.
+//! Runs the program under ptrace(2) and kills it right before a chosen change to the disk: its n-th
+//! write, sync, rename, … This reaches every state that a crash can leave behind, not just those that
+//! some delay happens to hit.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -15,7 +15,7 @@ use crate::program::Program;
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ended {
     Killed,
-    /// It made so many changes or fewer, and came to its end.
+    /// It made no more than that many changes, and exited.
     Exited(i32),
 }
 
@@ -26,14 +26,14 @@ pub enum Ended {
 pub fn kill_before_change(program: Program, root: &Path, nth: usize) -> Ended {
     let mut command: Command = program.into();
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    // Only a system call is made between fork and exec.
+    // Makes only a system call between fork and exec.
     unsafe {
         command.pre_exec(|| match libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) {
             -1 => Err(io::Error::last_os_error()),
             _ => Ok(()),
         });
     }
-    // waitpid() below sees to its end.
+    // waitpid() below reaps it.
     #[allow(clippy::zombie_processes)]
     let child = command.spawn().expect("the program can be traced");
     let main = i32::try_from(child.id()).expect("a process id");
@@ -50,7 +50,7 @@ pub fn kill_before_change(program: Program, root: &Path, nth: usize) -> Ended {
     let mut changes = 0;
     let mut killed = false;
     loop {
-        // Only what this thread traces: other tests wait for children of their own.
+        // Only what this thread traces: other tests wait for their own children.
         let any = libc::__WALL | libc::__WNOTHREAD;
         let thread = unsafe { libc::waitpid(-1, &mut status, any) };
         assert!(thread > 0, "{}", io::Error::last_os_error());
@@ -65,7 +65,7 @@ pub fn kill_before_change(program: Program, root: &Path, nth: usize) -> Ended {
             continue;
         }
         let signal = match libc::WSTOPSIG(status) {
-            // A system call's start or end.
+            // A system call's entry or exit.
             stop if stop == libc::SIGTRAP | 0x80 => {
                 if begins_change(main, thread, root) {
                     if changes == nth {
@@ -77,7 +77,7 @@ pub fn kill_before_change(program: Program, root: &Path, nth: usize) -> Ended {
                 }
                 0
             }
-            // A thread was started, or is about to run.
+            // A thread was created, or is about to run.
             libc::SIGTRAP | libc::SIGSTOP => 0,
             signal => signal,
         };
@@ -85,7 +85,7 @@ pub fn kill_before_change(program: Program, root: &Path, nth: usize) -> Ended {
     }
 }
 
-/// A thread that another one's end has taken along meanwhile is no error.
+/// Ignores a thread that has ended along with another one.
 fn ask(request: libc::c_uint, thread: i32, data: i32) {
     unsafe { libc::ptrace(request, thread, null_mut::<()>(), i64::from(data)) };
 }
@@ -122,7 +122,7 @@ fn begins_change(main: i32, thread: i32, root: &Path) -> bool {
         | libc::SYS_renameat2 => below_root(),
         #[cfg(target_arch = "x86_64")]
         libc::SYS_renameat => below_root(),
-        // The layout's own directory, and its parents.
+        // The layout's directory, and its parents.
         #[cfg(target_arch = "x86_64")]
         libc::SYS_mkdir => true,
         _ => false,

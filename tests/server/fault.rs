@@ -1,14 +1,15 @@
 //! What can go wrong on the wire, and the raw bytes that make it so.
 //!
-//! Most faults are an ordinary answer of hyper's. Those that break HTTP itself (a lying length, a
-//! reset in the middle) take the connection away from hyper and write to the socket.
+//! Most faults are ordinary answers of hyper. Those that break HTTP itself (a wrong length, a reset in
+//! the middle) take the connection away from hyper and write to it directly.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::io::AsyncWriteExt as _;
+
+use super::connection::Connection;
 
 /// What the server does wrong with one request.
 ///
@@ -32,7 +33,7 @@ pub enum Fault {
     /// A 200 with nothing.
     Empty200,
 
-    /// The connection is reset once the request is read.
+    /// The connection is reset after the request was read.
     Reset,
     /// The connection is reset with the request's body unread.
     ResetBeforeReading,
@@ -47,24 +48,27 @@ pub enum Fault {
     /// Performed; then answered with an error: status, code.
     ApplyThenStatus(u16, &'static str),
 
-    /// Performed; reset after this many bytes of the answer's body. The length promises all.
+    /// Performed; reset after this many bytes of the answer's body. The length is the whole body's.
     ResetMidBody(usize),
-    /// Performed; closed in good order after this many bytes of the answer's body. The length promises all.
+    /// Performed; closed in good order after this many bytes of the answer's body. The length is the
+    /// whole body's.
     Truncate(usize),
     /// Performed; the length is one byte less than what is sent.
     ShortLength,
-    /// Performed; the length promises seven bytes more than the whole body, which is sent.
+    /// Performed; the length is seven bytes more than the body, which is sent whole.
     WrongLength,
     /// Performed; the byte at this offset of the answer's body (modulo its size) has its bits flipped.
     FlipByte(usize),
-    /// Performed; the answer's body comes so many bytes at a time.
+    /// Performed; the answer's body comes in pieces of this many bytes, one each tick.
     SlowDrip { bytes: usize, tick: Duration },
     /// Performed, after a pause.
     Delay(Duration),
-    /// Performed; one header of the answer holds a byte that is no ASCII.
+    /// Performed; one header of the answer holds a non-ASCII byte.
     NonAsciiHeader,
-    /// Performed; the answer has this header too, in place of its own of that name.
+    /// Performed; this header is added to the answer, or replaces it.
     Header(&'static str, &'static str),
+    /// Performed; the answer's body is what this function makes of it, with the right length.
+    Rewrite(fn(&str) -> String),
     /// A 200 whose body never ends, with this content-length or with none.
     EndlessBody { length: Option<u64> },
 }
@@ -84,25 +88,20 @@ pub enum Then {
 }
 
 impl Ending {
-    pub async fn perform(self, mut stream: TcpStream) {
+    pub async fn perform(self, mut stream: Connection) {
         match self {
-            Self::Reset => reset(stream),
+            Self::Reset => stream.reset(),
             Self::Write { bytes, then } => {
                 if stream.write_all(&bytes).await.is_err() {
                     return;
                 }
                 match then {
                     Then::Reset => {
-                        // A reset discards what the kernel has not sent yet, so let it be sent.
+                        // A reset discards what the kernel has not sent yet, so give it time.
                         tokio::time::sleep(Duration::from_millis(50)).await;
-                        reset(stream);
+                        stream.reset();
                     }
-                    Then::Close => {
-                        // Unread bytes would turn the close into a reset.
-                        let _ = stream.shutdown().await;
-                        let mut rest = [0; 4096];
-                        while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {}
-                    }
+                    Then::Close => stream.close().await,
                     Then::CloseUnread => {
                         let _ = stream.shutdown().await;
                         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -119,11 +118,7 @@ impl Ending {
     }
 }
 
-fn reset(stream: TcpStream) {
-    let _ = stream.set_zero_linger();
-}
-
-/// The bytes of an HTTP/1.1 answer with a length of our choosing and the first bytes of a body.
+/// The bytes of an HTTP/1.1 answer with a chosen length and the first bytes of a body.
 pub fn raw_answer(
     status: StatusCode,
     headers: &HeaderMap,
@@ -162,7 +157,7 @@ pub fn error_xml(code: &str) -> Bytes {
     ))
 }
 
-/// The name S3 gives a request, from its method, path, query and headers alone.
+/// S3's name for a request, from its method, path, query and headers alone.
 pub fn operation(
     method: &Method,
     has_key: bool,
@@ -191,10 +186,13 @@ pub fn operation(
         {
             "ListObjectsV2"
         }
+        ("GET", false) if has("lifecycle") => "GetBucketLifecycleConfiguration",
         ("GET", false) if has("location") => "GetBucketLocation",
         ("GET", false) => "ListObjects",
         ("HEAD", false) => "HeadBucket",
         ("POST", false) if has("delete") => "DeleteObjects",
+        ("PUT", false) if has("lifecycle") => "PutBucketLifecycleConfiguration",
+        ("DELETE", false) if has("lifecycle") => "DeleteBucketLifecycle",
         _ => "Unknown",
     }
 }

@@ -1,24 +1,18 @@
-//! What the test server keeps and how it answers: S3's operations over objects in memory.
-//!
-//! Where a client could be wrong and never notice on a lenient store, this one is as strict as S3:
-//! part ETags and their order, the smallest part, the largest copy, a copy onto itself that changes
-//! nothing, a range past the end.
+//! What the server holds, and how a test reads and changes it without a request.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Bound;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use bytes::{Bytes, BytesMut};
-use futures::TryStreamExt as _;
 use md5::{Digest as _, Md5};
-use s3s::dto::*;
-use s3s::{Body, S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
-use sha2::Sha256;
+use s3s::dto::LifecycleRule;
+use s3s::{S3Result, s3_error};
 
-/// One object, as a test sees it.
+use super::{BUCKET, lock};
+
+/// One object.
 #[derive(Clone, Debug)]
 pub struct Stored {
     pub body: Bytes,
@@ -32,10 +26,15 @@ pub struct Stored {
 }
 
 impl Stored {
+    /// An object as PutObject would make it now.
     pub fn new(body: Bytes) -> Self {
+        Self::with_etag(hex_md5(&body), body)
+    }
+
+    pub fn with_etag(etag: String, body: Bytes) -> Self {
         Self {
-            etag: hex_md5(&body),
             body,
+            etag,
             modified: SystemTime::now(),
             metadata: BTreeMap::new(),
             content_type: None,
@@ -43,44 +42,47 @@ impl Stored {
         }
     }
 
-    fn size(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.body.len() as u64
     }
 }
 
-struct PartBody {
-    body: Bytes,
-    etag: String,
-    modified: SystemTime,
+pub struct PartBody {
+    pub body: Bytes,
+    pub etag: String,
+    pub modified: SystemTime,
 }
 
-struct Upload {
-    bucket: String,
-    key: String,
-    initiated: SystemTime,
-    metadata: BTreeMap<String, String>,
-    content_type: Option<String>,
-    storage_class: Option<String>,
-    parts: BTreeMap<i32, PartBody>,
+/// An unfinished multipart upload.
+pub struct Upload {
+    pub bucket: String,
+    pub key: String,
+    pub initiated: SystemTime,
+    pub metadata: BTreeMap<String, String>,
+    pub content_type: Option<String>,
+    pub storage_class: Option<String>,
+    pub parts: BTreeMap<i32, PartBody>,
 }
 
-/// What this store allows; S3's own limits unless a test makes them small.
+/// What this store allows: S3's own limits unless a test makes them small.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Most entries a page of any listing holds.
+    /// Most entries on a page of any listing.
     pub page_size: usize,
-    /// Largest object CopyObject takes, and largest range UploadPartCopy takes, in bytes.
+    /// Largest object CopyObject takes and largest range UploadPartCopy takes, in bytes.
     pub copy_limit: u64,
     /// Largest body of one PutObject or UploadPart, in bytes.
     pub put_limit: u64,
     /// Smallest part but the last, in bytes.
     pub min_part: u64,
-    /// GET answers the whole object whatever range was asked for.
+    /// GET answers with the whole object whatever range was asked for.
     pub ignore_range: bool,
-    /// A missing key is 403, as on S3 without the right to list.
+    /// A missing key is 403, as on S3 without the permission to list.
     pub hide_missing: bool,
     /// A copy onto itself leaves LastModified as it was, as MinIO once did.
     pub stale_copies: bool,
+    /// Deleting a key that starts with one of these is AccessDenied.
+    pub undeletable: Vec<String>,
 }
 
 impl Default for Limits {
@@ -93,6 +95,7 @@ impl Default for Limits {
             ignore_range: false,
             hide_missing: false,
             stale_copies: false,
+            undeletable: Vec::new(),
         }
     }
 }
@@ -100,35 +103,25 @@ impl Default for Limits {
 #[derive(Default)]
 pub struct State {
     pub buckets: BTreeMap<String, BTreeMap<String, Stored>>,
-    uploads: BTreeMap<String, Upload>,
-    uploads_begun: u64,
+    pub uploads: BTreeMap<String, Upload>,
+    pub uploads_begun: u64,
+    pub lifecycles: BTreeMap<String, Vec<LifecycleRule>>,
 }
 
 impl State {
-    pub fn clear(&mut self) {
-        self.uploads.clear();
-        for bucket in self.buckets.values_mut() {
-            bucket.clear();
-        }
-    }
-
-    pub fn uploads(&self) -> usize {
-        self.uploads.len()
-    }
-
-    fn bucket(&self, name: &str) -> S3Result<&BTreeMap<String, Stored>> {
+    pub fn bucket(&self, name: &str) -> S3Result<&BTreeMap<String, Stored>> {
         self.buckets
             .get(name)
             .ok_or_else(|| s3_error!(NoSuchBucket))
     }
 
-    fn bucket_mut(&mut self, name: &str) -> S3Result<&mut BTreeMap<String, Stored>> {
+    pub fn bucket_mut(&mut self, name: &str) -> S3Result<&mut BTreeMap<String, Stored>> {
         self.buckets
             .get_mut(name)
             .ok_or_else(|| s3_error!(NoSuchBucket))
     }
 
-    fn upload(&mut self, bucket: &str, key: &str, id: &str) -> S3Result<&mut Upload> {
+    pub fn upload(&mut self, bucket: &str, key: &str, id: &str) -> S3Result<&mut Upload> {
         self.bucket(bucket)?;
         self.uploads
             .get_mut(id)
@@ -137,845 +130,220 @@ impl State {
     }
 }
 
-/// The store behind the server; clones share their objects.
+/// The store behind the server; clones share their objects. Where a method names no bucket, it means
+/// [`BUCKET`].
 #[derive(Clone)]
 pub struct Store {
-    pub state: Arc<Mutex<State>>,
+    state: Arc<Mutex<State>>,
     pub limits: Limits,
+    /// Set in a server for benchmarks.
+    pub at_hand: Option<AtHand>,
 }
 
 impl Store {
+    pub fn new<'a>(
+        buckets: impl IntoIterator<Item = &'a str>,
+        limits: Limits,
+        at_hand: Option<AtHand>,
+    ) -> Self {
+        let mut state = State::default();
+        for bucket in buckets {
+            state.buckets.insert(bucket.to_owned(), BTreeMap::new());
+        }
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            limits,
+            at_hand,
+        }
+    }
+
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.state)
     }
 
-    fn get(&self, bucket: &str, key: &str) -> S3Result<Stored> {
+    /// The objects by their keys.
+    pub fn objects(&self) -> BTreeMap<String, Bytes> {
+        self.objects_in(BUCKET)
+    }
+
+    pub fn objects_in(&self, bucket: &str) -> BTreeMap<String, Bytes> {
         let state = self.lock();
-        match state.bucket(bucket)?.get(key) {
-            Some(object) => Ok(object.clone()),
-            None if self.limits.hide_missing => Err(s3_error!(AccessDenied)),
-            None => Err(s3_error!(NoSuchKey)),
-        }
+        let objects = state.buckets.get(bucket).into_iter().flatten();
+        objects
+            .map(|(key, object)| (key.clone(), object.body.clone()))
+            .collect()
     }
 
-    fn copied_from(
-        &self,
-        source: &CopySource,
-        if_match: Option<&ETagCondition>,
-        if_none_match: Option<&ETagCondition>,
-    ) -> S3Result<(String, String, Stored)> {
-        let CopySource::Bucket { bucket, key, .. } = source else {
-            return Err(s3_error!(NotImplemented));
-        };
-        let object = self.get(bucket, key)?;
-        check_preconditions(
-            Some(&object),
-            if_match,
-            if_none_match,
-            S3ErrorCode::PreconditionFailed,
-        )?;
-        Ok((bucket.to_string(), key.to_string(), object))
+    /// The keys in order.
+    pub fn keys(&self) -> Vec<String> {
+        self.objects().into_keys().collect()
     }
 
-    async fn body(
-        &self,
-        body: Option<StreamingBlob>,
-        content_md5: Option<&str>,
-        checksum_sha256: Option<&str>,
-    ) -> S3Result<Bytes> {
-        let mut whole = Bytes::new();
-        if let Some(mut body) = body {
-            let failed = |error| S3Error::with_source(S3ErrorCode::InternalError, error);
-            while let Some(chunk) = body.try_next().await.map_err(failed)? {
-                whole = match whole.is_empty() {
-                    true => chunk, // The usual case: the request was read whole, this is all of it.
-                    false => [whole, chunk].concat().into(),
-                };
-            }
-        }
-        if whole.len() as u64 > self.limits.put_limit {
-            return Err(s3_error!(EntityTooLarge));
-        }
-        if content_md5.is_some_and(|md5| md5 != STANDARD.encode(Md5::digest(&whole)))
-            || checksum_sha256.is_some_and(|sum| sum != STANDARD.encode(Sha256::digest(&whole)))
+    pub fn object(&self, key: &str) -> Option<Stored> {
+        self.lock().buckets.get(BUCKET)?.get(key).cloned()
+    }
+
+    pub fn put(&self, key: &str, body: impl Into<Bytes>) {
+        self.put_in(BUCKET, key, body);
+    }
+
+    pub fn put_in(&self, bucket: &str, key: &str, body: impl Into<Bytes>) {
+        self.insert(bucket, key, Stored::new(body.into()));
+    }
+
+    pub fn insert(&self, bucket: &str, key: &str, object: Stored) {
+        let mut state = self.lock();
+        let objects = state.buckets.entry(bucket.to_owned()).or_default();
+        objects.insert(key.to_owned(), object);
+    }
+
+    /// Changes an object in place: its metadata, storage class, body, …
+    ///
+    /// # Panics
+    /// If there is no such object.
+    pub fn change(&self, key: &str, change: impl FnOnce(&mut Stored)) {
+        let mut state = self.lock();
+        let object = state
+            .buckets
+            .get_mut(BUCKET)
+            .and_then(|bucket| bucket.get_mut(key));
+        change(object.unwrap_or_else(|| panic!("the test server holds no object {key}")));
+    }
+
+    /// Removes an object; says whether it was there.
+    pub fn remove(&self, key: &str) -> bool {
+        let mut state = self.lock();
+        state
+            .buckets
+            .get_mut(BUCKET)
+            .is_some_and(|bucket| bucket.remove(key).is_some())
+    }
+
+    /// Moves an object's LastModified this far into the past.
+    ///
+    /// # Panics
+    /// If there is no such object.
+    pub fn age(&self, key: &str, by: Duration) {
+        self.change(key, |object| object.modified -= by);
+    }
+
+    /// Moves every object this far into the past.
+    pub fn age_all(&self, by: Duration) {
+        let mut state = self.lock();
+        for object in state
+            .buckets
+            .entry(BUCKET.to_owned())
+            .or_default()
+            .values_mut()
         {
-            return Err(s3_error!(BadDigest));
-        }
-        Ok(whole)
-    }
-}
-
-fn hex_md5(body: &[u8]) -> String {
-    hex::encode(Md5::digest(body))
-}
-
-fn strong(etag: &str) -> ETag {
-    ETag::Strong(etag.to_owned())
-}
-
-fn meets(condition: &ETagCondition, object: Option<&Stored>) -> bool {
-    match (object, condition.as_etag()) {
-        (None, _) => false,
-        (Some(_), None) => true,
-        (Some(object), Some(etag)) => etag.value() == object.etag,
-    }
-}
-
-fn check_preconditions(
-    object: Option<&Stored>,
-    if_match: Option<&ETagCondition>,
-    if_none_match: Option<&ETagCondition>,
-    when_it_matches: S3ErrorCode,
-) -> S3Result<()> {
-    if if_match.is_some_and(|condition| !meets(condition, object)) {
-        return Err(s3_error!(PreconditionFailed));
-    }
-    if if_none_match.is_some_and(|condition| meets(condition, object)) {
-        return Err(S3Error::new(when_it_matches));
-    }
-    Ok(())
-}
-
-/// S3 names a storage class in its answers only when it is not the usual one.
-fn class(given: Option<&StorageClass>) -> Option<String> {
-    given
-        .map(|class| class.as_str().to_owned())
-        .filter(|class| class != StorageClass::STANDARD)
-}
-
-fn sorted(metadata: Option<Metadata>) -> BTreeMap<String, String> {
-    metadata.unwrap_or_default().into_iter().collect()
-}
-
-fn unsorted(metadata: &BTreeMap<String, String>) -> Option<Metadata> {
-    Some(
-        metadata
-            .iter()
-            .map(|(k, v)| (k.clone(), v.clone()))
-            .collect::<HashMap<_, _>>(),
-    )
-}
-
-/// The byte range of an `x-amz-copy-source-range`, which must lie wholly inside the object.
-fn copy_range(header: &str, size: u64) -> S3Result<std::ops::Range<usize>> {
-    match Range::parse(header) {
-        Ok(Range::Int {
-            first,
-            last: Some(last),
-        }) if first <= last && last < size => Ok(first as usize..last as usize + 1),
-        Ok(Range::Int { last: Some(_), .. }) => Err(s3_error!(InvalidRange)),
-        _ => Err(s3_error!(InvalidArgument)),
-    }
-}
-
-fn page(asked: Option<i32>, most: usize) -> S3Result<usize> {
-    match asked {
-        None => Ok(most),
-        Some(n) => Ok(usize::try_from(n)
-            .map_err(|_| s3_error!(InvalidArgument))?
-            .min(most)),
-    }
-}
-
-/// Keys as a listing writes them: percent-encoded only when asked for.
-fn encoder(encoding: Option<&EncodingType>) -> S3Result<impl Fn(&str) -> String + use<>> {
-    const SAFE: &percent_encoding::AsciiSet = &percent_encoding::NON_ALPHANUMERIC
-        .remove(b'-')
-        .remove(b'_')
-        .remove(b'.')
-        .remove(b'*')
-        .remove(b'/');
-    let url = match encoding.map(EncodingType::as_str) {
-        None => false,
-        Some(EncodingType::URL) => true,
-        Some(_) => return Err(s3_error!(InvalidArgument)),
-    };
-    Ok(move |text: &str| match url {
-        true => percent_encoding::utf8_percent_encode(text, SAFE).to_string(),
-        false => text.to_owned(),
-    })
-}
-
-/// One page of a listing, both versions.
-struct Listing {
-    objects: Vec<Object>,
-    prefixes: Vec<CommonPrefix>,
-    /// The last key or common prefix of this page, when another page follows.
-    next: Option<String>,
-}
-
-fn list(
-    objects: &BTreeMap<String, Stored>,
-    prefix: &str,
-    delimiter: Option<&str>,
-    after: Option<&str>,
-    most: usize,
-    encode: &impl Fn(&str) -> String,
-) -> Listing {
-    let mut listing = Listing {
-        objects: Vec::new(),
-        prefixes: Vec::new(),
-        next: None,
-    };
-    let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-    let mut last: Option<String> = None;
-    for (key, object) in objects.range::<str, _>((from, Bound::Unbounded)) {
-        let Some(rest) = key.strip_prefix(prefix) else {
-            continue;
-        };
-        let common = delimiter
-            .filter(|d| !d.is_empty())
-            .and_then(|d| rest.find(d).map(|at| &key[..prefix.len() + at + d.len()]));
-        // A page that ended on a common prefix is followed by what lies beyond all its keys.
-        if let Some(common) = common
-            && (after.is_some_and(|after| after.starts_with(common))
-                || last.as_deref() == Some(common))
-        {
-            continue;
-        }
-        if listing.objects.len() + listing.prefixes.len() == most {
-            listing.next = last;
-            break;
-        }
-        match common {
-            Some(common) => {
-                listing.prefixes.push(CommonPrefix {
-                    prefix: Some(encode(common)),
-                });
-                last = Some(common.to_owned());
-            }
-            None => {
-                listing.objects.push(Object {
-                    key: Some(encode(key)),
-                    e_tag: Some(strong(&object.etag)),
-                    size: Some(object.body.len() as i64),
-                    last_modified: Some(object.modified.into()),
-                    storage_class: Some(ObjectStorageClass::from(
-                        object
-                            .storage_class
-                            .clone()
-                            .unwrap_or_else(|| "STANDARD".to_owned()),
-                    )),
-                    ..Default::default()
-                });
-                last = Some(key.clone());
-            }
+            object.modified -= by;
         }
     }
-    listing
-}
 
-#[async_trait::async_trait]
-impl S3 for Store {
-    async fn head_bucket(
-        &self,
-        req: S3Request<HeadBucketInput>,
-    ) -> S3Result<S3Response<HeadBucketOutput>> {
-        self.lock().bucket(&req.input.bucket)?;
-        Ok(S3Response::new(HeadBucketOutput::default()))
+    pub fn last_modified(&self, key: &str) -> Option<SystemTime> {
+        self.object(key).map(|object| object.modified)
     }
 
-    async fn get_object(
-        &self,
-        req: S3Request<GetObjectInput>,
-    ) -> S3Result<S3Response<GetObjectOutput>> {
-        let input = req.input;
-        let object = self.get(&input.bucket, &input.key)?;
-        check_preconditions(
-            Some(&object),
-            input.if_match.as_ref(),
-            input.if_none_match.as_ref(),
-            S3ErrorCode::NotModified,
-        )?;
-        let mut body = object.body.clone();
-        let mut content_range = None;
-        if let Some(range) = input.range.filter(|_| !self.limits.ignore_range) {
-            let wanted = range.check(object.size()).map_err(S3Error::from)?;
-            content_range = Some(format!(
-                "bytes {}-{}/{}",
-                wanted.start,
-                wanted.end - 1,
-                object.size()
-            ));
-            body = object
-                .body
-                .slice(wanted.start as usize..wanted.end as usize);
-        }
-        Ok(S3Response::new(GetObjectOutput {
-            accept_ranges: Some("bytes".to_owned()),
-            content_length: Some(body.len() as i64),
-            content_range,
-            body: Some(StreamingBlob::from(Body::from(body))),
-            content_type: object.content_type.clone(),
-            e_tag: Some(strong(&object.etag)),
-            last_modified: Some(object.modified.into()),
-            metadata: unsorted(&object.metadata),
-            storage_class: object.storage_class.map(StorageClass::from),
-            ..Default::default()
-        }))
+    /// How many multipart uploads were begun and neither completed nor aborted.
+    pub fn uploads(&self) -> usize {
+        self.lock().uploads.len()
     }
 
-    async fn head_object(
-        &self,
-        req: S3Request<HeadObjectInput>,
-    ) -> S3Result<S3Response<HeadObjectOutput>> {
-        let input = req.input;
-        let object = self.get(&input.bucket, &input.key)?;
-        check_preconditions(
-            Some(&object),
-            input.if_match.as_ref(),
-            input.if_none_match.as_ref(),
-            S3ErrorCode::NotModified,
-        )?;
-        Ok(S3Response::new(HeadObjectOutput {
-            accept_ranges: Some("bytes".to_owned()),
-            content_length: Some(object.body.len() as i64),
-            content_type: object.content_type.clone(),
-            e_tag: Some(strong(&object.etag)),
-            last_modified: Some(object.modified.into()),
-            metadata: unsorted(&object.metadata),
-            storage_class: object.storage_class.map(StorageClass::from),
-            ..Default::default()
-        }))
-    }
-
-    async fn put_object(
-        &self,
-        req: S3Request<PutObjectInput>,
-    ) -> S3Result<S3Response<PutObjectOutput>> {
-        let input = req.input;
-        let body = self
-            .body(
-                input.body,
-                input.content_md5.as_deref(),
-                input.checksum_sha256.as_deref(),
-            )
-            .await?;
-        let object = Stored {
-            metadata: sorted(input.metadata),
-            content_type: input.content_type,
-            storage_class: class(input.storage_class.as_ref()),
-            ..Stored::new(body)
-        };
-        let etag = strong(&object.etag);
-        let mut state = self.lock();
-        let bucket = state.bucket_mut(&input.bucket)?;
-        check_preconditions(
-            bucket.get(&input.key),
-            input.if_match.as_ref(),
-            input.if_none_match.as_ref(),
-            S3ErrorCode::PreconditionFailed,
-        )?;
-        bucket.insert(input.key, object);
-        Ok(S3Response::new(PutObjectOutput {
-            e_tag: Some(etag),
-            ..Default::default()
-        }))
-    }
-
-    async fn copy_object(
-        &self,
-        req: S3Request<CopyObjectInput>,
-    ) -> S3Result<S3Response<CopyObjectOutput>> {
-        let input = req.input;
-        let (from_bucket, from_key, source) = self.copied_from(
-            &input.copy_source,
-            input.copy_source_if_match.as_ref(),
-            input.copy_source_if_none_match.as_ref(),
-        )?;
-        let replace = input
-            .metadata_directive
-            .as_ref()
-            .map(MetadataDirective::as_str)
-            == Some(MetadataDirective::REPLACE);
-        let onto_itself = from_bucket == input.bucket && from_key == input.key;
-        if onto_itself && !replace && input.storage_class.is_none() {
-            return Err(s3_error!(
-                InvalidRequest,
-                "This copy request is illegal because it is trying to copy an object to itself without changing \
-                 the object's metadata, storage class, website redirect location or encryption attributes."
-            ));
-        }
-        if source.size() > self.limits.copy_limit {
-            return Err(s3_error!(
-                InvalidRequest,
-                "The specified copy source is larger than the maximum allowable size for a copy source: {}",
-                self.limits.copy_limit
-            ));
-        }
-        let (metadata, content_type) = match replace {
-            true => (sorted(input.metadata), input.content_type),
-            false => (source.metadata, source.content_type),
-        };
-        let mut object = Stored {
-            metadata,
-            content_type,
-            storage_class: class(input.storage_class.as_ref()),
-            ..Stored::new(source.body)
-        };
-        if onto_itself && self.limits.stale_copies {
-            object.modified = source.modified;
-        }
-        let result = CopyObjectResult {
-            e_tag: Some(strong(&object.etag)),
-            last_modified: Some(object.modified.into()),
-            ..Default::default()
-        };
-        self.lock()
-            .bucket_mut(&input.bucket)?
-            .insert(input.key, object);
-        Ok(S3Response::new(CopyObjectOutput {
-            copy_object_result: Some(result),
-            ..Default::default()
-        }))
-    }
-
-    async fn delete_object(
-        &self,
-        req: S3Request<DeleteObjectInput>,
-    ) -> S3Result<S3Response<DeleteObjectOutput>> {
-        let mut state = self.lock();
-        let bucket = state.bucket_mut(&req.input.bucket)?;
-        let condition = req.input.if_match.as_ref();
-        if let Some(object) = bucket.get(&req.input.key) {
-            check_preconditions(
-                Some(object),
-                condition,
-                None,
-                S3ErrorCode::PreconditionFailed,
-            )?;
-        }
-        bucket.remove(&req.input.key);
-        Ok(S3Response::with_status(
-            DeleteObjectOutput::default(),
-            http::StatusCode::NO_CONTENT,
-        ))
-    }
-
-    async fn delete_objects(
-        &self,
-        req: S3Request<DeleteObjectsInput>,
-    ) -> S3Result<S3Response<DeleteObjectsOutput>> {
-        let Delete { objects, quiet } = req.input.delete;
-        if objects.len() > 1000 {
-            return Err(s3_error!(MalformedXML));
-        }
-        let mut state = self.lock();
-        let bucket = state.bucket_mut(&req.input.bucket)?;
-        let mut deleted = Vec::new();
-        for object in objects {
-            bucket.remove(&object.key);
-            deleted.push(DeletedObject {
-                key: Some(object.key),
-                ..Default::default()
-            });
-        }
-        Ok(S3Response::new(DeleteObjectsOutput {
-            deleted: (quiet != Some(true)).then_some(deleted),
-            ..Default::default()
-        }))
-    }
-
-    async fn list_objects_v2(
-        &self,
-        req: S3Request<ListObjectsV2Input>,
-    ) -> S3Result<S3Response<ListObjectsV2Output>> {
-        let input = req.input;
-        let encode = encoder(input.encoding_type.as_ref())?;
-        let after = match &input.continuation_token {
-            Some(token) => Some(
-                STANDARD
-                    .decode(token)
-                    .ok()
-                    .and_then(|key| String::from_utf8(key).ok())
-                    .ok_or_else(|| {
-                        s3_error!(
-                            InvalidArgument,
-                            "The continuation token provided is incorrect"
-                        )
-                    })?,
-            ),
-            None => input.start_after.clone(),
-        };
-        let most = page(input.max_keys, self.limits.page_size)?;
-        let state = self.lock();
-        let listing = list(
-            state.bucket(&input.bucket)?,
-            input.prefix.as_deref().unwrap_or_default(),
-            input.delimiter.as_deref(),
-            after.as_deref().filter(|after| !after.is_empty()),
-            most,
-            &encode,
-        );
-        Ok(S3Response::new(ListObjectsV2Output {
-            key_count: Some((listing.objects.len() + listing.prefixes.len()) as i32),
-            is_truncated: Some(listing.next.is_some()),
-            // Base64's `+`, `/` and `=` punish a client that does not encode the token it was given.
-            next_continuation_token: listing.next.map(|key| STANDARD.encode(key)),
-            contents: Some(listing.objects),
-            common_prefixes: Some(listing.prefixes),
-            name: Some(input.bucket),
-            prefix: input.prefix.as_deref().map(&encode),
-            delimiter: input.delimiter.as_deref().map(&encode),
-            start_after: input.start_after.as_deref().map(&encode),
-            continuation_token: input.continuation_token,
-            encoding_type: input.encoding_type,
-            max_keys: Some(input.max_keys.unwrap_or(1000)),
-            ..Default::default()
-        }))
-    }
-
-    async fn list_objects(
-        &self,
-        req: S3Request<ListObjectsInput>,
-    ) -> S3Result<S3Response<ListObjectsOutput>> {
-        let input = req.input;
-        let encode = encoder(input.encoding_type.as_ref())?;
-        let most = page(input.max_keys, self.limits.page_size)?;
-        let state = self.lock();
-        let listing = list(
-            state.bucket(&input.bucket)?,
-            input.prefix.as_deref().unwrap_or_default(),
-            input.delimiter.as_deref(),
-            input.marker.as_deref().filter(|marker| !marker.is_empty()),
-            most,
-            &encode,
-        );
-        Ok(S3Response::new(ListObjectsOutput {
-            is_truncated: Some(listing.next.is_some()),
-            // S3 names the next marker only when there is a delimiter; else it is the last key.
-            next_marker: listing
-                .next
-                .filter(|_| input.delimiter.is_some())
-                .as_deref()
-                .map(&encode),
-            contents: Some(listing.objects),
-            common_prefixes: Some(listing.prefixes),
-            name: Some(input.bucket),
-            prefix: input.prefix.as_deref().map(&encode),
-            delimiter: input.delimiter.as_deref().map(&encode),
-            marker: input.marker.as_deref().map(&encode),
-            encoding_type: input.encoding_type,
-            max_keys: Some(input.max_keys.unwrap_or(1000)),
-            ..Default::default()
-        }))
-    }
-
-    async fn create_multipart_upload(
-        &self,
-        req: S3Request<CreateMultipartUploadInput>,
-    ) -> S3Result<S3Response<CreateMultipartUploadOutput>> {
-        let input = req.input;
-        let mut state = self.lock();
-        state.bucket(&input.bucket)?;
-        state.uploads_begun += 1;
-        let id = format!("upload-{:06}_a.b==", state.uploads_begun);
-        state.uploads.insert(
-            id.clone(),
-            Upload {
-                bucket: input.bucket.clone(),
-                key: input.key.clone(),
-                initiated: SystemTime::now(),
-                metadata: sorted(input.metadata),
-                content_type: input.content_type,
-                storage_class: class(input.storage_class.as_ref()),
-                parts: BTreeMap::new(),
-            },
-        );
-        Ok(S3Response::new(CreateMultipartUploadOutput {
-            bucket: Some(input.bucket),
-            key: Some(input.key),
-            upload_id: Some(id),
-            ..Default::default()
-        }))
-    }
-
-    async fn upload_part(
-        &self,
-        req: S3Request<UploadPartInput>,
-    ) -> S3Result<S3Response<UploadPartOutput>> {
-        let input = req.input;
-        let body = self
-            .body(
-                input.body,
-                input.content_md5.as_deref(),
-                input.checksum_sha256.as_deref(),
-            )
-            .await?;
-        let etag = self
-            .keep_part(
-                &input.bucket,
-                &input.key,
-                &input.upload_id,
-                input.part_number,
-                body,
-            )?
-            .0;
-        Ok(S3Response::new(UploadPartOutput {
-            e_tag: Some(etag),
-            ..Default::default()
-        }))
-    }
-
-    async fn upload_part_copy(
-        &self,
-        req: S3Request<UploadPartCopyInput>,
-    ) -> S3Result<S3Response<UploadPartCopyOutput>> {
-        let input = req.input;
-        let (_, _, source) = self.copied_from(
-            &input.copy_source,
-            input.copy_source_if_match.as_ref(),
-            input.copy_source_if_none_match.as_ref(),
-        )?;
-        let range = match &input.copy_source_range {
-            Some(header) => copy_range(header, source.size())?,
-            None => 0..source.body.len(),
-        };
-        if range.len() as u64 > self.limits.copy_limit {
-            return Err(s3_error!(
-                InvalidRequest,
-                "The specified copy source is larger than the maximum allowable size for a copy source: {}",
-                self.limits.copy_limit
-            ));
-        }
-        let body = source.body.slice(range);
-        let (etag, modified) = self.keep_part(
-            &input.bucket,
-            &input.key,
-            &input.upload_id,
-            input.part_number,
-            body,
-        )?;
-        Ok(S3Response::new(UploadPartCopyOutput {
-            copy_part_result: Some(CopyPartResult {
-                e_tag: Some(etag),
-                last_modified: Some(modified.into()),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }))
-    }
-
-    async fn complete_multipart_upload(
-        &self,
-        req: S3Request<CompleteMultipartUploadInput>,
-    ) -> S3Result<S3Response<CompleteMultipartUploadOutput>> {
-        let input = req.input;
-        let mut state = self.lock();
-        let upload = state.upload(&input.bucket, &input.key, &input.upload_id)?;
-        let named = input
-            .multipart_upload
-            .and_then(|upload| upload.parts)
-            .unwrap_or_default();
-        if named.is_empty() {
-            return Err(s3_error!(
-                MalformedXML,
-                "You must specify at least one part"
-            ));
-        }
-
-        // S3 looks at the order first, whatever else is wrong.
-        if named
-            .windows(2)
-            .any(|pair| pair[0].part_number >= pair[1].part_number)
-        {
-            return Err(s3_error!(InvalidPartOrder));
-        }
-        let mut body = BytesMut::new();
-        let mut digests = Md5::new();
-        for (at, part) in named.iter().enumerate() {
-            let number = part.part_number.ok_or_else(|| s3_error!(MalformedXML))?;
-            let held = upload
-                .parts
-                .get(&number)
-                .ok_or_else(|| s3_error!(InvalidPart))?;
-            if part.e_tag.as_ref().map(ETag::value) != Some(held.etag.as_str()) {
-                return Err(s3_error!(InvalidPart));
-            }
-            if at + 1 < named.len() && (held.body.len() as u64) < self.limits.min_part {
-                return Err(s3_error!(EntityTooSmall));
-            }
-            digests.update(Md5::digest(&held.body));
-            body.extend_from_slice(&held.body);
-        }
-        let object = Stored {
-            body: body.freeze(),
-            etag: format!("{}-{}", hex::encode(digests.finalize()), named.len()),
-            modified: SystemTime::now(),
-            metadata: upload.metadata.clone(),
-            content_type: upload.content_type.clone(),
-            storage_class: upload.storage_class.clone(),
-        };
-        let etag = strong(&object.etag);
-
-        let bucket = state.bucket_mut(&input.bucket)?;
-        check_preconditions(
-            bucket.get(&input.key),
-            input.if_match.as_ref(),
-            input.if_none_match.as_ref(),
-            S3ErrorCode::PreconditionFailed,
-        )?;
-        bucket.insert(input.key.clone(), object);
-        state.uploads.remove(&input.upload_id);
-        Ok(S3Response::new(CompleteMultipartUploadOutput {
-            location: Some(format!("/{}/{}", input.bucket, input.key)),
-            bucket: Some(input.bucket),
-            key: Some(input.key),
-            e_tag: Some(etag),
-            ..Default::default()
-        }))
-    }
-
-    async fn abort_multipart_upload(
-        &self,
-        req: S3Request<AbortMultipartUploadInput>,
-    ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
-        let input = req.input;
-        let mut state = self.lock();
-        state.upload(&input.bucket, &input.key, &input.upload_id)?;
-        state.uploads.remove(&input.upload_id);
-        Ok(S3Response::with_status(
-            AbortMultipartUploadOutput::default(),
-            http::StatusCode::NO_CONTENT,
-        ))
-    }
-
-    async fn list_parts(
-        &self,
-        req: S3Request<ListPartsInput>,
-    ) -> S3Result<S3Response<ListPartsOutput>> {
-        let input = req.input;
-        let most = page(input.max_parts, self.limits.page_size)?;
-        let after = input.part_number_marker.unwrap_or(0);
-        let mut state = self.lock();
-        let upload = state.upload(&input.bucket, &input.key, &input.upload_id)?;
-        let mut parts: Vec<Part> = upload
-            .parts
-            .range((Bound::Excluded(after), Bound::Unbounded))
-            .take(most + 1)
-            .map(|(number, part)| Part {
-                part_number: Some(*number),
-                e_tag: Some(strong(&part.etag)),
-                size: Some(part.body.len() as i64),
-                last_modified: Some(part.modified.into()),
-                ..Default::default()
-            })
-            .collect();
-        let truncated = parts.len() > most;
-        parts.truncate(most);
-        Ok(S3Response::new(ListPartsOutput {
-            bucket: Some(input.bucket),
-            key: Some(input.key),
-            upload_id: Some(input.upload_id),
-            part_number_marker: Some(after),
-            next_part_number_marker: parts.last().and_then(|part| part.part_number),
-            max_parts: Some(input.max_parts.unwrap_or(1000)),
-            is_truncated: Some(truncated),
-            parts: Some(parts),
-            ..Default::default()
-        }))
-    }
-
-    async fn list_multipart_uploads(
-        &self,
-        req: S3Request<ListMultipartUploadsInput>,
-    ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
-        let input = req.input;
-        let encode = encoder(input.encoding_type.as_ref())?;
-        let most = page(input.max_uploads, self.limits.page_size)?;
-        let state = self.lock();
-        state.bucket(&input.bucket)?;
-        let prefix = input.prefix.as_deref().unwrap_or_default();
-        // S3 orders uploads by key, then by when they began; so do the ids of this store.
-        let mut found: Vec<(&str, &str, &Upload)> = state
-            .uploads
-            .iter()
-            .map(|(id, upload)| (upload.key.as_str(), id.as_str(), upload))
-            .filter(|(key, id, upload)| {
-                upload.bucket == input.bucket
-                    && key.starts_with(prefix)
-                    && match (
-                        input.key_marker.as_deref(),
-                        input.upload_id_marker.as_deref(),
-                    ) {
-                        (None | Some(""), _) => true,
-                        (Some(marker), None | Some("")) => *key > marker,
-                        (Some(marker), Some(id_marker)) => (*key, *id) > (marker, id_marker),
-                    }
-            })
-            .collect();
-        found.sort_by_key(|(key, id, _)| (*key, *id));
-        let truncated = found.len() > most;
-        found.truncate(most);
-        let last = found
-            .last()
-            .filter(|_| truncated)
-            .map(|(key, id, _)| (encode(key), (*id).to_owned()));
-        let uploads = found
-            .into_iter()
-            .map(|(key, id, upload)| MultipartUpload {
-                key: Some(encode(key)),
-                upload_id: Some(id.to_owned()),
-                initiated: Some(upload.initiated.into()),
-                storage_class: Some(StorageClass::from(
-                    upload
-                        .storage_class
-                        .clone()
-                        .unwrap_or_else(|| "STANDARD".to_owned()),
-                )),
-                ..Default::default()
-            })
-            .collect();
-        Ok(S3Response::new(ListMultipartUploadsOutput {
-            is_truncated: Some(truncated),
-            next_key_marker: last.as_ref().map(|(key, _)| key.clone()),
-            next_upload_id_marker: last.map(|(_, id)| id),
-            uploads: Some(uploads),
-            bucket: Some(input.bucket.clone()),
-            prefix: input.prefix.as_deref().map(&encode),
-            key_marker: input.key_marker.as_deref().map(&encode),
-            upload_id_marker: input.upload_id_marker.clone(),
-            encoding_type: input.encoding_type.clone(),
-            max_uploads: Some(input.max_uploads.unwrap_or(1000)),
-            ..Default::default()
-        }))
-    }
-}
-
-impl Store {
-    fn keep_part(
-        &self,
-        bucket: &str,
-        key: &str,
-        upload_id: &str,
-        number: i32,
-        body: Bytes,
-    ) -> S3Result<(ETag, SystemTime)> {
-        if !(1..=10_000).contains(&number) {
-            return Err(s3_error!(
-                InvalidArgument,
-                "Part number must be an integer between 1 and 10000, inclusive"
-            ));
-        }
-        let part = PartBody {
-            etag: hex_md5(&body),
-            modified: SystemTime::now(),
-            body,
-        };
-        let kept = (strong(&part.etag), part.modified);
-        self.lock()
-            .upload(bucket, key, upload_id)?
-            .parts
-            .insert(number, part);
-        Ok(kept)
-    }
-
-    /// Moves the start of every unfinished upload into the past.
-    pub fn age_uploads(&self, by: std::time::Duration) {
+    /// Moves the start of every unfinished multipart upload this far into the past.
+    pub fn age_uploads(&self, by: Duration) {
         for upload in self.lock().uploads.values_mut() {
             upload.initiated -= by;
         }
+    }
+
+    /// The lifecycle rules of the bucket; empty if it has none.
+    pub fn lifecycle(&self) -> Vec<LifecycleRule> {
+        let state = self.lock();
+        state.lifecycles.get(BUCKET).cloned().unwrap_or_default()
+    }
+
+    pub fn set_lifecycle(&self, rules: Vec<LifecycleRule>) {
+        self.lock().lifecycles.insert(BUCKET.to_owned(), rules);
+    }
+
+    /// Forgets the objects and unfinished uploads of a bucket, but not the bucket.
+    pub fn empty(&self, bucket: &str) {
+        let mut state = self.lock();
+        state.uploads.retain(|_, upload| upload.bucket != bucket);
+        state.buckets.entry(bucket.to_owned()).or_default().clear();
+    }
+
+    /// Forgets everything but the names of the buckets.
+    pub fn forget_all(&self) {
+        let mut state = self.lock();
+        state.uploads.clear();
+        state.lifecycles.clear();
+        state.buckets.values_mut().for_each(BTreeMap::clear);
+    }
+
+    /// The ETag of an object or part with this body.
+    pub fn etag(&self, body: &[u8]) -> String {
+        match &self.at_hand {
+            Some(at_hand) => at_hand.etag(),
+            None => hex_md5(body),
+        }
+    }
+
+    /// The object that `parts`, in their order, make under `key`: its body and its ETag.
+    pub fn joined(&self, key: &str, parts: &[&PartBody]) -> (Bytes, String) {
+        let length = parts.iter().map(|part| part.body.len()).sum();
+        if let Some(at_hand) = &self.at_hand
+            && let Some(body) = at_hand.blob(key)
+            && body.len() == length
+        {
+            return (body.clone(), at_hand.etag());
+        }
+        let mut body = BytesMut::with_capacity(length);
+        let mut digests = Md5::new();
+        for part in parts {
+            body.extend_from_slice(&part.body);
+            digests.update(hex::decode(&part.etag).unwrap_or_default());
+        }
+        let etag = format!("{}-{}", hex::encode(digests.finalize()), parts.len());
+        (body.freeze(), etag)
+    }
+}
+
+pub fn hex_md5(body: &[u8]) -> String {
+    hex::encode(Md5::digest(body))
+}
+
+/// The blobs that a server for benchmarks already has: it counts what it is sent of them and serves
+/// its own copy.
+#[derive(Clone, Debug)]
+pub struct AtHand {
+    /// By the hex digits of their digests.
+    blobs: Arc<HashMap<String, Bytes>>,
+    etags: Arc<AtomicU64>,
+}
+
+impl AtHand {
+    pub fn new(blobs: HashMap<String, Bytes>) -> Self {
+        Self {
+            blobs: Arc::new(blobs),
+            etags: Arc::default(),
+        }
+    }
+
+    pub fn blobs(&self) -> &HashMap<String, Bytes> {
+        &self.blobs
+    }
+
+    /// The blob that `key` names in its last segment, as `sha256:HEX` or `HEX`.
+    pub fn blob(&self, key: &str) -> Option<&Bytes> {
+        let name = key.rsplit('/').next().unwrap_or(key);
+        self.blobs.get(name.strip_prefix("sha256:").unwrap_or(name))
+    }
+
+    /// Never the content's MD5, which would have to be computed: it has the form of a multipart
+    /// upload's ETag, which clients know to be none.
+    pub fn etag(&self) -> String {
+        let serial = self.etags.fetch_add(1, Ordering::Relaxed);
+        format!("{serial:032x}-1")
     }
 }

@@ -66,23 +66,6 @@ async fn no_more_than_ten_thousand_uploads_or_parts_are_looked_at() {
     assert_eq!((found.len(), server.requests().len()), (10_000, 10));
 }
 
-/// A server that greets with `first`, and then sends `then` every ten milliseconds.
-async fn dripping_headers(first: &'static [u8], then: &'static [u8]) -> Server {
-    let (listener, server) = Server::unattended("http").await;
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let _ = stream.read(&mut [0; 20]).await;
-                let _ = stream.write_all(first).await;
-                while stream.write_all(then).await.is_ok() {
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-            });
-        }
-    });
-    server
-}
-
 #[tokio::test]
 async fn headers_that_drip_or_never_end_are_given_up() {
     let continues: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
@@ -90,7 +73,9 @@ async fn headers_that_drip_or_never_end_are_given_up() {
         (&b"HTTP/1.1 200 OK\r\nx-y: "[..], &b"z"[..]),
         (continues, continues),
     ] {
-        let server = dripping_headers(first, then).await;
+        let pause = Duration::from_millis(10);
+        let acts = vec![Act::Send(first.to_vec()), Act::Repeat(then.to_vec(), pause)];
+        let server = Server::new(vec![Reply::Play(acts); 3]).await;
         let store = server.store_at(Timing {
             headers: Duration::from_millis(300),
             ..soon()

@@ -1,12 +1,14 @@
 //! Endpoints that are not S3: a cache that is not there must not be mistaken for one.
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use super::*;
 
 const NGINX: &str = "<html>\r\n<head><title>404 Not Found</title></head>\r\n<body>\r\n\
                      <center><h1>404 Not Found</h1></center>\r\n</body>\r\n</html>";
 
 fn with_body(status: &str, body: &str) -> Reply {
-    Reply::Answer(answer(status, "", body))
+    Reply::Answer(response(status, "", body))
 }
 
 #[tokio::test]
@@ -73,7 +75,7 @@ async fn a_404_without_a_body_counts_only_where_the_bucket_is_found_to_be_s3_s()
     let e = server.store().head("a").await.unwrap_err();
     assert_eq!(e.kind, Kind::NoBucket);
     // Only S3 has such headers.
-    let own = Reply::Answer(answer("404 Not Found", "x-amz-request-id: 1\r\n", ""));
+    let own = Reply::Answer(response("404 Not Found", "x-amz-request-id: 1\r\n", ""));
     let server = Server::new(vec![own]).await;
     assert!(server.store().head("a").await.unwrap().is_none());
 }
@@ -185,15 +187,16 @@ async fn a_head_that_fails_is_explained_by_one_get_for_all() {
 #[tokio::test]
 async fn https_to_an_http_port_and_http_to_an_https_port_are_told_apart_from_other_breaks() {
     let bad = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n".to_vec();
-    let (listener, server) = Server::unattended("https").await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let host = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let _ = stream.read(&mut [0; 64]).await;
             let _ = stream.write_all(&bad).await;
         }
     });
-    let host = server.url.trim_start_matches("https://");
-    let e = server.store().head("a").await.unwrap_err();
+    let store = store_of(&config(&format!("https://{host}")), soon());
+    let e = store.head("a").await.unwrap_err();
     assert!(
         e.message
             .starts_with(&format!("{host} does not speak https ("))

@@ -1,0 +1,53 @@
+//! A cache's manifest on S3: read, and written last.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+
+use crate::bucket::Bucket;
+use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
+use crate::store;
+use crate::transfer::body::InMemory;
+
+impl Bucket {
+    /// The cache called `name`; `None` if there is none.
+    ///
+    /// # Errors
+    /// The store fails, or the manifest is not one that BuildKit could read.
+    pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
+        let key = self.config.manifest_key(name);
+        let reading = || format!("reading the manifest {key} on s3");
+        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
+        let Some(bytes) = read.with_context(reading)? else {
+            return Ok(None);
+        };
+        CacheConfig::parse_s3(&bytes)
+            .map(Some)
+            .with_context(reading)
+    }
+
+    /// Writes the manifest called `name`. Every blob that it names must be there.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn write_manifest(&self, name: &str, manifest: Bytes) -> Result<()> {
+        let key = self.config.manifest_key(name);
+        self.store
+            .put(&key, Arc::new(InMemory(manifest)))
+            .await
+            .with_context(|| format!("writing the manifest {key}"))?;
+        self.progress.note(&format!("wrote {key}"));
+        Ok(())
+    }
+}
+
+/// Well-formed JSON is what someone wrote. Anything else may be a proxy's page.
+fn check_json(bytes: &[u8]) -> Result<(), String> {
+    // From bytes, serde_json would not look into the strings that it ignores.
+    let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?;
+    match serde_json::from_str::<serde::de::IgnoredAny>(text) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("it is not JSON ({error})")),
+    }
+}

@@ -1,0 +1,139 @@
+//! Blobs from the bucket into the layout: staged, downloaded, and published in batches.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use futures::stream::{StreamExt, TryStreamExt};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::ImportFrom;
+use crate::blocking::blocking;
+use crate::cache::digest::Digest;
+use crate::layout::{Layout, Staged};
+use crate::process;
+use crate::progress::Verb;
+use crate::transfer::download::{Downloader, Fetched};
+
+/// Blobs fetched at once. How many of them are large, the bound on buffers decides.
+const BLOBS: usize = 160;
+
+/// Open files that a blob in flight needs: its file twice and a connection, and as many again for
+/// those that wait to be published.
+const FILES: usize = 6;
+
+/// Verified blobs that may wait to be published. Each holds a file open.
+const VERIFIED: usize = 32;
+
+/// Verified blobs published together: that shares the cost of syncing.
+const BATCH: usize = 256;
+
+/// Staging files opened at once. More would be as many threads, for an instant.
+const STAGINGS: usize = 4;
+
+/// What came of fetching blobs.
+#[derive(Default)]
+pub(super) struct Haul {
+    /// Those that S3 does not have.
+    pub(super) missing: BTreeSet<Digest>,
+    /// How many other processes have fetched meanwhile.
+    pub(super) present: u64,
+    /// What came over the network.
+    pub(super) bytes: u64,
+}
+
+impl ImportFrom<'_> {
+    /// Fetches `blobs` into the layout.
+    pub(super) async fn fetch(&self, blobs: Vec<(Digest, u64)>) -> Result<Haul> {
+        if !blobs.is_empty() {
+            let bytes = blobs.iter().map(|(_, size)| size).sum();
+            self.progress.stage("fetching", blobs.len() as u64, bytes);
+        }
+        let store = Arc::clone(self.bucket.store());
+        let downloader = Downloader::new(store, self.progress.clone(), self.limits);
+        let stagings = Arc::new(Semaphore::new(STAGINGS));
+        let (verified, publishing) = mpsc::channel(VERIFIED);
+        let publishing = publish(self.layout.clone(), publishing);
+        let fetching = async {
+            // Moved in: publishing ends when the last sender is dropped.
+            let verified = verified;
+            let mut fetches = futures::stream::iter(blobs)
+                .map(|(digest, size)| {
+                    let (downloader, stagings, verified) = (&downloader, &stagings, &verified);
+                    async move {
+                        let fetched = self.fetch_one(digest, size, downloader, stagings, verified);
+                        anyhow::Ok((digest, fetched.await?))
+                    }
+                })
+                .buffer_unordered(process::within_open_files(BLOBS, FILES));
+            let mut haul = Haul::default();
+            while let Some((digest, fetched)) = fetches.try_next().await? {
+                match fetched {
+                    None => haul.present += 1,
+                    Some(Fetched::Missing) => {
+                        haul.missing.insert(digest);
+                    }
+                    Some(Fetched::Whole { bytes }) => haul.bytes += bytes,
+                }
+            }
+            Ok(haul)
+        };
+        // Both run to their ends: what was verified before a failure is kept for the next run.
+        let (fetched, published) = tokio::join!(fetching, publishing);
+        published?;
+        fetched
+    }
+
+    /// `None`: another process has fetched it meanwhile.
+    async fn fetch_one(
+        &self,
+        digest: Digest,
+        size: u64,
+        downloader: &Downloader,
+        stagings: &Arc<Semaphore>,
+        verified: &mpsc::Sender<Staged>,
+    ) -> Result<Option<Fetched>> {
+        let blob = self.progress.blob(Verb::Download, &digest, size);
+        // Released as soon as another process has to be waited for, so that others can go on.
+        let mut turn = Arc::clone(stagings).acquire_owned().await.ok();
+        let waited_for = Arc::clone(&blob);
+        let waiting = move || {
+            waited_for.waiting();
+            drop(turn.take());
+        };
+        let (layout, replace) = (self.layout.clone(), self.task.verify);
+        let staging = blocking(move || match replace {
+            true => layout.stage_replacement(&digest, size, waiting),
+            false => layout.stage(&digest, size, waiting),
+        });
+        let Some(staged) = staging.await? else {
+            blob.present();
+            return Ok(None);
+        };
+        let key = self.bucket.blob_key(&digest);
+        let fetched = downloader.fetch(&key, &staged.growing, &blob).await;
+        let Ok(Fetched::Whole { bytes }) = fetched else {
+            let layout = self.layout.clone();
+            blocking(move || {
+                layout.discard_empty(staged);
+                Ok(())
+            })
+            .await?;
+            return fetched.map(Some);
+        };
+        blob.done();
+        let sent = verified.send(staged).await.ok();
+        sent.context("the task that publishes blobs has ended")?;
+        Ok(Some(Fetched::Whole { bytes }))
+    }
+}
+
+/// Publishes verified blobs as they arrive. Ends when every sender is gone.
+async fn publish(layout: Layout, mut verified: mpsc::Receiver<Staged>) -> Result<()> {
+    let mut batch = Vec::new();
+    while verified.recv_many(&mut batch, BATCH).await > 0 {
+        let (layout, staged) = (layout.clone(), std::mem::take(&mut batch));
+        blocking(move || layout.publish(staged)).await?;
+    }
+    Ok(())
+}

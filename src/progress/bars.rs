@@ -1,0 +1,458 @@
+//! Bars on a terminal, redrawn ten times a second by a thread of their own.
+//!
+//! A frame is drawn in one write: back to its first row, erase to the end of the screen, and print the
+//! new one, each line with its line end. So a recording of the terminal (`script`) has whole lines. It
+//! is not indicatif's way, which pads lines to the full width and leaves them without an end: those
+//! are torn when the window gets narrower.
+
+use std::fmt::Write as _;
+use std::io::Write;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::lines::{message, resumed};
+use super::{Clock, Flight, Kind, Step, Tally, View, bytes, lock, milliseconds, percent, short};
+use crate::quote::printable;
+
+const REDRAW: Duration = Duration::from_millis(100);
+
+/// Milliseconds for which a stage or a blob has to last before it is shown.
+const PATIENCE: u64 = 500;
+
+/// Blobs that get a bar of their own, where the terminal is high enough.
+const MOST_BARS: usize = 8;
+
+/// Columns of the shortest bar worth drawing, with its brackets.
+const SHORTEST_BAR: usize = 10;
+
+/// Seconds over which a rate is averaged: older bytes hardly count.
+const MEMORY: f64 = 5.0;
+
+pub(super) struct Bars {
+    /// Locked for an instant only: those who work take it.
+    state: Mutex<State>,
+    /// Locked while writing, which can take as long as the terminal likes.
+    terminal: Mutex<Terminal>,
+    clock: Clock,
+    coloured: bool,
+}
+
+/// Rows and columns of a terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Size {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+}
+
+/// The size of the terminal behind stderr. One that does not know its own is given 24 × 80.
+pub(super) fn size() -> Size {
+    let (rows, columns) = console::Term::stderr().size();
+    let known = |n: u16, usual: usize| if n == 0 { usual } else { usize::from(n) };
+    Size {
+        rows: known(rows, 24),
+        columns: known(columns, 80),
+    }
+}
+
+/// Redraws until `bars` has ended or is gone.
+pub(super) fn keep_drawing(bars: &Arc<Bars>) {
+    let bars = Arc::downgrade(bars);
+    // Without the thread there are no bars, and the work goes on.
+    let _ = std::thread::Builder::new()
+        .name("progress".into())
+        .spawn(move || {
+            while bars.upgrade().is_some_and(|bars| bars.draw()) {
+                std::thread::sleep(REDRAW);
+            }
+        });
+}
+
+impl Bars {
+    pub(super) fn new(
+        out: Box<dyn Write + Send>,
+        size: impl Fn() -> Size + Send + 'static,
+        clock: Clock,
+        coloured: bool,
+    ) -> Self {
+        Bars {
+            state: Mutex::new(State {
+                stage: None,
+                flights: Vec::new(),
+                sampled: milliseconds(&clock),
+            }),
+            terminal: Mutex::new(Terminal {
+                out,
+                size: Box::new(size),
+                frame: Vec::new(),
+                ended: false,
+            }),
+            clock,
+            coloured,
+        }
+    }
+
+    /// Shows the numbers as they are now. False once nothing is shown any more.
+    pub(super) fn draw(&self) -> bool {
+        let size = (lock(&self.terminal).size)();
+        let frame = lock(&self.state).frame(milliseconds(&self.clock), size);
+        let mut terminal = lock(&self.terminal);
+        if terminal.ended {
+            return false;
+        }
+        if frame != terminal.frame {
+            terminal.replace("", frame);
+        }
+        true
+    }
+}
+
+impl View for Bars {
+    fn stage(&self, stage: &Arc<Tally>) {
+        lock(&self.state).stage = Some((Arc::clone(stage), Rate::default()));
+    }
+
+    fn blob(&self, step: Step, blob: &Arc<Flight>) {
+        let mut state = lock(&self.state);
+        match step {
+            Step::Start => state.flights.push((Arc::clone(blob), Rate::default())),
+            Step::Waiting => {}
+            Step::Done | Step::Present | Step::Failed => {
+                state
+                    .flights
+                    .retain(|(flight, _)| !Arc::ptr_eq(flight, blob));
+            }
+        }
+    }
+
+    fn moved(&self, _: &Flight) {}
+
+    fn message(&self, kind: Kind, text: &str) {
+        let text = message(kind, text, self.coloured) + "\n";
+        let mut terminal = lock(&self.terminal);
+        let frame = terminal.frame.clone();
+        terminal.replace(&text, frame);
+    }
+
+    fn result(&self, _: &Value) {}
+
+    fn suspend(&self, print: &mut dyn FnMut()) {
+        let mut terminal = lock(&self.terminal);
+        terminal.replace("", Vec::new());
+        print();
+    }
+
+    fn end(&self) {
+        let mut terminal = lock(&self.terminal);
+        terminal.replace("", Vec::new());
+        terminal.ended = true;
+    }
+}
+
+struct Terminal {
+    out: Box<dyn Write + Send>,
+    size: Box<dyn Fn() -> Size + Send>,
+    /// The lines on the screen, just above the cursor.
+    frame: Vec<String>,
+    ended: bool,
+}
+
+impl Terminal {
+    /// Prints `above` where the frame was, and the new frame below it.
+    fn replace(&mut self, above: &str, frame: Vec<String>) {
+        let columns = (self.size)().columns.max(1);
+        // A terminal that got narrower has wrapped what no longer fits. (xterm cuts it off instead: there
+        // the frame takes some lines above it along.)
+        let rows: usize = self
+            .frame
+            .iter()
+            .map(|line| width(line).div_ceil(columns).max(1))
+            .sum();
+        let mut text = String::new();
+        if rows > 0 {
+            // To its first row, and erase that, and all below it. Not in one: tmux takes erasing from the
+            // very first row on for clearing the screen, and keeps what was there in its history.
+            let _ = write!(text, "\x1b[{rows}A\r\x1b[K\x1b[B\x1b[J\x1b[A");
+        }
+        text.push_str(above);
+        for line in &frame {
+            text.push_str(line);
+            text.push('\n');
+        }
+        self.frame = frame;
+        if !text.is_empty() {
+            let _ = self.out.write_all(text.as_bytes());
+            let _ = self.out.flush();
+        }
+    }
+}
+
+struct State {
+    stage: Option<(Arc<Tally>, Rate)>,
+    /// In the order in which they began.
+    flights: Vec<(Arc<Flight>, Rate)>,
+    /// When the rates were last brought up to date, in milliseconds of the clock.
+    sampled: u64,
+}
+
+impl State {
+    /// The lines to show on a terminal of `size`.
+    fn frame(&mut self, now: u64, size: Size) -> Vec<String> {
+        self.sample(now);
+        // The line of the cursor stays free, and one above for what was said last.
+        let room = size.rows.saturating_sub(2);
+        let columns = size.columns.saturating_sub(1);
+        let mut rows = Vec::new();
+        let mut head = None;
+        if let Some((stage, rate)) = &self.stage {
+            let elapsed = now.saturating_sub(stage.began);
+            if elapsed < PATIENCE {
+                return Vec::new();
+            }
+            let title = printable(&stage.title);
+            if stage.expected_blobs == 0 {
+                head = Some(format!("{title}, {}", clock_face(elapsed / 1000)));
+            } else {
+                head = (room > 1).then(|| title.into_owned());
+                rows.push(Row::of_stage(stage, elapsed, rate.per_second()));
+            }
+        }
+        let old: Vec<_> = self
+            .flights
+            .iter()
+            .filter(|(blob, _)| now.saturating_sub(blob.began) >= PATIENCE)
+            .collect();
+        let bars = MOST_BARS.min(room.saturating_sub(3));
+        let shown = old.iter().take(bars);
+        rows.extend(shown.map(|(blob, rate)| Row::of_blob(blob, rate.per_second())));
+
+        let mut frame = Vec::new();
+        frame.extend(head.map(|head| cut(&head, columns)));
+        frame.extend(table(&rows, columns));
+        let more = format!("and {} more", old.len().saturating_sub(bars));
+        if bars > 0 && old.len() > bars && more.len() <= columns {
+            frame.push(more);
+        }
+        frame.retain(|line| !line.is_empty());
+        frame.truncate(room);
+        frame
+    }
+
+    fn sample(&mut self, now: u64) {
+        let passed = now.saturating_sub(self.sampled);
+        self.sampled = now;
+        if let Some((stage, rate)) = &mut self.stage {
+            rate.sample(stage.moved(), passed.min(now.saturating_sub(stage.began)));
+        }
+        for (blob, rate) in &mut self.flights {
+            rate.sample(blob.moved(), passed.min(now.saturating_sub(blob.began)));
+        }
+    }
+}
+
+/// Bytes a second, averaged with the weight of older ones falling off.
+#[derive(Default)]
+struct Rate {
+    /// As of the last sample.
+    moved: u64,
+    bytes: f64,
+    seconds: f64,
+}
+
+impl Rate {
+    fn sample(&mut self, moved: u64, milliseconds: u64) {
+        let seconds = milliseconds as f64 / 1000.0;
+        let keep = (-seconds / MEMORY).exp();
+        let more = moved.saturating_sub(self.moved);
+        self.moved = moved;
+        self.bytes = self.bytes * keep + more as f64;
+        self.seconds = self.seconds * keep + seconds;
+    }
+
+    fn per_second(&self) -> u64 {
+        (self.bytes / self.seconds) as u64
+    }
+}
+
+/// One line of the table.
+#[derive(Default)]
+struct Row {
+    label: String,
+    percent: u8,
+    current: u64,
+    total: u64,
+    rate: u64,
+    /// The last column, and a shorter form of it.
+    tail: String,
+    elapsed: String,
+    /// Takes the place of all but the label.
+    instead: Option<&'static str>,
+}
+
+impl Row {
+    fn of_stage(stage: &Tally, milliseconds: u64, rate: u64) -> Self {
+        let (current, total) = (stage.current.load(Relaxed), stage.bytes());
+        let elapsed = clock_face(milliseconds / 1000);
+        let seconds_left = total.saturating_sub(current).checked_div(rate);
+        // From 100 hours on it is no estimate.
+        let left = match seconds_left.filter(|left| *left < 100 * 3600) {
+            Some(left) if current > 0 && current < total => format!(", {} left", clock_face(left)),
+            _ => String::new(),
+        };
+        let (done, blobs) = (stage.done.load(Relaxed), stage.blobs());
+        Row {
+            label: format!("{done}/{blobs} blobs"),
+            // Of bytes that need not be moved none is left.
+            percent: if done == blobs {
+                100
+            } else {
+                percent(current, total)
+            },
+            current,
+            total,
+            rate,
+            tail: format!("{elapsed}{left}"),
+            elapsed,
+            instead: None,
+        }
+    }
+
+    fn of_blob(blob: &Flight, rate: u64) -> Self {
+        let current = blob.current.load(Relaxed);
+        let waiting = blob.waiting.load(Relaxed);
+        Row {
+            label: short(&blob.digest),
+            percent: percent(current, blob.bytes),
+            current,
+            total: blob.bytes,
+            rate,
+            tail: resumed("", blob.resumed.load(Relaxed)),
+            elapsed: String::new(),
+            instead: waiting.then_some("waits for another process"),
+        }
+    }
+
+    /// A cell's text. That of the bar depends on the room for it.
+    fn cell(&self, column: Column, bar: usize) -> String {
+        match column {
+            Column::Label => self.label.clone(),
+            Column::Percent => format!("{}%", self.percent),
+            Column::Bar => {
+                let inside = bar.saturating_sub(2);
+                let filled = usize::from(self.percent) * inside / 100;
+                format!("[{:<inside$}]", "#".repeat(filled))
+            }
+            Column::Sizes => format!("{}/{}", bytes(self.current), bytes(self.total)),
+            Column::Rate => format!("{}/s", bytes(self.rate)),
+            Column::Tail => self.tail.clone(),
+            Column::Elapsed => self.elapsed.clone(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Column {
+    Label,
+    Percent,
+    Bar,
+    Sizes,
+    Rate,
+    Tail,
+    Elapsed,
+}
+
+impl Column {
+    /// Columns of the terminal that it takes at least, so that the table keeps still while the numbers
+    /// grow.
+    fn least(self) -> usize {
+        match self {
+            Column::Label | Column::Elapsed => 0,
+            Column::Percent => "100%".len(),
+            Column::Bar => SHORTEST_BAR,
+            Column::Sizes => "62.9 MiB/62.9 MiB".len(),
+            Column::Rate => "62.9 MiB/s".len(),
+            Column::Tail => "0:00, 0:00 left".len(),
+        }
+    }
+}
+
+/// What a table shows, from the widest terminal to the narrowest.
+const LAYOUTS: [&[Column]; 7] = {
+    use Column::{Bar, Elapsed, Label, Percent, Rate, Sizes, Tail};
+    [
+        &[Label, Percent, Bar, Sizes, Rate, Tail],
+        &[Label, Percent, Sizes, Rate, Tail],
+        &[Label, Percent, Sizes, Rate, Elapsed],
+        &[Label, Percent, Rate, Elapsed],
+        &[Label, Percent, Elapsed],
+        &[Label, Percent],
+        &[Percent],
+    ]
+};
+
+/// The rows with their columns aligned, in at most `room` columns of the terminal. ASCII without
+/// colours: right for every terminal and locale.
+fn table(rows: &[Row], room: usize) -> Vec<String> {
+    for layout in LAYOUTS {
+        let widths: Vec<usize> = layout
+            .iter()
+            .map(|&column| {
+                let cells = rows.iter().filter(|row| row.instead.is_none());
+                let widest = cells.map(|row| row.cell(column, 0).len()).max();
+                widest.unwrap_or_default().max(column.least())
+            })
+            .collect();
+        let taken = widths.iter().sum::<usize>() + layout.len() - 1;
+        if taken > room {
+            continue;
+        }
+        let bar = SHORTEST_BAR + room - taken;
+        // Without their labels, only the first row says something.
+        let worth = if layout.contains(&Column::Label) {
+            rows.len()
+        } else {
+            1
+        };
+        let line = |row: &Row| {
+            if let Some(instead) = row.instead {
+                return cut(&format!("{} {instead}", row.label), room);
+            }
+            let mut line = String::new();
+            for (&column, &width) in layout.iter().zip(&widths) {
+                let cell = row.cell(column, bar);
+                let _ = match column {
+                    Column::Label => write!(line, "{cell:<width$} "),
+                    Column::Bar | Column::Tail | Column::Elapsed => write!(line, "{cell} "),
+                    Column::Percent | Column::Sizes | Column::Rate => {
+                        write!(line, "{cell:>width$} ")
+                    }
+                };
+            }
+            line.truncate(line.trim_end().len());
+            line
+        };
+        return rows.iter().take(worth).map(line).collect();
+    }
+    Vec::new()
+}
+
+/// `text` in at most `columns` of the terminal.
+fn cut(text: &str, columns: usize) -> String {
+    console::truncate_str(text, columns, "").into_owned()
+}
+
+/// Columns of the terminal that `line` takes.
+fn width(line: &str) -> usize {
+    console::measure_text_width(line)
+}
+
+/// `0:03`, `12:03`, `1:02:03`.
+fn clock_face(seconds: u64) -> String {
+    let (minutes, seconds) = (seconds / 60, seconds % 60);
+    match minutes / 60 {
+        0 => format!("{minutes}:{seconds:02}"),
+        hours => format!("{hours}:{:02}:{seconds:02}", minutes % 60),
+    }
+}

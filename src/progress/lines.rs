@@ -1,0 +1,232 @@
+//! Plain text, for logs: one line for each thing that happened, with the elapsed seconds first.
+//! Warnings and errors have only their label before them, so that a log is easily searched for them.
+
+use std::io::{Stderr, Write};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+
+use anstyle::AnsiColor;
+use serde_json::Value;
+
+use super::{
+    Clock, Flight, Kind, Step, Tally, View, bytes, is_due, milliseconds, percent, short, write_line,
+};
+use crate::quote::printable;
+
+/// Milliseconds between two lines on the state of a stage.
+pub(super) const INTERVAL: u64 = 10_000;
+
+/// Blobs of a stage up to which each gets its own line.
+const EACH: u64 = 20;
+
+pub(super) struct Lines {
+    out: Mutex<Box<dyn Write + Send>>,
+    clock: Clock,
+    /// Milliseconds of the clock.
+    began: u64,
+    coloured: bool,
+    /// Warnings and errors only.
+    quiet: bool,
+    verbose: bool,
+}
+
+impl Lines {
+    pub(super) fn new(
+        out: Box<dyn Write + Send>,
+        clock: Clock,
+        coloured: bool,
+        verbose: bool,
+    ) -> Self {
+        Lines {
+            out: Mutex::new(out),
+            began: milliseconds(&clock),
+            clock,
+            coloured,
+            quiet: false,
+            verbose,
+        }
+    }
+
+    /// Shows warnings and errors only.
+    pub(super) fn quiet(out: Box<dyn Write + Send>, clock: Clock, coloured: bool) -> Self {
+        Lines {
+            quiet: true,
+            ..Lines::new(out, clock, coloured, false)
+        }
+    }
+
+    fn write(&self, text: &str) {
+        let elapsed = milliseconds(&self.clock).saturating_sub(self.began);
+        let (seconds, tenths) = (elapsed / 1000, elapsed % 1000 / 100);
+        let line = format!("{seconds:>3}.{tenths}s {}", printable(text));
+        write_line(&self.out, line);
+    }
+
+    /// The state of the blob's stage, if a line on it is due.
+    fn state(&self, blob: &Flight) {
+        let (stage, now) = (&*blob.stage, milliseconds(&self.clock));
+        if self.quiet || !is_due(&stage.next_line, now, INTERVAL) {
+            return;
+        }
+        let moved = stage.moved();
+        let passed = now.saturating_sub(stage.last_line.swap(now, Relaxed));
+        let rate = rate(
+            moved.saturating_sub(stage.last_moved.swap(moved, Relaxed)),
+            passed,
+        );
+        let (verb, total) = (blob.verb.present(), stage.bytes());
+        let percent = percent(stage.current.load(Relaxed), total);
+        self.write(&format!(
+            "{}{verb}: {percent}% of {}, {rate}{}",
+            count(stage),
+            bytes(total),
+            resumed(", ", stage.resumed.load(Relaxed)),
+        ));
+    }
+
+    /// One of many blobs has ended: a line on all of them, if it was the last.
+    fn ended(&self, blob: &Flight) {
+        let stage = &*blob.stage;
+        let is_last = stage.expected_blobs > 0 && stage.done.load(Relaxed) == stage.blobs();
+        // Two that end at once may both look like the last.
+        if !is_last || stage.next_line.swap(u64::MAX, Relaxed) == u64::MAX {
+            return self.state(blob);
+        }
+        let passed = milliseconds(&self.clock).saturating_sub(stage.began);
+        self.write(&format!(
+            "{}{} {}, {}{}",
+            count(stage),
+            blob.verb.past(),
+            bytes(stage.current.load(Relaxed)),
+            rate(stage.moved(), passed),
+            resumed(", ", stage.resumed.load(Relaxed)),
+        ));
+    }
+}
+
+impl View for Lines {
+    fn stage(&self, stage: &Arc<Tally>) {
+        if !self.quiet {
+            self.write(&match stage.expected_blobs {
+                0 => stage.title.clone(),
+                1 => format!("{} (1 blob, {})", stage.title, bytes(stage.expected_bytes)),
+                n => format!(
+                    "{} ({n} blobs, {})",
+                    stage.title,
+                    bytes(stage.expected_bytes)
+                ),
+            });
+        }
+    }
+
+    fn blob(&self, step: Step, blob: &Arc<Flight>) {
+        if self.quiet {
+            return;
+        }
+        let (verb, count) = (blob.verb, count(&blob.stage));
+        let name = format!("sha256:{} {}", short(&blob.digest), bytes(blob.bytes));
+        let many = blob.stage.blobs() > EACH && !self.verbose;
+        match step {
+            Step::Start if self.verbose => self.write(&format!("{} {name}", verb.present())),
+            Step::Start => {}
+            Step::Waiting if many => {
+                if !blob.stage.waiting.swap(true, Relaxed) {
+                    self.write("waiting for other processes at work on the same blobs");
+                }
+            }
+            Step::Waiting => self.write(&format!(
+                "waiting for another process to {} {name}",
+                verb.infinitive()
+            )),
+            Step::Done | Step::Present if many => self.ended(blob),
+            Step::Done => {
+                let resumed = blob.resumed.load(Relaxed);
+                self.write(&format!(
+                    "{count}{} {name}{}",
+                    verb.past(),
+                    self::resumed(", ", resumed)
+                ));
+            }
+            Step::Present => {
+                self.write(&format!("{count}another process {} {name}", verb.past()));
+            }
+            // Blobs stop where another failed, or on a signal: the error names the cause.
+            Step::Failed if self.verbose => self.write(&format!(
+                "stopped {} sha256:{} after {} of {}",
+                verb.present(),
+                short(&blob.digest),
+                bytes(blob.current.load(Relaxed)),
+                bytes(blob.bytes)
+            )),
+            Step::Failed => {}
+        }
+    }
+
+    fn moved(&self, blob: &Flight) {
+        self.state(blob);
+    }
+
+    fn message(&self, kind: Kind, text: &str) {
+        match kind {
+            Kind::Warning | Kind::Error => {
+                write_line(&self.out, message(kind, text, self.coloured));
+            }
+            _ if self.quiet => {}
+            Kind::Debug => self.write(&format!("debug: {text}")),
+            Kind::Note | Kind::Retry => self.write(text),
+        }
+    }
+
+    fn result(&self, _: &Value) {}
+
+    fn suspend(&self, print: &mut dyn FnMut()) {
+        print();
+    }
+
+    fn end(&self) {}
+}
+
+/// A message as a terminal shows it, without a line end.
+pub(super) fn message(kind: Kind, text: &str, coloured: bool) -> String {
+    let text = printable(text);
+    let (label, colour) = match kind {
+        Kind::Note | Kind::Retry => return text.into_owned(),
+        Kind::Debug => return format!("debug: {text}"),
+        Kind::Warning => ("warning:", AnsiColor::Yellow),
+        Kind::Error => ("error:", AnsiColor::Red),
+    };
+    if coloured {
+        // As clap's own errors.
+        let style = colour.on_default().bold();
+        format!("{style}{label}{style:#} {text}")
+    } else {
+        format!("{label} {text}")
+    }
+}
+
+/// Whether labels are coloured: on a terminal that can, unless `NO_COLOR` or `CLICOLOR=0` forbids it;
+/// and under `CLICOLOR_FORCE`.
+pub(super) fn is_coloured(stderr: &Stderr) -> bool {
+    anstream::AutoStream::choice(stderr) != anstream::ColorChoice::Never
+}
+
+/// `[3/10] `, or nothing while it is not known how many there will be.
+fn count(stage: &Tally) -> String {
+    match stage.expected_blobs {
+        0 => String::new(),
+        _ => format!("[{}/{}] ", stage.done.load(Relaxed), stage.blobs()),
+    }
+}
+
+fn rate(moved: u64, milliseconds: u64) -> String {
+    let rate = u128::from(moved) * 1000 / u128::from(milliseconds.max(1));
+    format!("{}/s", bytes(u64::try_from(rate).unwrap_or(u64::MAX)))
+}
+
+/// What an earlier run had moved, after `before`; nothing if it was nothing.
+pub(super) fn resumed(before: &str, resumed: u64) -> String {
+    match resumed {
+        0 => String::new(),
+        _ => format!("{before}{} resumed", bytes(resumed)),
+    }
+}

@@ -1,0 +1,200 @@
+//! The metadata file: every report of a run, as JSON for the next CI step.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::report::AnyReport;
+
+#[derive(Serialize)]
+struct Document {
+    version: u32,
+    results: Vec<Value>,
+}
+
+/// Whether [`write`] can be expected to work, asked before there is anything to lose.
+/// Errors name the file.
+pub fn check(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    let checked = match target(path) {
+        Ok(Target::Stream) => rustix::fs::access(path, rustix::fs::Access::WRITE_OK)
+            .map_err(|error| std::io::Error::from(error).into()),
+        // Opening or replacing what is there would already be a result.
+        Ok(Target::File(target)) => stage(&target).map(drop),
+        Err(error) => Err(error),
+    };
+    checked.with_context(|| format!("cannot write metadata file {path:?}"))
+}
+
+/// Writes the reports as JSON to the file at `path`, which is replaced in one step, or written to
+/// where it is no regular file (`/dev/stdout`, a pipe). Errors name the file.
+pub fn write(path: impl AsRef<Path>, reports: &[Box<dyn AnyReport>]) -> Result<()> {
+    let path = path.as_ref();
+    write_json(path, reports).with_context(|| format!("cannot write metadata file {path:?}"))
+}
+
+fn write_json(path: &Path, reports: &[Box<dyn AnyReport>]) -> Result<()> {
+    let document = Document {
+        version: 1,
+        results: reports.iter().map(|report| report.json()).collect(),
+    };
+    let mut json = serde_json::to_vec_pretty(&document)?;
+    json.push(b'\n');
+
+    match target(path)? {
+        Target::Stream => {
+            let mut stream = std::fs::OpenOptions::new().write(true).open(path)?;
+            stream.write_all(&json)?;
+        }
+        Target::File(target) => {
+            let mut staged = stage(&target)?;
+            staged.write_all(&json)?;
+            staged.persist(&target)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a metadata file's path leads to.
+enum Target {
+    /// A file that is there or is not, to be replaced.
+    File(PathBuf),
+    /// A pipe or a device, to be written to.
+    Stream,
+}
+
+fn target(path: &Path) -> Result<Target> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => bail!("it is a directory"),
+        Ok(found) if !found.is_file() => Ok(Target::Stream),
+        // A symlink stays; what it points to is replaced.
+        Ok(_) => Ok(Target::File(path.canonicalize()?)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(Target::File(path.to_path_buf()))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A file beside `target`, to be given its name.
+fn stage(target: &Path) -> Result<tempfile::NamedTempFile> {
+    let directory = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".metadata-");
+    // tempfile's own default is for secrets; this is a result that other CI steps read.
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    Ok(builder.tempfile_in(directory)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{Cost, Details, Place, Report};
+
+    #[derive(Debug, Clone, Default, Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Sent {
+        dry_run: bool,
+        bytes: u64,
+    }
+
+    impl Details for Sent {
+        fn summary(&self, _: &Place, _: &str) -> String {
+            String::new()
+        }
+
+        fn of_failure(self) -> Self {
+            Sent::default()
+        }
+    }
+
+    fn report() -> Box<dyn AnyReport> {
+        let place = Place {
+            command: "export",
+            doing: "exporting to",
+            bucket: "cache".into(),
+            names: vec!["main".into()],
+            keys: vec!["manifests/main".into()],
+        };
+        let bytes = 1_258_291;
+        let dry_run = false;
+        Box::new(Report {
+            cost: Cost {
+                requests: 12,
+                seconds: 1.5,
+            },
+            ..Report::new(place, Sent { dry_run, bytes })
+        })
+    }
+
+    #[test]
+    fn the_metadata_file_is_replaced_whole_and_nothing_is_left_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metadata.json");
+        std::fs::write(&path, "x".repeat(10_000)).unwrap();
+        write(&path, &[report()]).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            r#"{
+  "version": 1,
+  "results": [
+    {
+      "command": "export",
+      "bucket": "cache",
+      "names": [
+        "main"
+      ],
+      "keys": [
+        "manifests/main"
+      ],
+      "dryRun": false,
+      "bytes": 1258291,
+      "requests": 12,
+      "seconds": 1.5
+    }
+  ]
+}
+"#
+        );
+        assert_eq!(directory.path().read_dir().unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_symlink_stays_and_what_it_points_to_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (real, link) = (directory.path().join("real"), directory.path().join("link"));
+        std::fs::write(&real, "old").unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        write(&link, &[]).unwrap();
+        assert!(link.symlink_metadata().unwrap().is_symlink());
+        assert_eq!(
+            std::fs::read_to_string(&real).unwrap(),
+            "{\n  \"version\": 1,\n  \"results\": []\n}\n"
+        );
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_no_regular_file_is_written_to() {
+        let error = write("/dev/full", &[report()]).unwrap_err();
+        let cause = error.downcast_ref::<std::io::Error>().unwrap();
+        assert_eq!(cause.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn an_error_names_the_metadata_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("absent").join("metadata.json");
+        let error = write(&path, &[report()]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("cannot write metadata file {path:?}")
+        );
+    }
+}

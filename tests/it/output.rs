@@ -1,0 +1,132 @@
+//! What a person reads: all of stdout and stderr, compared with a literal in the test.
+//!
+//! When a message changes on purpose, `UPDATE_EXPECT=1 cargo test --test it NAME` rewrites the
+//! literals; the diff shows what changed for the user.
+
+use expect_test::Expect;
+
+use crate::program::Run;
+
+impl Run {
+    /// Fails unless the run printed exactly this, apart from what [`lasting`] replaces.
+    #[track_caller]
+    pub fn prints(self, stdout: Expect, stderr: Expect) -> Run {
+        stdout.assert_eq(&lasting(&self.stdout));
+        stderr.assert_eq(&lasting(&self.stderr));
+        self
+    }
+
+    /// The run without its progress on single blobs: when a run fails, how far the others have come by
+    /// then is a matter of timing.
+    pub fn without_blobs(mut self) -> Run {
+        let problems = ["error: ", "warning: "];
+        let keep = |line: &&str| !names_blob(line) || problems.iter().any(|p| line.starts_with(p));
+        self.stderr = self.stderr.split_inclusive('\n').filter(keep).collect();
+        self
+    }
+}
+
+/// `text` with what differs from run to run replaced: ports, temporary directories, this checkout's
+/// path and seconds. Blobs are moved side by side, so neighbouring lines about one blob each are
+/// sorted, and their count of blobs done is replaced.
+pub fn lasting(text: &str) -> String {
+    let temporary = std::env::temp_dir().join(".tmp");
+    let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
+        // Six characters follow in tempfile's names.
+        rest.get(..6).map(str::len)
+    });
+    let text = text.replace(env!("CARGO_MANIFEST_DIR"), "REPOSITORY");
+    let text = replace(&text, "127.0.0.1:", "127.0.0.1:PORT", digits);
+    let text = replace(&text, "localhost:", "localhost:PORT", digits);
+    let mut lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
+    for line in lines.iter_mut().filter(|line| names_blob(line)) {
+        *line = replace(line, "Ns [", "Ns [N", digits);
+    }
+    for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
+        about_blobs.sort();
+    }
+    lines.concat()
+}
+
+/// Replaces each `start` and as many bytes after it as `more` says, if it says any.
+fn replace(text: &str, start: &str, with: &str, more: impl Fn(&str) -> Option<usize>) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(start) {
+        out.push_str(&rest[..at]);
+        rest = &rest[at + start.len()..];
+        match more(rest) {
+            Some(length) => {
+                out.push_str(with);
+                rest = &rest[length..];
+            }
+            None => out.push_str(start),
+        }
+    }
+    out + rest
+}
+
+fn digits(text: &str) -> Option<usize> {
+    let count = text.bytes().take_while(u8::is_ascii_digit).count();
+    (count > 0).then_some(count)
+}
+
+fn names_blob(line: &str) -> bool {
+    line.contains("sha256:")
+}
+
+/// `in 0.3 s` as `in N s`, and the elapsed time that begins a line, `  0.3s`, as `Ns`.
+fn without_seconds(line: &str) -> String {
+    let mut out = String::new();
+    let mut rest = line;
+    let trimmed = line.trim_start();
+    let elapsed = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.');
+    if elapsed.is_some_and(|end| end > 0 && trimmed[end..].starts_with("s ")) {
+        rest = trimmed;
+    }
+    while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
+        out.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let is_part = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
+        let (number, after) = rest.split_at(rest.bytes().take_while(is_part).count());
+        let seconds = ["s", " s"].iter().any(|unit| {
+            let next = after.strip_prefix(unit);
+            next.is_some_and(|next| !next.starts_with(char::is_alphanumeric))
+        });
+        out.push_str(match number.contains('.') && seconds {
+            true => "N",
+            false => number,
+        });
+        rest = after;
+    }
+    out + rest
+}
+
+/// `[3/10] uploaded` as `[K/10] uploaded`, behind the elapsed seconds that begin a line: blobs finish in
+/// any order.
+fn without_count(line: &str) -> String {
+    let start = line.trim_start();
+    let rest = start.strip_prefix("Ns ").unwrap_or(line);
+    let Some((count, rest)) = rest.strip_prefix('[').and_then(|rest| rest.split_once('/')) else {
+        return rest.to_owned();
+    };
+    match count.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => format!("[K/{rest}"),
+        false => format!("[{count}/{rest}"),
+    }
+}
+
+#[test]
+fn what_differs_from_run_to_run_is_replaced() {
+    let temporary = std::env::temp_dir().join(".tmpA1b2C3/cache");
+    let text = format!(
+        "uploaded sha256:b 1.5 KiB\nuploaded sha256:a 2 B\nwrote {} at http://127.0.0.1:4711/x; \
+         21 requests in 0.1 s\n 12.0s [3/10] hashed sha256:0\n",
+        temporary.display()
+    );
+    assert_eq!(
+        lasting(&text),
+        "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
+         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [N/10] hashed sha256:0\n"
+    );
+}
