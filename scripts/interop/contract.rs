@@ -11,11 +11,12 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, Result, bail, ensure};
 use futures::TryStreamExt as _;
 use layercache::cli::args;
+use layercache::commands::{self, Context as Frame};
 use layercache::config::Task;
 use layercache::interrupt::Interrupt;
-use layercache::progress::{Mode, Progress};
+use layercache::progress::Progress;
 use layercache::store::Store;
-use layercache::transfer::upload::Limits;
+use layercache::transfer::limits::Limits;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
@@ -28,6 +29,9 @@ pub const BUCKET: &str = "cache";
 /// Everything that clients and servers have been seen to encode differently.
 const UNUSUAL_PREFIX: &str = "a b+c%25d/ü&=(x)!*'~@$:?#[]/";
 const UNUSUAL: &str = "prefix=a b+c%25d/ü&=(x)!*'~@$:?#[]/,name=main:1 ü+%2F";
+
+/// Until LastModified, which has whole seconds, can have moved.
+const A_SECOND: Duration = Duration::from_millis(1100);
 
 /// A blob was refreshed by uploading it again, as the copy did not do it.
 const SENT_AGAIN: &str = "sent again";
@@ -302,6 +306,7 @@ fn unusual_keys(peer: &Peer) -> Result<&'static str> {
 }
 
 fn refresh_unusual_keys(peer: &Peer) -> Result<&'static str> {
+    std::thread::sleep(A_SECOND);
     peer.recorder.recent();
     peer.export(&peer.layouts.real, &format!("{UNUSUAL},touch_refresh=0s"))?;
     let sent = blobs_sent(&peer.recorder.recent());
@@ -387,14 +392,15 @@ impl Peer<'_> {
     /// Exports with the library, at other sizes than the program's.
     fn export_within(&self, limits: Limits, layout: &Path, extra: &str) -> Result<()> {
         let task = self.task(layout, &format!("{extra},mode=max"))?;
-        let (interrupt, progress) = (Interrupt::never(), quiet());
-        let outcome = self.runtime.block_on(layercache::perform_within(
+        let frame = Frame {
+            connect: &|config, progress| {
+                Box::pin(layercache::s3::connect(config, progress.clone()))
+            },
             limits,
-            &task,
-            &layercache::connect,
-            &interrupt,
-            &progress,
-        ));
+            interrupt: &Interrupt::never(),
+            progress: &Progress::silent(),
+        };
+        let outcome = self.runtime.block_on(commands::perform(&task, &frame));
         match outcome.errors.into_iter().next() {
             Some(error) => Err(error),
             None => Ok(()),
@@ -415,7 +421,7 @@ impl Peer<'_> {
         };
         let config = &task.targets[0].s3;
         self.runtime
-            .block_on(layercache::s3::connect(config, quiet()))
+            .block_on(layercache::s3::connect(config, Progress::silent()))
     }
 
     /// All keys that begin with `prefix`, page by page.
@@ -454,8 +460,7 @@ impl Peer<'_> {
     /// the same.
     fn refreshes(&self, layout: &Path, prefix: &str, limits: Limits) -> Result<&'static str> {
         let before = self.modified(layout, prefix)?;
-        // LastModified has whole seconds.
-        std::thread::sleep(Duration::from_millis(1100));
+        std::thread::sleep(A_SECOND);
         let extra = format!("prefix={prefix},touch_refresh=0s");
         self.recorder.recent();
         if limits.copy == Limits::default().copy {
@@ -547,10 +552,6 @@ impl Output {
     }
 }
 
-fn quiet() -> Progress {
-    Progress::new(Mode::Quiet, false)
-}
-
 fn blobs_sent(exchanges: &[Exchange]) -> usize {
     let starts = ["put-object", "create-multipart-upload"];
     let sent = exchanges.iter().filter(|exchange| {
@@ -558,7 +559,8 @@ fn blobs_sent(exchanges: &[Exchange]) -> usize {
         let copied = || {
             exchanges.iter().any(|other| {
                 let same = other.target().split('?').next() == exchange.target().split('?').next();
-                same && other.operation() == "upload-part-copy" && other.succeeded()
+                let part = other.operation() == "upload-part-copy";
+                same && part && other.text().contains("<CopyPartResult")
             })
         };
         starts.contains(&exchange.operation()) && exchange.target().contains("blobs/") && !copied()
