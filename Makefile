@@ -40,7 +40,7 @@ bench: toolchain ## against s5cmd, rclone and aws s3, on loopback
 	$(CARGO) build --release --locked --bin layercache --example bench
 	$(TARGET)/release/examples/bench $(TARGET)/release/layercache
 
-interop: toolchain ## against real S3 servers, installed into interop-work and started on loopback
+interop: toolchain ## against real S3 servers on loopback, installed below interop-work; options in INTEROP
 	$(CARGO) build --locked --bin layercache --example interop
 	$(TARGET)/debug/examples/interop $(INTEROP) $(TARGET)/debug/layercache
 

@@ -11,6 +11,7 @@ mod contract;
 #[path = "../bench/layouts.rs"]
 #[expect(dead_code, reason = "only the benchmark compares with other programs")]
 mod layouts;
+mod peer;
 mod recorder;
 mod recordings;
 mod server;
@@ -26,7 +27,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 
-use contract::{BUCKET, Layouts, POINTS, Peer};
+use contract::POINTS;
+use peer::{Layouts, Peer};
 use recorder::Recorder;
 use recordings::Recordings;
 use server::{KINDS, Kind, Server};
@@ -172,7 +174,7 @@ fn try_server(
 fn create_bucket(peer: &Peer) -> Result<()> {
     let begun = Instant::now();
     loop {
-        match peer.send("PUT", &format!("/{BUCKET}"), "") {
+        match peer.create_bucket() {
             Ok((200, _)) => return Ok(()),
             _ if begun.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(200)),
             Ok((status, body)) => bail!("creating a bucket: {status}: {body}"),
