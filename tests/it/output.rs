@@ -19,7 +19,7 @@ impl Run {
     /// The run without its progress on single blobs: when a run fails, how far the others have come by
     /// then is a matter of timing.
     pub fn without_blobs(mut self) -> Run {
-        let problems = ["error: ", "warning: "];
+        let problems = ["layercache: ", "error: ", "warning: "];
         let keep = |line: &&str| !names_blob(line) || problems.iter().any(|p| line.starts_with(p));
         self.stderr = self.stderr.split_inclusive('\n').filter(keep).collect();
         self
@@ -27,8 +27,7 @@ impl Run {
 }
 
 /// `text` with what differs from run to run replaced: ports, temporary directories, this checkout's
-/// path and seconds. Blobs are moved side by side, so neighbouring lines about one blob each are
-/// sorted, and their count of blobs done is replaced.
+/// path and seconds. Blobs are moved in parallel, so neighbouring lines about one blob each are sorted.
 pub fn lasting(text: &str) -> String {
     let temporary = std::env::temp_dir().join(".tmp");
     let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
@@ -38,14 +37,32 @@ pub fn lasting(text: &str) -> String {
     let text = text.replace(env!("CARGO_MANIFEST_DIR"), "REPOSITORY");
     let text = replace(&text, "127.0.0.1:", "127.0.0.1:PORT", digits);
     let text = replace(&text, "localhost:", "localhost:PORT", digits);
-    let mut lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
-    for line in lines.iter_mut().filter(|line| names_blob(line)) {
-        *line = replace(line, "Ns [", "Ns [N", digits);
-    }
-    for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
-        about_blobs.sort();
-    }
-    lines.concat()
+    let lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
+    lines
+        .chunk_by(|a, b| names_blob(a) && names_blob(b))
+        .flat_map(sorted)
+        .collect()
+}
+
+/// Neighbouring lines about one blob each, sorted by what they say; a count such as `[3/10]` before it
+/// stays where it was.
+fn sorted(lines: &[String]) -> Vec<String> {
+    let parts = lines.iter().map(|line| match line.split_once("] ") {
+        Some((count, rest)) if names_blob(rest) => (Some(count), rest),
+        _ => (None, line.as_str()),
+    });
+    let (counts, mut rests): (Vec<_>, Vec<_>) = parts
+        .map(|(count, rest)| (count, (count.is_none(), rest)))
+        .unzip();
+    rests.sort();
+    let mut counts = counts.into_iter().flatten();
+    rests
+        .into_iter()
+        .map(|(_, rest)| match counts.next() {
+            Some(count) => format!("{count}] {rest}"),
+            None => rest.to_owned(),
+        })
+        .collect()
 }
 
 /// Replaces each `start` and as many bytes after it as `more` says, if it says any.
@@ -75,15 +92,13 @@ fn names_blob(line: &str) -> bool {
     line.contains("sha256:")
 }
 
-/// `in 0.3 s` as `in N s`, and the elapsed time that begins a line, `  0.3s`, as `Ns`.
+/// `in 0.3 s` as `in N s`; the elapsed seconds that progress lines begin with lose their alignment.
 fn without_seconds(line: &str) -> String {
     let mut out = String::new();
-    let mut rest = line;
-    let trimmed = line.trim_start();
-    let elapsed = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.');
-    if elapsed.is_some_and(|end| end > 0 && trimmed[end..].starts_with("s ")) {
-        rest = trimmed;
-    }
+    let mut rest = match line.trim_start_matches(' ') {
+        elapsed if elapsed.starts_with(|c: char| c.is_ascii_digit()) => elapsed,
+        _ => line,
+    };
     while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
@@ -102,31 +117,17 @@ fn without_seconds(line: &str) -> String {
     out + rest
 }
 
-/// `[3/10] uploaded` as `[K/10] uploaded`, behind the elapsed seconds that begin a line: blobs finish in
-/// any order.
-fn without_count(line: &str) -> String {
-    let start = line.trim_start();
-    let rest = start.strip_prefix("Ns ").unwrap_or(line);
-    let Some((count, rest)) = rest.strip_prefix('[').and_then(|rest| rest.split_once('/')) else {
-        return rest.to_owned();
-    };
-    match count.bytes().all(|byte| byte.is_ascii_digit()) {
-        true => format!("[K/{rest}"),
-        false => format!("[{count}/{rest}"),
-    }
-}
-
 #[test]
 fn what_differs_from_run_to_run_is_replaced() {
     let temporary = std::env::temp_dir().join(".tmpA1b2C3/cache");
     let text = format!(
         "uploaded sha256:b 1.5 KiB\nuploaded sha256:a 2 B\nwrote {} at http://127.0.0.1:4711/x; \
-         21 requests in 0.1 s\n 12.0s [3/10] hashed sha256:0\n",
+         21 requests in 0.1 s\n  1.0s [1/2] sent sha256:b\n 12.0s [2/2] sent sha256:a\n",
         temporary.display()
     );
     assert_eq!(
         lasting(&text),
         "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
-         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [N/10] hashed sha256:0\n"
+         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [1/2] sent sha256:a\nNs [2/2] sent sha256:b\n"
     );
 }
