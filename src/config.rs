@@ -1,5 +1,9 @@
-//! What an export or an import is to do, once every value has been checked. Past this module
-//! nothing sees the command line or the environment.
+//! What an export or an import is to do, once every value has been checked. Past this module nothing
+//! sees the command line, and only two things see the environment:
+//!
+//! - `s3::wire` reads HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in either case;
+//! - `s3::credentials`, if the spec has no keys, runs AWS's default chain, which reads the AWS_
+//!   variables and files that its documentation lists.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -61,6 +65,8 @@ pub struct S3Config {
     /// Counts the first try; at least 1.
     pub retry_max_attempts: u32,
     pub disable_accept_encoding: bool,
+    /// From AWS_CA_BUNDLE: certificates trusted beside the system's.
+    pub ca_bundle: Option<PathBuf>,
 }
 
 impl S3Config {

@@ -25,6 +25,7 @@ pub mod layout;
 mod process;
 pub mod progress;
 pub mod quote;
+pub mod redact;
 pub mod report;
 pub mod retry;
 pub mod s3;

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 const QUOTED: usize = 100;
 
 /// Characters that [`one_line`] keeps.
-pub const ONE_LINE: usize = 300;
+pub const ONE_LINE: usize = 200;
 
 /// `text` with every character escaped that could move the cursor, change colours or reorder what is
 /// read. For names that go through whole, such as keys.

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::config::RetryMode;
 
 /// Where the backoff starts.
-pub const BASE: Duration = Duration::from_millis(100);
+pub const BASE: Duration = Duration::from_secs(1);
 /// Where the backoff stops growing.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(20);
 /// The longest that we let a store make us wait.
@@ -23,21 +23,25 @@ const BUDGET: u32 = 500;
 const RETRY_COST: u32 = 5;
 const TIMEOUT_COST: u32 = 10;
 
+/// A refused connection is tried again for this many times the base, whatever the attempts: a service
+/// container may still be starting.
+const REFUSED: u32 = 10;
+
 /// Many requests fail alike at once: the same report is not repeated within this time.
 const REPORT_STANDS: Duration = Duration::from_secs(5);
 
 /// Shared by every request of a run: clones share one budget.
 #[derive(Clone)]
-pub struct RetryPolicy(Arc<Shared>);
+pub struct RetryPolicy(Arc<Policy>);
 
-struct Shared {
+struct Policy {
     mode: RetryMode,
     max_attempts: u32,
     base: Duration,
     budget: Mutex<u32>,
     rate: Mutex<Rate>,
     report: Box<dyn Fn(&str) + Send + Sync>,
-    reported: Mutex<Option<(Instant, String)>>,
+    reported: Mutex<Vec<(Instant, String)>>,
 }
 
 /// The tries of one operation.
@@ -46,6 +50,8 @@ pub struct Tries {
     made: u32,
     /// What the last retry cost, given back when it turns out well.
     cost: u32,
+    /// When the connection was first refused.
+    refused: Option<Instant>,
     /// The run's budget had nothing left for another try.
     over_budget: bool,
 }
@@ -59,6 +65,8 @@ pub struct Trouble {
     pub retry_after: Option<Duration>,
     /// Nothing came for too long; such a retry costs the budget double.
     pub timed_out: bool,
+    /// Nobody listens there, perhaps not yet; such a retry is free, as it loads no store.
+    pub refused: bool,
 }
 
 impl RetryPolicy {
@@ -70,7 +78,7 @@ impl RetryPolicy {
         base: Duration,
         report: impl Fn(&str) + Send + Sync + 'static,
     ) -> Self {
-        RetryPolicy(Arc::new(Shared {
+        RetryPolicy(Arc::new(Policy {
             mode,
             max_attempts: max_attempts.max(1),
             base,
@@ -87,6 +95,7 @@ impl RetryPolicy {
             policy: self.clone(),
             made: 1,
             cost: 0,
+            refused: None,
             over_budget: false,
         }
     }
@@ -117,13 +126,12 @@ impl RetryPolicy {
 
     fn report(&self, text: String) {
         {
-            let mut last = lock(&self.0.reported);
-            let stands =
-                |(at, said): &(Instant, String)| *said == text && at.elapsed() < REPORT_STANDS;
-            if last.as_ref().is_some_and(stands) {
+            let mut reported = lock(&self.0.reported);
+            reported.retain(|(at, _)| at.elapsed() < REPORT_STANDS);
+            if reported.iter().any(|(_, said)| *said == text) {
                 return;
             }
-            *last = Some((Instant::now(), text.clone()));
+            reported.push((Instant::now(), text.clone()));
         }
         (self.0.report)(&text);
     }
@@ -150,35 +158,57 @@ impl Tries {
         if self.policy.0.mode == RetryMode::Adaptive {
             lock(&self.policy.0.rate).answered(Instant::now(), trouble.throttled);
         }
-        if self.made >= self.policy.0.max_attempts {
+        let patience = self.patience(trouble);
+        if self.made >= self.policy.0.max_attempts && patience.is_none() {
             return false;
         }
-        let cost = if trouble.timed_out {
-            TIMEOUT_COST
-        } else {
-            RETRY_COST
+        let cost = match trouble {
+            _ if patience.is_some() => 0,
+            Trouble {
+                timed_out: true, ..
+            } => TIMEOUT_COST,
+            _ => RETRY_COST,
         };
         self.over_budget = !self.policy.spend(cost);
         if self.over_budget {
             return false;
         }
         self.cost = cost;
-        self.policy.report(format!(
-            "{why}, trying again ({} of {})",
-            self.made.saturating_add(1),
-            self.policy.0.max_attempts
-        ));
-        let asked = trouble.retry_after.unwrap_or_default();
-        let wait = self
-            .policy
-            .backoff(self.made)
-            .max(asked.min(LONGEST_RETRY_AFTER));
+        let next = self.made.saturating_add(1);
+        let wait = match patience {
+            Some(left) => {
+                let left = left.as_secs_f64().ceil();
+                self.policy
+                    .report(format!("{why}, trying again for up to {left} s"));
+                self.policy.backoff(1)
+            }
+            None => {
+                let most = self.policy.0.max_attempts;
+                self.policy
+                    .report(format!("{why}, trying again ({next} of {most})"));
+                let asked = trouble.retry_after.unwrap_or_default();
+                self.policy
+                    .backoff(self.made)
+                    .max(asked.min(LONGEST_RETRY_AFTER))
+            }
+        };
         tokio::time::sleep(wait).await;
-        self.made = self.made.saturating_add(1);
+        self.made = next;
         true
     }
 
-    /// The operation came along: gives budget back, and counts attempts from one again.
+    /// How much longer a refused connection is tried again. `None`: it was not refused, not for the
+    /// first time lately, or the user wants no retries.
+    fn patience(&mut self, trouble: Trouble) -> Option<Duration> {
+        if !trouble.refused || self.policy.0.max_attempts == 1 {
+            return None;
+        }
+        let since = *self.refused.get_or_insert_with(Instant::now);
+        let left = (self.policy.0.base * REFUSED).checked_sub(since.elapsed())?;
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// The operation made progress: gives budget back, and counts attempts from one again.
     pub fn progressed(&mut self) {
         self.policy.earn(self.cost.max(1));
         if self.policy.0.mode == RetryMode::Adaptive {
@@ -186,6 +216,7 @@ impl Tries {
         }
         self.cost = 0;
         self.made = 1;
+        self.refused = None;
         self.over_budget = false;
     }
 
@@ -330,6 +361,7 @@ mod tests {
         throttled: false,
         retry_after: None,
         timed_out: false,
+        refused: false,
     };
 
     fn retries(mode: RetryMode, max_attempts: u32) -> RetryPolicy {
@@ -356,10 +388,10 @@ mod tests {
     async fn the_backoff_doubles_up_to_twenty_seconds() {
         let policy = retries(RetryMode::Standard, 100);
         for (made, most) in [
-            (1, 100),
-            (2, 200),
-            (5, 1600),
-            (9, 20_000),
+            (1, 1000),
+            (2, 2000),
+            (5, 16_000),
+            (6, 20_000),
             (33, 20_000),
             (u32::MAX, 20_000),
         ] {
@@ -367,10 +399,10 @@ mod tests {
                 assert!(policy.backoff(made) <= Duration::from_millis(most));
             }
         }
-        // Jitter is full: a hundred tries at a second's backoff are neither all short nor all long.
+        // Jitter is full: a hundred waits are neither all short nor all long.
         let waits: Vec<_> = (0..100).map(|_| policy.backoff(5)).collect();
-        assert!(waits.iter().any(|wait| *wait < Duration::from_millis(800)));
-        assert!(waits.iter().any(|wait| *wait > Duration::from_millis(800)));
+        assert!(waits.iter().any(|wait| *wait < Duration::from_secs(8)));
+        assert!(waits.iter().any(|wait| *wait > Duration::from_secs(8)));
     }
 
     #[tokio::test(start_paused = true)]
@@ -436,6 +468,45 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_refused_connection_is_tried_again_for_ten_seconds_at_no_cost() {
+        let refused = Trouble {
+            refused: true,
+            ..TROUBLE
+        };
+        let policy = retries(RetryMode::Standard, 2);
+        let before = Instant::now();
+        let mut tries = policy.tries();
+        while tries.again(refused, "why").await {}
+        assert!((10..=13).contains(&before.elapsed().as_secs()));
+        assert!(tries.made() > 5, "{}", tries.made());
+        assert_eq!(*lock(&policy.0.budget), BUDGET);
+
+        let policy = retries(RetryMode::Standard, 1);
+        assert!(!policy.tries().again(refused, "why").await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_retry_is_reported_but_not_alike_for_many_requests_at_once() {
+        let reports: Arc<Mutex<Vec<String>>> = Arc::default();
+        let log = Arc::clone(&reports);
+        let policy = RetryPolicy::new(RetryMode::Standard, 3, BASE, move |text| {
+            lock(&log).push(text.to_owned());
+        });
+        let why = "no answer from s3.example:443 after 30 s";
+        let tries = (0..100).map(|_| async {
+            let mut tries = policy.tries();
+            while tries.again(TROUBLE, why).await {}
+        });
+        policy.earn(BUDGET);
+        futures::future::join_all(tries.take(40)).await;
+        let expected = [
+            "no answer from s3.example:443 after 30 s, trying again (2 of 3)",
+            "no answer from s3.example:443 after 30 s, trying again (3 of 3)",
+        ];
+        assert_eq!(*lock(&reports), expected);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_timeout_costs_double() {
         let policy = retries(RetryMode::Standard, u32::MAX);
         let mut tries = policy.tries();
@@ -461,7 +532,8 @@ mod tests {
         assert_eq!(before.elapsed(), Duration::ZERO);
 
         // Twenty requests a second, then the store throttles.
-        let policy = retries(RetryMode::Adaptive, 100);
+        let base = Duration::from_millis(100);
+        let policy = RetryPolicy::new(RetryMode::Adaptive, 100, base, |_| {});
         let mut tries = policy.tries();
         for _ in 0..40 {
             tokio::time::sleep(Duration::from_millis(50)).await;

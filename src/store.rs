@@ -86,12 +86,14 @@ pub enum Kind {
     Denied,
     /// The bucket is not there.
     NoBucket,
+    /// What answers at the endpoint is not S3.
+    NotS3,
     /// 412: the object is no longer the one that If-Match named.
     Changed,
     /// 404 NoSuchUpload (some stores: 403).
     NoSuchUpload,
-    /// The object was there when a read began, and is gone.
-    Deleted,
+    /// The object is not there, and was when a read began; or the source of a copy is not.
+    Missing,
     /// The object does not have the size that the reader expects.
     WrongSize { found: u64 },
     /// The store ignores Range.
@@ -103,7 +105,7 @@ pub enum Kind {
     /// The body to send could not be read, or is not what it should be here already. The store is not
     /// at fault.
     LocalBody,
-    /// An answer that no store gives: a proxy's page, or one that lacks what belongs into it.
+    /// A response that no store gives: a proxy's page, or one that lacks what it must have.
     Nonsense,
     /// Anything else: a refusal, or a request that cannot be sent.
     Other,
@@ -209,6 +211,9 @@ pub trait Store: Send + Sync {
     /// Whether we may have started a multipart upload to `key` but never received its id, because the
     /// response to a [`create_upload`](Self::create_upload) was lost and the next try answered.
     fn may_hold_unknown_upload(&self, key: &str) -> bool;
+
+    /// Text from outside as it may stand in a message: no secret, one line, not endless.
+    fn outside(&self, text: &str) -> String;
 
     /// Requests sent so far, retries included.
     fn requests(&self) -> u64;

@@ -659,6 +659,9 @@ impl Store for Lister {
     fn may_hold_unknown_upload(&self, _: &str) -> bool {
         false
     }
+    fn outside(&self, text: &str) -> String {
+        text.to_owned()
+    }
     fn requests(&self) -> u64 {
         0
     }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::cache::Time;
 use crate::cache::digest::Digest;
+use crate::quote::quoted;
 
 pub const IMAGE_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const IMAGE_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -170,13 +171,11 @@ impl AnyManifest {
             | "application/vnd.docker.distribution.manifest.v1+prettyjws" => {
                 bail!("manifest {digest} is of Docker's schema 1, which is not supported")
             }
-            other => {
-                let other: String = other.chars().take(100).collect();
-                bail!(
-                    "manifest {digest} has the media type {other:?}, which is not supported (expected \
-                     an image manifest or an image index, of OCI or Docker)"
-                )
-            }
+            other => bail!(
+                "manifest {digest} has the media type {}, which is not supported (expected an image \
+                 manifest or an image index, of OCI or Docker)",
+                quoted(other)
+            ),
         }
     }
 
@@ -232,11 +231,11 @@ fn check_kind(descriptor: &Descriptor, schema_version: u32, media_type: &str) ->
     }
     // Otherwise it could be stored as one kind and read as the other.
     if !media_type.is_empty() && media_type != descriptor.media_type {
-        let media_type: String = media_type.chars().take(100).collect();
         bail!(
-            "reading {}: it calls itself {media_type:?}, its descriptor {:?}",
+            "reading {}: it calls itself {}, its descriptor {}",
             descriptor.digest,
-            descriptor.media_type
+            quoted(media_type),
+            quoted(&descriptor.media_type)
         );
     }
     Ok(())

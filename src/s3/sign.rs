@@ -28,7 +28,7 @@ fn is_signed(name: &HeaderName) -> bool {
         || name.as_str().starts_with("x-amz-")
 }
 
-/// Adds the headers of a signature to `headers`, which hold Host already.
+/// Adds the headers of a signature to `headers`, which hold Host already. Returns the signature.
 pub(super) fn sign(
     credentials: &Credentials,
     region: &str,
@@ -37,7 +37,7 @@ pub(super) fn sign(
     uri: &str,
     headers: &mut HeaderMap,
     payload: Payload<'_>,
-) -> Result<()> {
+) -> Result<String> {
     let mut settings = SigningSettings::default();
     // The path is encoded already, and a key may hold what a URI would normalise away.
     settings.percent_encoding_mode = PercentEncodingMode::Single;
@@ -66,7 +66,7 @@ pub(super) fn sign(
         .context("a header to sign is not ASCII")?;
     let request = SignableRequest::new(method, uri, signed.into_iter(), payload)
         .context("cannot sign the request")?;
-    let (instructions, _) = aws_sigv4::http_request::sign(request, &params)
+    let (instructions, signature) = aws_sigv4::http_request::sign(request, &params)
         .context("cannot sign the request")?
         .into_parts();
     for header in instructions.into_parts().0 {
@@ -75,7 +75,7 @@ pub(super) fn sign(
         value.set_sensitive(true);
         headers.insert(HeaderName::from_static(header.name()), value);
     }
-    Ok(())
+    Ok(signature)
 }
 
 #[cfg(test)]

@@ -1,19 +1,26 @@
 //! The store against a scripted server on loopback: what is sent, and what becomes of each answer.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, future};
 use bytes::Bytes;
+use futures::StreamExt;
 
 pub(crate) use scripted::Reply;
-use scripted::{Act, Scripted, response};
+use scripted::{Act, Request, Scripted, response};
 
+use super::credentials::Keyring;
 use super::*;
 use crate::cache::digest::Digest;
 use crate::config::{RetryMode, StaticCredentials};
-use crate::store::ByteStream;
+use crate::store::{ByteStream, Kind};
+
+mod floods;
+mod secrets;
+mod stores;
+mod strangers;
 
 #[path = "../../tests/scripted/mod.rs"]
 mod scripted;
@@ -36,6 +43,7 @@ pub(super) fn config(endpoint: &str) -> S3Config {
         retry_mode: RetryMode::Standard,
         retry_max_attempts: 3,
         disable_accept_encoding: false,
+        ca_bundle: None,
     }
 }
 
@@ -48,6 +56,13 @@ pub(crate) struct Server {
 impl Server {
     pub(crate) async fn new(script: Vec<Reply>) -> Self {
         let scripted = Scripted::replies(script);
+        let url = scripted.url();
+        Server { scripted, url }
+    }
+
+    /// A server that answers each request with what `make` makes of it.
+    fn making(make: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        let scripted = Scripted::start(move |_, request| Reply::Answer(make(request)));
         let url = scripted.url();
         Server { scripted, url }
     }
@@ -178,8 +193,10 @@ async fn head_tells_what_is_there_and_what_is_not() {
         Reply::Answer(
             format!("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n{described}\r\n").into_bytes(),
         ),
+        error("404 Not Found", "NoSuchKey"),
         status("404 Not Found"),
         status("403 Forbidden"),
+        error("403 Forbidden", "AccessDenied"),
     ])
     .await;
     let store = server.store();
@@ -190,15 +207,19 @@ async fn head_tells_what_is_there_and_what_is_not() {
             ..info()
         })
     );
+    assert!(store.get("a", None, None).await.unwrap().is_none());
     assert_eq!(store.head("a").await.unwrap(), None);
     let e = store.head("a").await.unwrap_err();
     assert_eq!((e.kind, e.status), (Kind::Denied, Some(403)));
-    assert!(
-        e.message
-            .starts_with("cannot look for s3://cache/a: the store answered 403; ")
+    assert_eq!(
+        e.message,
+        format!(
+            "{} answered 403 AccessDenied (said so), looking for s3://cache/a; s3:GetObject may be \
+             missing, or the object itself: without s3:ListBucket a missing key answers 403 too",
+            server.url
+        )
     );
-    assert!(e.message.contains("s3:ListBucket"));
-    assert_eq!(store.requests(), 3);
+    assert_eq!(store.requests(), 5);
 }
 
 #[tokio::test]
@@ -290,23 +311,35 @@ async fn the_last_try_s_failure_is_told_with_the_number_of_tries() {
     assert_eq!(e.kind, Kind::Unavailable);
     assert_eq!(
         e.message,
-        "cannot look for s3://cache/a: the store answered 503 (3 tries)"
+        format!(
+            "{} answered 503 (3 tries), looking for s3://cache/a",
+            server.url
+        )
     );
     let nobody = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.local_addr().unwrap()
     };
-    let store = server.store_as(|config| {
-        config.endpoint_url = Some(format!("http://{nobody}").parse().unwrap());
-    });
-    let e = store.head("a").await.unwrap_err();
+    let refused = |attempts: u32| {
+        server.store_as(|config| {
+            config.endpoint_url = Some(format!("http://{nobody}").parse().unwrap());
+            config.retry_max_attempts = attempts;
+        })
+    };
+    let e = refused(1).head("a").await.unwrap_err();
     assert_eq!(e.kind, Kind::Unavailable);
     assert_eq!(
         e.message,
-        format!(
-            "cannot look for s3://cache/a: cannot connect to {nobody} (tcp connect error: \
-             Connection refused (os error 111)) (3 tries)"
-        )
+        format!("connection to {nobody} refused, looking for s3://cache/a")
+    );
+    // For ten times the backoff's base, whatever the attempts.
+    let store = refused(2);
+    let e = store.head("a").await.unwrap_err();
+    let tries = store.requests();
+    assert!(tries > 2, "{tries} tries");
+    assert!(
+        e.message.contains(&format!("refused ({tries} tries), ")),
+        "{e}"
     );
 }
 
@@ -405,7 +438,8 @@ async fn a_range_must_be_answered_with_that_range() {
             Kind::Changed,
         ),
     ] {
-        let server = Server::new(vec![reply]).await;
+        let tries = if kind == Kind::Nonsense { 3 } else { 1 };
+        let server = Server::new(vec![reply; tries]).await;
         let e = server
             .store()
             .get("a", Some(1..4), Some("\"abc\""))
@@ -461,17 +495,12 @@ async fn touch_copies_the_object_onto_itself() {
         ok("", copied),
         error("404 Not Found", "NoSuchKey"),
         error("412 Precondition Failed", "PreconditionFailed"),
-        ok("", "<CopyObjectResult></CopyObjectResult>"),
     ])
     .await;
     let store = server.store();
     assert!(store.touch("blobs/a:b+c", &info()).await.unwrap());
     assert!(!store.touch("a", &info()).await.unwrap());
     assert!(store.touch("a", &info()).await.unwrap());
-    assert_eq!(
-        store.touch("a", &info()).await.unwrap_err().kind,
-        Kind::Nonsense
-    );
     let request = server.requests()[1].clone();
     for line in [
         "x-amz-copy-source: cache/blobs/a%3Ab%2Bc",
@@ -542,7 +571,11 @@ async fn a_success_that_lacks_what_it_should_bring_is_a_failure() {
         let server = Server::new(vec![ok("", body); 3]).await;
         let e = server.store().create_upload("a", None).await.unwrap_err();
         assert_eq!(e.kind, Kind::Nonsense, "{body}");
-        assert!(e.message.contains("makes no sense"), "{e}");
+        assert!(
+            e.message
+                .starts_with("unexpected response from http://127.0.0.1:"),
+            "{e}"
+        );
     }
 }
 
@@ -641,15 +674,6 @@ async fn parts_are_listed_over_all_pages() {
 }
 
 #[tokio::test]
-async fn an_endless_answer_is_cut_off() {
-    let mut endless = b"HTTP/1.1 200 OK\r\n\r\n<ListBucketResult>".to_vec();
-    endless.resize(20 << 20, b' ');
-    let server = Server::new(vec![Reply::AnswerAndClose(endless); 3]).await;
-    let e = server.store().list("", None).await.unwrap_err();
-    assert!(e.message.contains("longer than 16 MiB"), "{e}");
-}
-
-#[tokio::test]
 async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
     let server = Server::new(vec![Reply::Play(vec![Act::Hang])]).await;
     let store = server.store_as(|config| config.retry_max_attempts = 1);
@@ -660,7 +684,7 @@ async fn a_store_that_says_nothing_is_given_up_after_half_a_minute() {
     tokio::time::pause();
     let e = head.await.unwrap().unwrap_err();
     assert_eq!(e.kind, Kind::Unavailable);
-    assert!(e.message.ends_with("for 30 s"), "{e}");
+    assert!(e.message.contains(" after 30 s, "), "{e}");
 }
 
 #[tokio::test]
@@ -680,31 +704,10 @@ async fn a_peer_that_says_nothing_when_it_is_greeted_over_tls_is_given_up() {
     assert_eq!(
         e.message,
         format!(
-            "cannot look for s3://cache/a: cannot connect to {host} (no connection that is ready \
-             within 200ms) (3 tries)"
+            "cannot connect to {host} (no connection that is ready within 200ms) (3 tries), looking \
+             for s3://cache/a"
         )
     );
-}
-
-#[tokio::test]
-async fn no_secret_is_in_an_error() {
-    let body = "<Error><Code>SignatureDoesNotMatch</Code><Message>you are AKIDTEST with \
-                SECRETTEST and TOKENTEST</Message></Error>";
-    let server = Server::new(vec![Reply::Answer(response("403 Forbidden", "", body))]).await;
-    let store = server.store_as(|config| {
-        if let Some(credentials) = &mut config.credentials {
-            credentials.session_token = Some("TOKENTEST".into());
-        }
-    });
-    let e = store.head("a").await.err();
-    // HEAD has no body to be read; hyper leaves it.
-    assert!(e.is_some());
-    let server = Server::new(vec![Reply::Answer(response("403 Forbidden", "", body))]).await;
-    let store = server.store();
-    let e = store.get("a", None, None).await.err().unwrap();
-    let shown = format!("{e} {e:?}");
-    assert!(shown.contains("you are *** with ***"), "{shown}");
-    assert!(!shown.contains("SECRETTEST") && !shown.contains("Signature="));
 }
 
 /// Gives other credentials each time.
@@ -733,7 +736,7 @@ async fn an_expired_token_is_renewed_once_and_the_request_sent_again() {
     .await;
     // The renewal takes no attempt.
     let mut store = server.store_as(|config| config.retry_max_attempts = 1);
-    Arc::get_mut(&mut store.connection).unwrap().keyring = Keyring::with_chain(Chain::default());
+    Arc::get_mut(&mut store.remote).unwrap().keyring = Keyring::with_chain(Chain::default());
     store.get("a", None, None).await.unwrap();
     let requests = server.requests();
     assert!(requests[0].contains("Credential=KEY0/"));

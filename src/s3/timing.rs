@@ -16,6 +16,9 @@ pub struct Timing {
     pub idle: Duration,
     /// The same where the store works before it answers: copies, and putting parts together.
     pub idle_at_work: Duration,
+    /// From the last byte sent, an answer's headers take no longer than this to be complete, however
+    /// they drip. Where the store works before it answers, [`idle_at_work`](Self::idle_at_work) does.
+    pub headers: Duration,
     /// An answer in memory takes no longer than this to arrive, however it drips: as long as S3 may
     /// send white space while it puts parts together.
     pub answer: Duration,
@@ -32,6 +35,7 @@ impl Default for Timing {
             ready: Duration::from_secs(20),
             idle: Duration::from_secs(30),
             idle_at_work: Duration::from_secs(300),
+            headers: Duration::from_secs(60),
             answer: Duration::from_secs(900),
             patience: Duration::from_secs(60),
             backoff: retry::BASE,

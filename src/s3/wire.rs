@@ -116,7 +116,7 @@ impl std::error::Error for Unresolved {
 
 /// A connector that is given only so long until requests can be sent. It lies around all others: a
 /// peer may as well stay silent when it is greeted over TLS, and nothing else would notice, as
-/// [`idle`] begins with a connection that is ready.
+/// [`silent`] begins with a connection that is ready.
 #[derive(Clone)]
 pub(super) struct InTime<C> {
     connector: C,
@@ -300,56 +300,70 @@ impl std::error::Error for ProxyError {
     }
 }
 
-/// When a byte last moved on a connection, either way.
+/// When bytes last moved on a connection.
 #[derive(Clone)]
-pub(super) struct Activity {
+pub(super) struct LastBytes {
     start: Instant,
-    last: Arc<AtomicU64>,
+    /// Milliseconds after `start`: either way, and out.
+    moved: Arc<AtomicU64>,
+    sent: Arc<AtomicU64>,
 }
 
-impl Activity {
+impl LastBytes {
     fn new() -> Self {
-        Activity {
+        LastBytes {
             start: Instant::now(),
-            last: Arc::new(AtomicU64::new(0)),
+            moved: Arc::default(),
+            sent: Arc::default(),
         }
     }
 
-    fn now(&self) {
+    fn note(&self, sent: bool) {
         let millis = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last.store(millis, Ordering::Relaxed);
+        self.moved.store(millis, Ordering::Relaxed);
+        if sent {
+            self.sent.store(millis, Ordering::Relaxed);
+        }
     }
 
-    fn at(&self) -> Instant {
-        self.start + Duration::from_millis(self.last.load(Ordering::Relaxed))
+    fn at(&self, millis: &AtomicU64) -> Instant {
+        self.start + Duration::from_millis(millis.load(Ordering::Relaxed))
     }
 }
 
-/// Returns once nothing has moved on the captured connection for `limit`.
-pub(super) async fn idle(mut capture: CaptureConnection, limit: Duration) {
+/// Returns once nothing has moved on the captured connection for `idle`, or the answer's headers are
+/// not complete `headers` after the last byte was sent. Says which of the two it was.
+pub(super) async fn silent(
+    mut capture: CaptureConnection,
+    idle: Duration,
+    headers: Duration,
+) -> Duration {
     // Connecting has a timeout of its own.
     drop(capture.wait_for_connection_metadata().await);
-    let mut since = Instant::now();
+    let (mut moved, mut sent) = (Instant::now(), Instant::now());
     loop {
         // Looked up each time: a request that met a closed connection moves to another one.
         let mut extras = http::Extensions::new();
         if let Some(connected) = &*capture.connection_metadata() {
             connected.get_extras(&mut extras);
         }
-        if let Some(activity) = extras.get::<Activity>() {
-            since = since.max(activity.at());
+        if let Some(last) = extras.get::<LastBytes>() {
+            moved = moved.max(last.at(&last.moved));
+            sent = sent.max(last.at(&last.sent));
         }
-        if since.elapsed() >= limit {
-            return;
+        for (since, limit) in [(moved, idle), (sent, headers)] {
+            if since.elapsed() >= limit {
+                return limit;
+            }
         }
-        tokio::time::sleep_until(since + limit).await;
+        tokio::time::sleep_until((moved + idle).min(sent + headers)).await;
     }
 }
 
 /// A stream that notes when it moves. It is plain TCP, but for TLS to a proxy.
 pub(super) struct Watched {
     stream: MaybeHttpsStream<TokioIo<TcpStream>>,
-    activity: Activity,
+    last: LastBytes,
     proxied: bool,
     /// Writing failed. A server that answers early closes before it has read our body: what it said
     /// is still there to be read, and so writing pretends to be slow until reading has come to its
@@ -361,7 +375,7 @@ impl Watched {
     fn new(stream: MaybeHttpsStream<TokioIo<TcpStream>>, proxied: bool) -> Self {
         Watched {
             stream,
-            activity: Activity::new(),
+            last: LastBytes::new(),
             proxied,
             deaf: false,
         }
@@ -369,7 +383,7 @@ impl Watched {
 
     fn wrote<T>(&mut self, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         match &result {
-            Poll::Ready(Ok(_)) => self.activity.now(),
+            Poll::Ready(Ok(_)) => self.last.note(true),
             Poll::Ready(Err(e))
                 if matches!(
                     e.kind(),
@@ -389,7 +403,7 @@ impl Connection for Watched {
     fn connected(&self) -> Connected {
         Connected::new()
             .proxy(self.proxied)
-            .extra(self.activity.clone())
+            .extra(self.last.clone())
     }
 }
 
@@ -401,7 +415,7 @@ impl Read for Watched {
     ) -> Poll<io::Result<()>> {
         let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
         if let Poll::Ready(Ok(())) = result {
-            self.activity.now();
+            self.last.note(false);
         }
         result
     }

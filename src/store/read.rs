@@ -14,6 +14,9 @@ use crate::retry::{Tries, Trouble};
 /// progress: its retries start over. A few bytes at a time are not progress.
 const STRIDE: u64 = 512 << 10;
 
+/// A document whose size the store does not announce is read up to here.
+const UNANNOUNCED: u64 = 16 << 20;
+
 /// What the reader knows about an object.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Expected {
@@ -29,7 +32,7 @@ pub struct Object {
     pub info: ObjectInfo,
     /// Bytes that `body` yields.
     pub length: u64,
-    /// Yields exactly `length` bytes or ends with an error. [`Kind::Deleted`]: the object was removed
+    /// Yields exactly `length` bytes or ends with an error. [`Kind::Missing`]: the object was removed
     /// during the read. [`Kind::Changed`]: it was replaced, and is not content-addressed.
     pub body: BoxStream<'static, StoreResult<Bytes>>,
 }
@@ -105,7 +108,7 @@ pub async fn read_whole(
                 Err(why) => error(Kind::Nonsense, format!("{key} is damaged: {why}")),
             },
             // Retried already.
-            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::Deleted) => {
+            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::Missing) => {
                 return Err(error);
             }
             Err(error) => error,
@@ -185,10 +188,11 @@ impl Reader {
                 }
                 Err(e) => {
                     let replaced = e.kind == Kind::Changed && self.content_addressed;
-                    // A proxy's answer may not come again.
-                    let again = e.is_nonsense() || (replaced && self.etag.is_some());
-                    if again && self.tries.again(Trouble::default(), &e.message).await {
-                        self.etag = self.etag.take().filter(|_| !self.content_addressed);
+                    let why = format!("{} was replaced while it was read", self.key);
+                    if replaced
+                        && self.etag.take().is_some()
+                        && self.tries.again(Trouble::default(), &why).await
+                    {
                         continue;
                     }
                     return Err(e);
@@ -197,7 +201,7 @@ impl Reader {
             if let (Some(expected), Some(found)) = (self.size, response.size)
                 && expected != found
             {
-                // The response may have lost its way, and its ETag be as wrong.
+                // The response may have lost its way, and with it the ETag.
                 self.etag = self.etag.take().filter(|_| !self.content_addressed);
                 let why = format!("{} has {found} bytes instead of {expected}", self.key);
                 if self.tries.again(Trouble::default(), &why).await {
@@ -222,7 +226,10 @@ impl Reader {
     async fn collect(&mut self, limit: u64) -> StoreResult<Bytes> {
         let mut whole = BytesMut::new();
         loop {
-            let size = self.size.unwrap_or(whole.len() as u64);
+            let (size, limit) = match self.size {
+                Some(size) => (size, limit),
+                None => (whole.len() as u64, limit.min(UNANNOUNCED)),
+            };
             if size > limit {
                 let why = format!(
                     "{} has {size} bytes, and at most {limit} are read",
@@ -308,7 +315,7 @@ impl Reader {
                 Ok(())
             }
             None => Err(error(
-                Kind::Deleted,
+                Kind::Missing,
                 format!("{} was deleted while it was read", self.key),
             )),
         }

@@ -205,7 +205,7 @@ impl Downloader {
                     blob.advance(chunk.len() as u64);
                     piece.add(chunk).await;
                 }
-                Err(error) if error.kind == Kind::Deleted => return Ok(None),
+                Err(error) if error.kind == Kind::Missing => return Ok(None),
                 Err(error) => return Err(explain(key, size, error)),
             }
         }

@@ -331,6 +331,7 @@ async fn another_client(server: &Server, blob: &[u8]) -> (Arc<dyn Store>, String
         retry_mode: RetryMode::Standard,
         retry_max_attempts: 3,
         disable_accept_encoding: false,
+        ca_bundle: None,
     };
     let store = layercache::s3::connect(&config, Progress::silent())
         .await

@@ -428,32 +428,27 @@ fn a_token_that_stays_expired_is_an_error_after_one_renewal() {
     in_container(&server, &endpoint)
         .run()
         .ends_with(1)
-        .says("the session token may have expired");
+        .says("; the session token has expired: sign in again");
     assert!(server.objects().is_empty());
     // Each failed request was sent twice, with a shared renewal in between.
     assert!(endpoint.requests().len() <= 1 + server.log().len() / 2);
 }
 
-fn names_the_sources(run: Run) {
-    for source in [
-        "the environment",
-        "profile \"default\"",
-        "web identity",
-        "the container endpoint",
-        "EC2's metadata service (",
-    ] {
-        assert!(run.stderr.contains(source), "{source}: {}", run.stderr);
-    }
-}
+/// All that is said where nothing gives credentials, after what the export was.
+const NONE: &str = "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or \
+                    give the job a role (tried: environment, profile, web identity, container endpoint, EC2 \
+                    metadata service";
 
 #[test]
 fn without_credentials_the_metadata_service_is_asked_four_times_at_most() {
     for refusal in [403, 404, 500] {
         let server = Server::start();
         let metadata = Scripted::start(move |_, _| status(refusal));
-        names_the_sources(on_ec2(&server, &metadata).run().ends_with(1));
+        on_ec2(&server, &metadata).run().ends_with(1).says(&format!(
+            "exporting to s3://cache/manifests/buildkit: {NONE}"
+        ));
         let asked = metadata.requests().len();
-        // Ten blobs are looked up, but the failed source is not asked again for each.
+        // Ten layers want to be looked for: what fails once is not asked for each.
         assert!((1..=4).contains(&asked), "{refusal}: {asked} times");
         assert_eq!(server.log().len(), 0);
     }
@@ -485,7 +480,93 @@ fn a_source_that_fails_is_named_in_the_error() {
         .run()
         .ends_with(1);
     names_absent_profile(&run, Path::new("absent"));
-    run.says("(Environment: environment variable not set; Profile: ");
+    let export = |name: &str| export(&server).env(name, "x").run().ends_with(1);
+    export("AWS_ACCESS_KEY_ID")
+        .says("no AWS credentials: AWS_SECRET_ACCESS_KEY is not set, and AWS_ACCESS_KEY_ID is (");
+    export("AWS_SECRET_ACCESS_KEY")
+        .says("no AWS credentials: AWS_ACCESS_KEY_ID is not set, and AWS_SECRET_ACCESS_KEY is (");
+    assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn a_token_service_that_echoes_the_token_has_it_shown_nowhere() {
+    let server = Server::start();
+    let token =
+        "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJyZXBvOm93bmVyL3JlcG8ifQ.c2lnbmF0dXJlLW9mLXRoZS10b2tlbg";
+    let sts = Scripted::start(|_, heard| {
+        let body = format!(
+            "<ErrorResponse><Error><Type>Sender</Type><Code>InvalidIdentityToken</Code><Message>{}</Message>\
+             </Error></ErrorResponse>",
+            heard.body.replace('&', " ")
+        );
+        said("400 Scripted", body)
+    });
+    let home = home_with(&[("token", token)]);
+    let run = export(&server)
+        .env("AWS_WEB_IDENTITY_TOKEN_FILE", home.path().join("token"))
+        .env("AWS_ROLE_ARN", ROLE)
+        .env("AWS_ENDPOINT_URL_STS", sts.url())
+        .arg("--verbose")
+        .run()
+        .ends_with(1)
+        .says("InvalidIdentityToken");
+    for start in 0..token.len() - 16 {
+        assert!(
+            !run.stderr.contains(&token[start..start + 16]),
+            "{}",
+            run.stderr
+        );
+    }
+}
+
+#[test]
+fn a_single_sign_on_session_that_has_ended_or_never_began_says_how_to_begin_one() {
+    let sections = [
+        (
+            "[sso-session corp]\nsso_start_url = https://example.awsapps.com/start\n\
+             sso_region = eu-west-1\n",
+            "sso_session = corp\n",
+            "corp",
+        ),
+        (
+            "",
+            "sso_start_url = https://example.awsapps.com/start\nsso_region = eu-west-1\n",
+            "https://example.awsapps.com/start",
+        ),
+    ];
+    for (section, profile, cached_under) in sections {
+        for expired in [true, false] {
+            let server = Server::start();
+            let portal = Scripted::start(|_, _| {
+                let message = json!({"message": "Session token not found or invalid"});
+                said("401 Scripted", message.to_string())
+            });
+            let config = format!(
+                "{section}[profile ci]\n{profile}sso_account_id = 111122223333\nsso_role_name = Cache\n"
+            );
+            let token = json!({
+                "accessToken": "the-portal-s-token",
+                "expiresAt": at(SystemTime::now() - HOUR),
+                "region": "eu-west-1",
+                "startUrl": "https://example.awsapps.com/start",
+            });
+            let cached = match expired {
+                true => format!(".aws/sso/cache/{}.json", sha1(cached_under)),
+                false => "unrelated".to_owned(),
+            };
+            let home = home_with(&[(".aws/config", &config), (&cached, &token.to_string())]);
+            let run = export(&server)
+                .env("HOME", home.path())
+                .env("AWS_PROFILE", "ci")
+                .env("AWS_ENDPOINT_URL_SSO", portal.url())
+                .run()
+                .ends_with(1);
+            run.says(
+                "the SSO session of profile \"ci\" has expired or is not there: run `aws sso login \
+                 --profile ci` (",
+            );
+        }
+    }
 }
 
 #[test]

@@ -694,6 +694,9 @@ impl Store for FaultStore {
         self.store.may_hold_unknown_upload(key)
     }
 
+    fn outside(&self, text: &str) -> String {
+        self.store.outside(text)
+    }
     fn requests(&self) -> u64 {
         self.store.requests()
     }

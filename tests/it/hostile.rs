@@ -972,7 +972,7 @@ fn empty_but(
     move |method, path, _| match method {
         "GET" if path.contains("list-type=2") => list(path),
         "PUT" => said("200 OK", "etag: \"e\"\r\n", ""),
-        _ => said("404 Not Found", "", ""),
+        _ => said("404 Not Found", "x-amz-request-id: 1\r\n", ""),
     }
 }
 
@@ -1231,6 +1231,80 @@ fn answers_to_an_import_that_lie_are_refused() {
         assert_eq!(run.code, Some(1), "{what}: {}", run.stderr);
         assert!(peak < 200 * MIB, "{what}: {peak} bytes of memory");
         place.untouched();
+    }
+}
+
+#[test]
+fn a_web_server_in_place_of_the_store_is_no_empty_cache() {
+    let nginx = "<html>\n<head><title>404 Not Found</title></head>\n<body><hr>nginx</body></html>";
+    for (status, headers, body, says) in [
+        (
+            "404 Not Found",
+            "content-type: text/html\r\n",
+            nginx,
+            "answered 404, but not like S3 (404 Not Found nginx), reading s3://cache/manifests/buildkit; \
+             check endpoint_url\n",
+        ),
+        (
+            "404 Not Found",
+            "",
+            "",
+            "answered 404, but not like S3, reading s3://cache/manifests/buildkit; check endpoint_url, \
+             bucket and use_path_style\n",
+        ),
+        (
+            "200 OK",
+            "content-type: text/html\r\n",
+            "<html><title>MinIO Console</title></html>",
+            "a web page, which is not what S3 answers, reading s3://cache/manifests/buildkit; check \
+             endpoint_url (MinIO's S3 is at port 9000, its console at 9001)\n",
+        ),
+    ] {
+        let liar = Liar::start(move |_, _, _| said(status, headers, body));
+        let place = Place::new();
+        let spec = liar.spec().replace(",mode=max", "");
+        let (run, _) = watched(Program::import(&spec, &place.layout()));
+        run.ends_with(1).says(says);
+        place.untouched();
+        let place = Place::with("local-min");
+        let (run, _) = watched(Program::export(&liar.spec(), &place.layout()));
+        assert_eq!(run.code, Some(1), "{}", run.stderr);
+        assert_eq!(liar.count("PUT /cache/manifests/"), 0);
+    }
+}
+
+#[test]
+fn a_store_that_ignores_ranges_or_gives_no_lengths_is_imported_from() {
+    let content = vec![b'x'; 5 << 20];
+    let digest = Digest::of(&content);
+    let manifest = json!({"layers": [{"blob": digest, "parent": -1, "annotations": {
+        "mediaType": TAR, "diffID": digest, "size": content.len()}}],
+        "records": [{"layers": [{"layer": 0}], "digest": "sha256:a"}]})
+    .to_string();
+    for chunked in [false, true] {
+        let (manifest, content) = (manifest.clone(), content.clone());
+        let liar = Liar::start(move |_, path, _| {
+            let body = match path.contains("manifests") {
+                true => manifest.as_bytes(),
+                false => &content,
+            };
+            if !chunked {
+                return said("200 OK", "etag: \"e\"\r\n", body);
+            }
+            let head = "HTTP/1.1 200 OK\r\nconnection: close\r\netag: \"e\"\r\ntransfer-encoding: chunked\r\n\r\n";
+            let chunk = format!("{:x}\r\n", body.len());
+            [head.as_bytes(), chunk.as_bytes(), body, b"\r\n0\r\n\r\n"].concat()
+        });
+        let place = Place::new();
+        let spec = liar.spec().replace(",mode=max", "");
+        watched(Program::import(&spec, &place.layout()))
+            .0
+            .succeeds();
+        place.sound();
+        let blob = place.layout().join("blobs/sha256").join(digest.hex());
+        assert_eq!(std::fs::read(blob).expect("it is there").len(), 5 << 20);
+        // In pieces at first, and then in one stream.
+        assert!(liar.count("GET /cache/blobs/") <= 8);
     }
 }
 

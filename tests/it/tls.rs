@@ -4,10 +4,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rcgen::{Certificate, KeyPair};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
 use crate::program::{Program, files, fixture, s3_manifest};
+use crate::server::authority::{acceptor, self_signed};
 use crate::server::{ACCESS_KEY, Authority, SECRET_KEY, Server};
 
 /// A listener with its own runtime; dropping it ends both.
@@ -52,7 +55,10 @@ impl Drop for Front {
 
 /// TLS with a certificate of `authority` for `names`, before the listener at `to`.
 fn front(authority: &Authority, names: &[&str], to: SocketAddr) -> Front {
-    let acceptor = authority.acceptor(names);
+    tls_front(authority.acceptor(names), to)
+}
+
+fn tls_front(acceptor: TlsAcceptor, to: SocketAddr) -> Front {
     Front::start(move |stream| {
         let acceptor = acceptor.clone();
         async move {
@@ -112,6 +118,31 @@ fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() 
         .says("AWS_CA_BUNDLE");
     assert!(!run.stderr.contains("tries)"), "{}", run.stderr);
     assert_eq!(server.log().len(), 0);
+}
+
+#[test]
+fn a_self_signed_certificate_that_calls_itself_a_ca_s_is_trusted_if_it_is_in_the_bundle() {
+    let make = |name: &str, days: i64| self_signed(name, time::Duration::days(days));
+    let server = Server::start();
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let run = |(presented, key): &(Certificate, KeyPair), bundled: &Certificate| {
+        let front = tls_front(acceptor(presented, key), server.addr());
+        let bundle = folder.path().join("bundle.pem");
+        std::fs::write(&bundle, bundled.pem()).expect("a file can be written");
+        let endpoint = format!("https://127.0.0.1:{}", front.port);
+        export(&spec(&endpoint, "cache", ""))
+            .env("AWS_CA_BUNDLE", bundle)
+            .run()
+    };
+    let good = make("127.0.0.1", 30);
+    run(&good, &good.0).succeeds();
+    let no_trust = "no trust in the certificate of 127.0.0.1:";
+    run(&good, &make("127.0.0.1", 30).0)
+        .ends_with(1)
+        .says(no_trust);
+    for wrong in [make("s3.example", 30), make("127.0.0.1", -1)] {
+        run(&wrong, &wrong.0).ends_with(1).says(no_trust);
+    }
 }
 
 #[test]

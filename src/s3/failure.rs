@@ -1,0 +1,195 @@
+//! The words for a request that failed, made of what the store, the connection or the body said.
+
+use std::io;
+use std::time::Duration;
+
+use rustls::{CertificateError, InvalidMessage};
+
+use super::answer::Refusal;
+use super::call::{Call, Expect, Failure};
+use super::outgoing::Fate;
+use super::remote::Remote;
+use super::wire::{ProxyError, Unresolved};
+use crate::retry::Trouble;
+use crate::store::Kind;
+
+impl Failure {
+    /// The store said no.
+    pub(super) fn refused(remote: &Remote, call: &Call, refusal: Refusal) -> Self {
+        if refusal.code.is_some() {
+            remote.note_genuine();
+        }
+        let reads = matches!(call.expect, Expect::Object | Expect::Description);
+        let verdict = refusal.verdict(remote.is_genuine());
+        let mut advice = refusal.advice(&remote.region, &remote.bucket, reads);
+        // An answer to HEAD has no body to say that the token has expired: S3 gives a bare 400.
+        let mute = call.expect == Expect::Description
+            && refusal.status == 400
+            && refusal.code.is_none()
+            && refusal.region.is_none();
+        if mute {
+            advice = Some(
+                "this was a HEAD, whose answer gives no reason: the session token may have expired, \
+                 or region or endpoint_url be wrong"
+                    .into(),
+            );
+        }
+        let cause = refusal.cause(&remote.endpoint.name());
+        Failure {
+            status: Some(refusal.status),
+            advice,
+            again: verdict.again,
+            renew: verdict.renew || mute,
+            refusal: Some(Box::new(refusal)),
+            ..Failure::new(verdict.kind, cause)
+        }
+    }
+
+    /// Nothing came for `limit`.
+    pub(super) fn silence(remote: &Remote, limit: Duration) -> Self {
+        let peer = remote.endpoint.authority();
+        let cause = format!(
+            "no answer from {peer} after {} s",
+            limit.as_secs_f64().round()
+        );
+        Failure {
+            again: Some(Trouble {
+                timed_out: true,
+                ..Trouble::default()
+            }),
+            ..Failure::new(Kind::Unavailable, cause)
+        }
+    }
+
+    /// The body to send could not be read.
+    pub(super) fn local(e: io::Error) -> Self {
+        Failure {
+            source: Some(e),
+            ..Failure::new(Kind::LocalBody, "the file could not be read")
+        }
+    }
+
+    /// The request did not get an answer.
+    pub(super) fn broken(
+        remote: &Remote,
+        e: &hyper_util::client::legacy::Error,
+        fate: Fate,
+    ) -> Self {
+        if let Fate::Local(e) = fate {
+            return Failure::local(e);
+        }
+        let endpoint = &remote.endpoint;
+        let peer = endpoint.authority();
+        let causes = Causes::of(e);
+        let reasons = remote.secrets.outside(&causes.text);
+        let mut failure = if causes.certificate {
+            let peer = match &causes.proxy {
+                Some(proxy) => format!("the proxy {proxy}"),
+                None => peer.to_owned(),
+            };
+            let cause = format!("no trust in the certificate of {peer} ({reasons})");
+            Failure::new(Kind::Other, cause)
+                .advise("if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file")
+        } else if causes.no_tls {
+            let cause = format!("{peer} does not speak https ({reasons})");
+            Failure::new(Kind::NotS3, cause)
+                .advise(format!("check endpoint_url, or use http://{peer}"))
+        } else if causes.refused && causes.proxy.is_none() {
+            Failure::passing(Kind::Unavailable, format!("connection to {peer} refused"))
+        } else if e.is_connect() {
+            Failure::passing(
+                Kind::Unavailable,
+                format!("cannot connect to {peer} ({reasons})"),
+            )
+        } else {
+            Failure::passing(
+                Kind::Unavailable,
+                format!("the connection to {peer} broke ({reasons})"),
+            )
+        };
+        // A name that only AWS would know, or vouch for. A proxy's own name is another matter.
+        if endpoint.is_prefixed() && causes.proxy.is_none() && causes.wrong_name {
+            failure = failure.advise("the bucket is part of that name: try use_path_style=true");
+        } else if causes.no_http && !endpoint.is_https() {
+            failure = failure.advise(format!(
+                "that port may speak https: check endpoint_url, or use https://{peer}"
+            ));
+        }
+        if let Some(trouble) = &mut failure.again {
+            trouble.timed_out = causes.timed_out;
+            trouble.refused = causes.refused;
+        }
+        failure
+    }
+}
+
+/// What the chain of an error's causes says.
+#[derive(Default)]
+pub(super) struct Causes {
+    /// All of it in one line.
+    pub(super) text: String,
+    /// A certificate is not trusted.
+    certificate: bool,
+    /// DNS does not know the name, or the certificate is for another.
+    wrong_name: bool,
+    timed_out: bool,
+    /// Nobody listens there.
+    refused: bool,
+    /// What came is not TLS, or not HTTP.
+    no_tls: bool,
+    no_http: bool,
+    /// The proxy that it went wrong at.
+    proxy: Option<String>,
+}
+
+impl Causes {
+    pub(super) fn of(e: &(dyn std::error::Error + 'static)) -> Self {
+        let mut causes = Causes::default();
+        let mut reasons: Vec<String> = Vec::new();
+        let mut next = Some(e);
+        while let Some(e) = next {
+            let mut cause = e.source();
+            if let Some(io) = e.downcast_ref::<io::Error>() {
+                causes.timed_out |= io.kind() == io::ErrorKind::TimedOut;
+                causes.refused |= io.kind() == io::ErrorKind::ConnectionRefused;
+                // An io::Error shows what it wraps, but does not give it as its source.
+                if let Some(inner) = io.get_ref() {
+                    cause = Some(inner as &(dyn std::error::Error + 'static));
+                }
+            }
+            if let Some(e) = e.downcast_ref::<rustls::Error>() {
+                causes.certificate |= matches!(
+                    e,
+                    rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented
+                );
+                causes.no_tls |= matches!(
+                    e,
+                    rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)
+                );
+            }
+            if let Some(e) = e.downcast_ref::<hyper::Error>() {
+                causes.no_http |= e.is_parse();
+            }
+            causes.wrong_name |= e.is::<Unresolved>()
+                || matches!(
+                    e.downcast_ref::<rustls::Error>(),
+                    Some(rustls::Error::InvalidCertificate(
+                        CertificateError::NotValidForName
+                            | CertificateError::NotValidForNameContext { .. }
+                    ))
+                );
+            if let Some(e) = e.downcast_ref::<ProxyError>() {
+                causes.proxy = Some(e.proxy.clone());
+            }
+            let reason = e.to_string();
+            // hyper's own layers say nothing that a reader could use.
+            let empty = reason.starts_with("client error");
+            if !empty && !reasons.iter().any(|earlier| earlier.contains(&reason)) {
+                reasons.push(reason);
+            }
+            next = cause;
+        }
+        causes.text = reasons.join(": ");
+        causes
+    }
+}

@@ -1,0 +1,100 @@
+//! Listing objects.
+
+use std::time::SystemTime;
+
+use percent_encoding::percent_decode_str;
+use rusoto_s3::{ListObjectsV2Request, S3};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::S3Store;
+use super::call::{Call, Expect};
+use super::objects::printable;
+use crate::store::{ObjectInfo, Page, StoreResult};
+
+const DOING: &str = "listing";
+
+impl S3Store {
+    pub(super) async fn list_objects(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
+        let request = ListObjectsV2Request {
+            bucket: self.bucket(),
+            // Keys can hold what XML cannot.
+            encoding_type: Some("url".into()),
+            max_keys: Some(1000),
+            prefix: Some(prefix.to_owned()),
+            continuation_token: next.map(str::to_owned),
+            ..Default::default()
+        };
+        let call = Call::new(DOING, None, Expect::Listing("ListBucketResult"));
+        let sent = self.run(call, |client| async move {
+            client.list_objects_v2(request).await
+        });
+        let found = sent.await?;
+        let encoded = is_url(found.encoding_type.as_deref());
+        let mut objects = Vec::new();
+        for object in found.contents.unwrap_or_default() {
+            let Some(key) = object.key.and_then(|key| decode(&key, encoded)) else {
+                continue;
+            };
+            let Some(size) = object.size.and_then(|size| u64::try_from(size).ok()) else {
+                continue;
+            };
+            if !key.starts_with(prefix) {
+                continue;
+            }
+            let info = ObjectInfo {
+                size,
+                last_modified: xml_date(object.last_modified),
+                etag: printable(object.e_tag),
+                storage_class: object.storage_class,
+            };
+            objects.push((key, info));
+        }
+        let truncated = found.is_truncated == Some(true);
+        let token = found
+            .next_continuation_token
+            .filter(|token| !token.is_empty());
+        // A token that comes again would list without end.
+        let stuck = truncated && (token.is_none() || token.as_deref() == next);
+        if stuck {
+            let what = "a page that does not say where the next begins";
+            return Err(self.lacks(DOING, None, what));
+        }
+        Ok(Page {
+            objects,
+            next: token.filter(|_| truncated),
+        })
+    }
+
+    /// Lists at most one key of the bucket.
+    pub(super) async fn list_first(&self) -> StoreResult<()> {
+        let request = ListObjectsV2Request {
+            bucket: self.bucket(),
+            max_keys: Some(1),
+            ..Default::default()
+        };
+        let call = Call::new(DOING, None, Expect::Listing("ListBucketResult"));
+        let sent = self.run(call, |client| async move {
+            client.list_objects_v2(request).await
+        });
+        sent.await.map(drop)
+    }
+}
+
+pub(super) fn xml_date(text: Option<String>) -> Option<SystemTime> {
+    OffsetDateTime::parse(&text?, &Rfc3339).ok().map(Into::into)
+}
+
+/// Undoes `encoding-type=url`, which S3 does as forms do: a space is a plus.
+pub(super) fn decode(text: &str, encoded: bool) -> Option<String> {
+    if !encoded {
+        return Some(text.to_owned());
+    }
+    let spaced = text.replace('+', " ");
+    let decoded = percent_decode_str(&spaced).decode_utf8().ok()?;
+    Some(decoded.into_owned())
+}
+
+pub(super) fn is_url(encoding: Option<&str>) -> bool {
+    encoding.is_some_and(|encoding| encoding.eq_ignore_ascii_case("url"))
+}
