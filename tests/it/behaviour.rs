@@ -229,7 +229,7 @@ fn a_damaged_local_blob_never_reaches_the_store_and_no_manifest_is_written() {
         .prints(expect![[""]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (10 blobs, 62.9 KiB)
-            error: exporting to s3://cache/manifests/buildkit: cannot upload s3://cache/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: reading it failed: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
+            error: exporting to s3://cache/manifests/buildkit: the file could not be read, uploading s3://cache/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
         "#]]);
     let objects = server.objects();
     assert!(!objects.contains_key(&format!("blobs/sha256:{blob}")));
@@ -351,7 +351,7 @@ fn a_dry_run_of_an_export_notices_that_there_is_no_such_bucket() {
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
             Ns looking for blobs on s3
-            error: exporting to s3://absent/manifests/buildkit: cannot list the objects of s3://absent: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            error: exporting to s3://absent/manifests/buildkit: http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
     assert!(server.log().iter().all(|logged| logged.method != "PUT"));
 }
@@ -614,7 +614,7 @@ fn no_credentials_is_an_error_that_names_the_sources_tried() {
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
             Ns looking for blobs on s3
-            error: exporting to s3://cache/manifests/buildkit: cannot look for s3://cache/blobs/sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8: no AWS credentials: tried the environment, profile "default" of the shared config and credentials files, web identity, the container endpoint and EC2's metadata service (Environment: environment variable not set; Profile: nothing set; WebIdentityToken: $AWS_WEB_IDENTITY_TOKEN_FILE was not set; EcsContainer: ECS provider not configured; Ec2InstanceMetadata: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`); set access_key_id and secret_access_key, or AWS_PROFILE
+            error: exporting to s3://cache/manifests/buildkit: no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the job a role (tried: environment, profile, web identity, container endpoint, EC2 metadata service: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`)
         "#]]);
 }
 
@@ -628,11 +628,11 @@ fn a_failed_export_under_ignore_error_is_a_warning() {
         .succeeds()
         .without_blobs()
         .prints(expect![[r#"
-            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
+            exporting to s3://absent/manifests/buildkit failed, which is ignored: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
         "#]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (5 blobs, 30.1 KiB)
-            warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
 }
 
@@ -787,7 +787,7 @@ fn under_rawjson_each_line_of_a_run_that_fails_is_json_and_the_last_is_the_error
             absent,
             1,
             expect![[
-                r#"exporting to s3://absent/manifests/buildkit: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style"#
+                r#"exporting to s3://absent/manifests/buildkit: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style"#
             ]],
         ),
         (

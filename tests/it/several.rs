@@ -59,7 +59,7 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
             Ns uploading (5 blobs, 30.1 KiB)
             Ns looking for blobs on s3
             Ns wrote manifests/c
-            error: exporting to s3://absent/manifests/b: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            error: exporting to s3://absent/manifests/b: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
     assert_eq!(server.objects()["manifests/a"], s3_manifest("max.json"));
     assert_eq!(server.objects()["manifests/c"], s3_manifest("min.json"));
@@ -103,11 +103,11 @@ fn a_failure_that_is_ignored_says_what_it_took() {
         .succeeds()
         .without_blobs()
         .prints(expect![[r#"
-            exporting to s3://absent/manifests/buildkit failed, which is ignored: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
+            exporting to s3://absent/manifests/buildkit failed, which is ignored: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
         "#]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (5 blobs, 30.1 KiB)
-            warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: cannot upload s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: the store answered 404 NoSuchBucket; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
         "#]]);
     let result = &results(&file)[0];
     assert_eq!(result["requests"], server.log().len());
@@ -196,7 +196,7 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
                 Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
                 Ns [9/10] downloaded sha256:b95b63489f91 12.0 KiB
                 Ns [10/10] downloaded sha256:f898e33dc2c9 90 B
-                error: importing from s3://cache/manifests/denied: reading the manifest manifests/denied on s3: cannot get s3://cache/manifests/denied: the store answered 403 AccessDenied (The test server was told to answer AccessDenied.); s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+                error: importing from s3://cache/manifests/denied: reading the manifest manifests/denied on s3: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/denied; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
             "#]],
         ),
     ] {
