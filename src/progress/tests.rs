@@ -752,8 +752,12 @@ fn messages_go_above_the_bars_and_the_end_takes_the_bars_away() {
         rig.output(),
         format!("\x1b[1A{ERASE}warning: a warning\nfetching, 0:00\n")
     );
-    rig.progress
-        .suspend(|| assert_eq!(rig.output(), format!("\x1b[1A{ERASE}")));
+    rig.progress.suspend(|| {
+        assert_eq!(rig.output(), format!("\x1b[1A{ERASE}"));
+        assert_eq!(rig.drawn(), "");
+        rig.progress.note("meanwhile");
+        assert_eq!(rig.output(), "meanwhile\n");
+    });
     assert_eq!(rig.drawn(), "fetching, 0:00\n");
     rig.progress.end();
     rig.progress.end();
