@@ -61,16 +61,16 @@ fn touch_refresh_0s_copies_each_blob_once_and_last_modified_moves() {
     "#]], expect![[r#"
         Ns looking for blobs on s3
         Ns refreshing (10 blobs, 62.9 KiB)
-        Ns [1/10] refreshed sha256:01a37f800d03 159 B
-        Ns [2/10] refreshed sha256:0d68a9c7a878 8.46 KiB
-        Ns [3/10] refreshed sha256:1538290aa394 9.00 KiB
-        Ns [4/10] refreshed sha256:230a4b9dd0a4 8.51 KiB
-        Ns [5/10] refreshed sha256:662e50c29c13 9.03 KiB
-        Ns [6/10] refreshed sha256:6e52fec599f1 635 B
-        Ns [7/10] refreshed sha256:710869d00fd0 6.12 KiB
-        Ns [8/10] refreshed sha256:aa969215ace4 8.98 KiB
-        Ns [9/10] refreshed sha256:b95b63489f91 12.0 KiB
-        Ns [10/10] refreshed sha256:f898e33dc2c9 90 B
+        Ns [N/10] refreshed sha256:01a37f800d03 159 B
+        Ns [N/10] refreshed sha256:0d68a9c7a878 8.46 KiB
+        Ns [N/10] refreshed sha256:1538290aa394 9.00 KiB
+        Ns [N/10] refreshed sha256:230a4b9dd0a4 8.51 KiB
+        Ns [N/10] refreshed sha256:662e50c29c13 9.03 KiB
+        Ns [N/10] refreshed sha256:6e52fec599f1 635 B
+        Ns [N/10] refreshed sha256:710869d00fd0 6.12 KiB
+        Ns [N/10] refreshed sha256:aa969215ace4 8.98 KiB
+        Ns [N/10] refreshed sha256:b95b63489f91 12.0 KiB
+        Ns [N/10] refreshed sha256:f898e33dc2c9 90 B
         Ns wrote manifests/buildkit
     "#]]);
     assert_eq!(server.count("CopyObject"), BLOBS_OF_MAX);
@@ -109,9 +109,9 @@ fn only_blobs_older_than_touch_refresh_are_refreshed_and_keep_their_storage_clas
         "#]], expect![[r#"
             Ns looking for blobs on s3
             Ns refreshing (3 blobs, 17.6 KiB)
-            Ns [1/3] refreshed sha256:01a37f800d03 159 B
-            Ns [2/3] refreshed sha256:0d68a9c7a878 8.46 KiB
-            Ns [3/3] refreshed sha256:1538290aa394 9.00 KiB
+            Ns [N/3] refreshed sha256:01a37f800d03 159 B
+            Ns [N/3] refreshed sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/3] refreshed sha256:1538290aa394 9.00 KiB
             Ns wrote manifests/buildkit
         "#]]);
     let mut copied: Vec<String> = server
@@ -229,7 +229,7 @@ fn a_damaged_local_blob_never_reaches_the_store_and_no_manifest_is_written() {
         .prints(expect![[""]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (10 blobs, 62.9 KiB)
-            error: exporting to s3://cache/manifests/buildkit: the file could not be read, uploading s3://cache/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
+            error: exporting to s3://cache/manifests/buildkit: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
         "#]]);
     let objects = server.objects();
     assert!(!objects.contains_key(&format!("blobs/sha256:{blob}")));
@@ -442,18 +442,18 @@ fn verify_finds_a_damaged_blob_and_fetches_it_again() {
         "#]], expect![[r#"
             Ns reading the manifest
             Ns verifying (10 blobs, 62.9 KiB)
-            Ns [1/10] hashed sha256:01a37f800d03 159 B
-            Ns [2/10] hashed sha256:0d68a9c7a878 8.46 KiB
-            Ns [3/10] hashed sha256:1538290aa394 9.00 KiB
-            Ns [4/10] hashed sha256:230a4b9dd0a4 8.51 KiB
-            Ns [5/10] hashed sha256:662e50c29c13 9.03 KiB
-            Ns [6/10] hashed sha256:6e52fec599f1 635 B
-            Ns [7/10] hashed sha256:710869d00fd0 6.12 KiB
-            Ns [8/10] hashed sha256:aa969215ace4 8.98 KiB
-            Ns [9/10] hashed sha256:b95b63489f91 12.0 KiB
-            Ns [10/10] hashed sha256:f898e33dc2c9 90 B
+            Ns [N/10] hashed sha256:01a37f800d03 159 B
+            Ns [N/10] hashed sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] hashed sha256:1538290aa394 9.00 KiB
+            Ns [N/10] hashed sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] hashed sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] hashed sha256:6e52fec599f1 635 B
+            Ns [N/10] hashed sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] hashed sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] hashed sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] hashed sha256:f898e33dc2c9 90 B
             Ns fetching (1 blob, 12.0 KiB)
-            Ns [1/1] downloaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/1] downloaded sha256:b95b63489f91 12.0 KiB
         "#]]);
     assert_eq!(files(layout.path()), files(&fixture("local-max")));
 }
@@ -723,16 +723,16 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
             warning: --cache-to: image-manifest: ignored: a cache on s3 has one form only
             Ns looking for blobs on s3
             Ns uploading (10 blobs, 62.9 KiB)
-            Ns [1/10] uploaded sha256:01a37f800d03 159 B
-            Ns [2/10] uploaded sha256:0d68a9c7a878 8.46 KiB
-            Ns [3/10] uploaded sha256:1538290aa394 9.00 KiB
-            Ns [4/10] uploaded sha256:230a4b9dd0a4 8.51 KiB
-            Ns [5/10] uploaded sha256:662e50c29c13 9.03 KiB
-            Ns [6/10] uploaded sha256:6e52fec599f1 635 B
-            Ns [7/10] uploaded sha256:710869d00fd0 6.12 KiB
-            Ns [8/10] uploaded sha256:aa969215ace4 8.98 KiB
-            Ns [9/10] uploaded sha256:b95b63489f91 12.0 KiB
-            Ns [10/10] uploaded sha256:f898e33dc2c9 90 B
+            Ns [N/10] uploaded sha256:01a37f800d03 159 B
+            Ns [N/10] uploaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] uploaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] uploaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] uploaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] uploaded sha256:6e52fec599f1 635 B
+            Ns [N/10] uploaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] uploaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] uploaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] uploaded sha256:f898e33dc2c9 90 B
             Ns wrote manifests/buildkit
         "#]]);
     let imported = tempfile::tempdir().expect("a temporary directory");
@@ -745,16 +745,16 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
             warning: --cache-from: mode: ignored: it means something on --cache-to only
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
-            Ns [1/10] downloaded sha256:01a37f800d03 159 B
-            Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-            Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-            Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-            Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-            Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-            Ns [7/10] downloaded sha256:710869d00fd0 6.12 KiB
-            Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
-            Ns [9/10] downloaded sha256:b95b63489f91 12.0 KiB
-            Ns [10/10] downloaded sha256:f898e33dc2c9 90 B
+            Ns [N/10] downloaded sha256:01a37f800d03 159 B
+            Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+            Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
         "#]]);
 }
 
@@ -823,16 +823,16 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         "#]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (10 blobs, 62.9 KiB)
-            Ns [1/10] uploaded sha256:01a37f800d03 159 B
-            Ns [2/10] uploaded sha256:0d68a9c7a878 8.46 KiB
-            Ns [3/10] uploaded sha256:1538290aa394 9.00 KiB
-            Ns [4/10] uploaded sha256:230a4b9dd0a4 8.51 KiB
-            Ns [5/10] uploaded sha256:662e50c29c13 9.03 KiB
-            Ns [6/10] uploaded sha256:6e52fec599f1 635 B
-            Ns [7/10] uploaded sha256:710869d00fd0 6.12 KiB
-            Ns [8/10] uploaded sha256:aa969215ace4 8.98 KiB
-            Ns [9/10] uploaded sha256:b95b63489f91 12.0 KiB
-            Ns [10/10] uploaded sha256:f898e33dc2c9 90 B
+            Ns [N/10] uploaded sha256:01a37f800d03 159 B
+            Ns [N/10] uploaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] uploaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] uploaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] uploaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] uploaded sha256:6e52fec599f1 635 B
+            Ns [N/10] uploaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] uploaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] uploaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] uploaded sha256:f898e33dc2c9 90 B
             Ns wrote manifests/buildkit
         "#]]);
     let imported = tempfile::tempdir().expect("a temporary directory");
@@ -844,16 +844,16 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         "#]], expect![[r#"
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
-            Ns [1/10] downloaded sha256:01a37f800d03 159 B
-            Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-            Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-            Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-            Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-            Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-            Ns [7/10] downloaded sha256:710869d00fd0 6.12 KiB
-            Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
-            Ns [9/10] downloaded sha256:b95b63489f91 12.0 KiB
-            Ns [10/10] downloaded sha256:f898e33dc2c9 90 B
+            Ns [N/10] downloaded sha256:01a37f800d03 159 B
+            Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+            Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+            Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+            Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+            Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
         "#]]);
     Program::export(&server.spec("mode=max"), &fixture("local-max"))
         .args(["--progress", "quiet"])

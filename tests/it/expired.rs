@@ -76,15 +76,15 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
             expect![[r#"
                 Ns reading the manifest
                 Ns fetching (10 blobs, 62.9 KiB)
-                Ns [1/10] downloaded sha256:01a37f800d03 159 B
-                Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-                Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-                Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-                Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-                Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-                Ns [7/10] downloaded sha256:aa969215ace4 8.98 KiB
-                Ns [8/10] downloaded sha256:b95b63489f91 12.0 KiB
-                Ns [9/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 Ns sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on s3 any more
                 warning: 1 blob(s) that the manifest names are not on s3 (expired?): 5 result(s) and 5 layer(s) were left out
             "#]],
@@ -98,15 +98,15 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
             expect![[r#"
                 Ns reading the manifest
                 Ns fetching (10 blobs, 62.9 KiB)
-                Ns [1/10] downloaded sha256:01a37f800d03 159 B
-                Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-                Ns [3/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-                Ns [4/10] downloaded sha256:662e50c29c13 9.03 KiB
-                Ns [5/10] downloaded sha256:6e52fec599f1 635 B
-                Ns [6/10] downloaded sha256:710869d00fd0 6.12 KiB
-                Ns [7/10] downloaded sha256:aa969215ace4 8.98 KiB
-                Ns [8/10] downloaded sha256:b95b63489f91 12.0 KiB
-                Ns [9/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
                 warning: 1 blob(s) that the manifest names are not on s3 (expired?): 4 result(s) and 4 layer(s) were left out
             "#]],
@@ -120,15 +120,15 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
             expect![[r#"
                 Ns reading the manifest
                 Ns fetching (10 blobs, 62.9 KiB)
-                Ns [1/10] downloaded sha256:01a37f800d03 159 B
-                Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-                Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-                Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-                Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-                Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-                Ns [7/10] downloaded sha256:710869d00fd0 6.12 KiB
-                Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
-                Ns [9/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 Ns sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on s3 any more
                 warning: 1 blob(s) that the manifest names are not on s3 (expired?): 10 result(s) and 10 layer(s) were left out
             "#]],
@@ -291,8 +291,8 @@ fn an_export_uploads_blobs_that_are_gone_though_a_manifest_names_them() {
         "#]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (2 blobs, 18.1 KiB)
-            Ns [1/2] uploaded sha256:710869d00fd0 6.12 KiB
-            Ns [2/2] uploaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/2] uploaded sha256:710869d00fd0 6.12 KiB
+            Ns [N/2] uploaded sha256:b95b63489f91 12.0 KiB
             Ns wrote manifests/buildkit
         "#]]);
     let mut put: Vec<String> = server
@@ -330,7 +330,7 @@ fn the_import_after_the_blobs_are_back_is_whole_again() {
         "#]], expect![[r#"
             Ns reading the manifest
             Ns fetching (1 blob, 9.00 KiB)
-            Ns [1/1] downloaded sha256:1538290aa394 9.00 KiB
+            Ns [N/1] downloaded sha256:1538290aa394 9.00 KiB
         "#]]);
     assert_eq!(reexported(layout.path()), whole());
 }
@@ -356,12 +356,12 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
             warning: --cache-from: mode: ignored: it means something on --cache-to only
             Ns reading the manifest
             Ns fetching (7 blobs, 35.9 KiB)
-            Ns [1/7] downloaded sha256:0d68a9c7a878 8.46 KiB
-            Ns [2/7] downloaded sha256:14b83d454ab7 4.53 KiB
-            Ns [3/7] downloaded sha256:6e52fec599f1 635 B
-            Ns [4/7] downloaded sha256:aa969215ace4 8.98 KiB
-            Ns [5/7] downloaded sha256:b95b63489f91 12.0 KiB
-            Ns [6/7] downloaded sha256:f898e33dc2c9 90 B
+            Ns [N/7] downloaded sha256:0d68a9c7a878 8.46 KiB
+            Ns [N/7] downloaded sha256:14b83d454ab7 4.53 KiB
+            Ns [N/7] downloaded sha256:6e52fec599f1 635 B
+            Ns [N/7] downloaded sha256:aa969215ace4 8.98 KiB
+            Ns [N/7] downloaded sha256:b95b63489f91 12.0 KiB
+            Ns [N/7] downloaded sha256:f898e33dc2c9 90 B
             Ns sha256:00afeaf117419cda1c679efc7c21a51d9cda419781b1e754014f68a7042c9668 is not on s3 any more
             warning: 1 blob(s) that the manifest names are not on s3 (expired?): 0 result(s) and 0 layer(s) were left out, and the image cannot be restored
         "#]]);

@@ -19,7 +19,7 @@ impl Run {
     /// The run without its progress on single blobs: when a run fails, how far the others have come by
     /// then is a matter of timing.
     pub fn without_blobs(mut self) -> Run {
-        let problems = ["layercache: ", "error: ", "warning: "];
+        let problems = ["error: ", "warning: "];
         let keep = |line: &&str| !names_blob(line) || problems.iter().any(|p| line.starts_with(p));
         self.stderr = self.stderr.split_inclusive('\n').filter(keep).collect();
         self
@@ -27,7 +27,8 @@ impl Run {
 }
 
 /// `text` with what differs from run to run replaced: ports, temporary directories, this checkout's
-/// path and seconds. Blobs are moved in parallel, so neighbouring lines about one blob each are sorted.
+/// path and seconds. Blobs are moved in parallel, so neighbouring lines about one blob each are sorted,
+/// and the number of those done in them is replaced.
 pub fn lasting(text: &str) -> String {
     let temporary = std::env::temp_dir().join(".tmp");
     let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
@@ -37,32 +38,14 @@ pub fn lasting(text: &str) -> String {
     let text = text.replace(env!("CARGO_MANIFEST_DIR"), "REPOSITORY");
     let text = replace(&text, "127.0.0.1:", "127.0.0.1:PORT", digits);
     let text = replace(&text, "localhost:", "localhost:PORT", digits);
-    let lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
-    lines
-        .chunk_by(|a, b| names_blob(a) && names_blob(b))
-        .flat_map(sorted)
-        .collect()
-}
-
-/// Neighbouring lines about one blob each, sorted by what they say; a count such as `[3/10]` before it
-/// stays where it was.
-fn sorted(lines: &[String]) -> Vec<String> {
-    let parts = lines.iter().map(|line| match line.split_once("] ") {
-        Some((count, rest)) if names_blob(rest) => (Some(count), rest),
-        _ => (None, line.as_str()),
-    });
-    let (counts, mut rests): (Vec<_>, Vec<_>) = parts
-        .map(|(count, rest)| (count, (count.is_none(), rest)))
-        .unzip();
-    rests.sort();
-    let mut counts = counts.into_iter().flatten();
-    rests
-        .into_iter()
-        .map(|(_, rest)| match counts.next() {
-            Some(count) => format!("{count}] {rest}"),
-            None => rest.to_owned(),
-        })
-        .collect()
+    let mut lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
+    for line in lines.iter_mut().filter(|line| names_blob(line)) {
+        *line = replace(line, "Ns [", "Ns [N", digits);
+    }
+    for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
+        about_blobs.sort();
+    }
+    lines.concat()
 }
 
 /// Replaces each `start` and as many bytes after it as `more` says, if it says any.
@@ -128,6 +111,6 @@ fn what_differs_from_run_to_run_is_replaced() {
     assert_eq!(
         lasting(&text),
         "uploaded sha256:a 2 B\nuploaded sha256:b 1.5 KiB\nwrote TMP/cache at \
-         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [1/2] sent sha256:a\nNs [2/2] sent sha256:b\n"
+         http://127.0.0.1:PORT/x; 21 requests in N s\nNs [N/2] sent sha256:a\nNs [N/2] sent sha256:b\n"
     );
 }

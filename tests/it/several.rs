@@ -164,16 +164,16 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
                 Ns manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2), trying again (3 of 3)
                 Ns reading the manifest
                 Ns fetching (10 blobs, 62.9 KiB)
-                Ns [1/10] downloaded sha256:01a37f800d03 159 B
-                Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-                Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-                Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-                Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-                Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-                Ns [7/10] downloaded sha256:710869d00fd0 6.12 KiB
-                Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
-                Ns [9/10] downloaded sha256:b95b63489f91 12.0 KiB
-                Ns [10/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 error: importing from s3://cache/manifests/damaged: reading the manifest manifests/damaged on s3: manifests/damaged is damaged: it is not JSON (expected ident at line 1 column 2) (3 tries)
             "#]],
         ),
@@ -186,16 +186,16 @@ fn a_branch_s_cache_that_fails_does_not_keep_main_s_from_being_imported() {
                 Ns reading the manifest
                 Ns reading the manifest
                 Ns fetching (10 blobs, 62.9 KiB)
-                Ns [1/10] downloaded sha256:01a37f800d03 159 B
-                Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-                Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-                Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-                Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-                Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-                Ns [7/10] downloaded sha256:710869d00fd0 6.12 KiB
-                Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
-                Ns [9/10] downloaded sha256:b95b63489f91 12.0 KiB
-                Ns [10/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 error: importing from s3://cache/manifests/denied: reading the manifest manifests/denied on s3: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/denied; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
             "#]],
         ),
@@ -248,16 +248,16 @@ fn require_wants_one_of_the_sources_to_be_there() {
                 Ns reading the manifest
                 Ns reading the manifest
                 Ns fetching (10 blobs, 62.9 KiB)
-                Ns [1/10] downloaded sha256:01a37f800d03 159 B
-                Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-                Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-                Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-                Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-                Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-                Ns [7/10] downloaded sha256:710869d00fd0 6.12 KiB
-                Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
-                Ns [9/10] downloaded sha256:b95b63489f91 12.0 KiB
-                Ns [10/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
             "#]],
         ),
@@ -270,16 +270,16 @@ fn require_wants_one_of_the_sources_to_be_there() {
             expect![[r#"
                 Ns reading the manifest
                 Ns fetching (10 blobs, 62.9 KiB)
-                Ns [1/10] downloaded sha256:01a37f800d03 159 B
-                Ns [2/10] downloaded sha256:0d68a9c7a878 8.46 KiB
-                Ns [3/10] downloaded sha256:1538290aa394 9.00 KiB
-                Ns [4/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
-                Ns [5/10] downloaded sha256:662e50c29c13 9.03 KiB
-                Ns [6/10] downloaded sha256:6e52fec599f1 635 B
-                Ns [7/10] downloaded sha256:710869d00fd0 6.12 KiB
-                Ns [8/10] downloaded sha256:aa969215ace4 8.98 KiB
-                Ns [9/10] downloaded sha256:b95b63489f91 12.0 KiB
-                Ns [10/10] downloaded sha256:f898e33dc2c9 90 B
+                Ns [N/10] downloaded sha256:01a37f800d03 159 B
+                Ns [N/10] downloaded sha256:0d68a9c7a878 8.46 KiB
+                Ns [N/10] downloaded sha256:1538290aa394 9.00 KiB
+                Ns [N/10] downloaded sha256:230a4b9dd0a4 8.51 KiB
+                Ns [N/10] downloaded sha256:662e50c29c13 9.03 KiB
+                Ns [N/10] downloaded sha256:6e52fec599f1 635 B
+                Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
+                Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
+                Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
+                Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 Ns reading the manifest
                 warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
             "#]],
