@@ -403,6 +403,7 @@ mod tests {
                 targets: vec![spec::cache_to(SPEC, &no_env).unwrap().config],
                 layout: PathBuf::from("dir"),
                 selection: Selection::Default,
+                resend: Resend::None,
                 dry_run: false,
             }
         );
