@@ -15,7 +15,7 @@ use crate::bucket::Bucket;
 use crate::config::{S3Config, Task};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::progress::Progress;
-use crate::report::{Details, Outcome, Report};
+use crate::report::{AnyReport, Details, Outcome, Report};
 use crate::store::Store;
 use crate::transfer::limits::Limits;
 
@@ -35,6 +35,15 @@ pub struct Context<'a> {
     pub limits: Limits,
     pub interrupt: &'a Interrupt,
     pub progress: &'a Progress,
+    /// Called with each report as soon as it is complete.
+    pub finished: &'a (dyn Fn(Box<dyn AnyReport>) + Send + Sync),
+}
+
+impl Context<'_> {
+    fn finish<D: Details>(&self, report: &Report<D>) {
+        self.progress.result(&report.json());
+        (self.finished)(Box::new(report.clone()));
+    }
 }
 
 /// Performs a task: what the program does, without the command line and the terminal.
@@ -104,6 +113,7 @@ async fn for_each_spec<C: PerSpec>(
     for spec in specs.by_ref() {
         let (mut report, done) = run_one(command, &ready, spec, &reports, context).await;
         let Err(error) = done else {
+            context.finish(&report);
             reports.push(report);
             continue;
         };
@@ -119,6 +129,7 @@ async fn for_each_spec<C: PerSpec>(
         } else {
             errors.push(error.context(format!("{} {address}", report.place.doing)));
         }
+        context.finish(&report);
         reports.push(report);
         if stopped {
             break;
@@ -128,6 +139,7 @@ async fn for_each_spec<C: PerSpec>(
     reports.extend(specs.map(|spec| {
         let mut report = command.blank(spec);
         report.fail(&not_started);
+        context.finish(&report);
         report
     }));
     (reports, errors)
@@ -174,6 +186,7 @@ fn fail_all<C: PerSpec>(
             report.cost.seconds = began.elapsed().as_secs_f64();
             report.fail(&error);
             report.error_ignored = command.ignores_errors(spec) && !error.is::<Interrupted>();
+            context.finish(&report);
             report
         })
         .collect();

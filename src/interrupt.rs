@@ -1,15 +1,24 @@
-//! SIGINT and SIGTERM: they end the work in order, and the second one ends the process at once.
+//! SIGINT, SIGTERM and SIGHUP. The first one ends the work in order; the second one, and any after the
+//! work is done, ends the process at once, whatever it is waiting for.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
+use signal_hook::SigId;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::{flag, low_level};
+use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
+
+const SIGNALS: [i32; 3] = [SIGINT, SIGTERM, SIGHUP];
 
 /// The run was stopped by a signal.
 #[derive(Debug)]
 pub struct Interrupted {
-    /// SIGINT or SIGTERM.
+    /// Its number.
     pub signal: i32,
 }
 
@@ -21,7 +30,99 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// Tells the work that a signal came.
+/// Handles the signals of one run, until dropped.
+pub struct Signals {
+    /// Whether the next signal ends the process.
+    armed: Arc<AtomicBool>,
+    /// The signal that arrived; 0 for none.
+    arrived: Arc<AtomicUsize>,
+    /// Readable once one has.
+    wake: UnixStream,
+    handlers: Vec<SigId>,
+}
+
+impl Signals {
+    /// Starts to handle signals.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn listen() -> Result<Self> {
+        let (wake, waker) = UnixStream::pair().context("preparing for signals")?;
+        wake.set_nonblocking(true)
+            .context("preparing for signals")?;
+        let mut signals = Signals {
+            armed: Arc::default(),
+            arrived: Arc::default(),
+            wake,
+            handlers: Vec::new(),
+        };
+        // A shell ignores SIGINT for background jobs, and nohup ignores SIGHUP: they mean it.
+        for signal in SIGNALS.into_iter().filter(|signal| !is_ignored(*signal)) {
+            signals
+                .handle(signal, &waker)
+                .with_context(|| format!("listening for signal {signal}"))?;
+        }
+        Ok(signals)
+    }
+
+    /// The handlers of a signal run in the order of their registration.
+    fn handle(&mut self, signal: i32, waker: &UnixStream) -> std::io::Result<()> {
+        let (armed, arrived) = (Arc::clone(&self.armed), Arc::clone(&self.arrived));
+        let second = flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&armed))?;
+        self.handlers.push(second);
+        let value = usize::try_from(signal).unwrap_or_default();
+        self.handlers
+            .push(flag::register_usize(signal, arrived, value)?);
+        self.handlers.push(flag::register(signal, armed)?);
+        let waker = waker.try_clone()?;
+        self.handlers
+            .push(low_level::pipe::register(signal, waker)?);
+        Ok(())
+    }
+
+    /// Tells the work when a signal arrives. To be called on the runtime that does the work.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn interrupt(&self) -> Result<Interrupt> {
+        let wake = self.wake.try_clone().context("preparing for signals")?;
+        let mut wake = tokio::net::UnixStream::from_std(wake).context("preparing for signals")?;
+        let arrived = Arc::clone(&self.arrived);
+        let (sender, receiver) = watch::channel(0);
+        tokio::spawn(async move {
+            let _ = wake.read_u8().await;
+            let signal = arrived.load(Ordering::SeqCst);
+            let _ = sender.send(i32::try_from(signal).unwrap_or_default());
+            // Dropped, the sender would look like the end of all signals.
+            sender.closed().await;
+        });
+        Ok(Interrupt { signal: receiver })
+    }
+
+    /// The work is done: the next signal ends the process, even if its output is stuck.
+    pub fn work_is_done(&self) {
+        self.armed.store(true, Ordering::SeqCst);
+    }
+}
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: with no new action, sigaction only writes the current one to `action`, which is plain data.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0
+            && action.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        for handler in self.handlers.drain(..) {
+            low_level::unregister(handler);
+        }
+    }
+}
+
+/// Tells the work that a signal arrived.
 #[derive(Clone)]
 pub struct Interrupt {
     signal: watch::Receiver<i32>,
@@ -35,50 +136,54 @@ impl Interrupt {
         }
     }
 
-    /// Listens for SIGINT and SIGTERM. The second one does not wait for anything.
-    pub fn listen() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        static SEEN: AtomicI32 = AtomicI32::new(0);
-        let (sender, receiver) = watch::channel(0);
-        let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
-        let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-        tokio::spawn(async move {
-            loop {
-                let came = tokio::select! {
-                    _ = interrupt.recv() => libc::SIGINT,
-                    _ = terminate.recv() => libc::SIGTERM,
-                };
-                if SEEN.swap(came, Ordering::SeqCst) != 0 {
-                    std::process::exit(128 + came);
-                }
-                let _ = sender.send(came);
-            }
-        });
-        Ok(Interrupt { signal: receiver })
-    }
-
-    /// Whether a signal has come.
+    /// Whether a signal has arrived.
     pub fn happened(&self) -> bool {
         *self.signal.borrow() != 0
     }
 
-    /// Does `work`, or drops it where it stands when a signal comes.
+    /// Does `work`, or drops it where it stands when a signal arrives.
     ///
     /// # Errors
     /// The work's own, or [`Interrupted`].
     pub async fn or<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let mut signal = self.signal.clone();
+        let arrived = async {
+            let arrived = signal.wait_for(|signal| *signal != 0).await;
+            match arrived.map(|signal| *signal) {
+                Ok(signal) => signal,
+                // Nobody is left to send one.
+                Err(_) => std::future::pending().await,
+            }
+        };
         tokio::select! {
             biased;
-            signal = async {
-                let came = signal.wait_for(|signal| *signal != 0).await.map(|signal| *signal);
-                match came {
-                    Ok(signal) => signal,
-                    // Nobody is left to send one.
-                    Err(_) => std::future::pending().await,
-                }
-            } => Err(Interrupted { signal }.into()),
+            signal = arrived => Err(Interrupted { signal }.into()),
             done = work => done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_run_starts_without_a_signal_seen() {
+        for _ in 0..2 {
+            let signals = Signals::listen().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let interrupt = signals.interrupt().unwrap();
+                assert!(!interrupt.happened());
+                low_level::raise(SIGHUP).unwrap();
+                let stopped = interrupt.or(std::future::pending::<Result<()>>()).await;
+                let stopped = stopped.unwrap_err();
+                let Interrupted { signal } = stopped.downcast_ref().unwrap();
+                assert_eq!(*signal, SIGHUP);
+            });
         }
     }
 }

@@ -7,9 +7,9 @@
 //! the work as it goes on; a [`report`] says what came of it.
 
 use std::ffi::OsString;
-use std::io::Write;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use anyhow::{Context as _, Result};
 use futures::future::BoxFuture;
@@ -35,9 +35,9 @@ pub mod transfer;
 use cli::args::{self, Args, UsageError};
 use commands::Context;
 use config::{S3Config, Task};
-use interrupt::{Interrupt, Interrupted};
+use interrupt::{Interrupted, Signals};
 use progress::Progress;
-use report::Outcome;
+use report::{AnyReport, Outcome};
 use store::Store;
 use transfer::limits::Limits;
 
@@ -92,14 +92,13 @@ fn run_command(args: Args, env: cli::spec::Env, progress: &Progress) -> Result<V
         report::metadata::check(file)
             .map_err(|error| args::usage(format!("--metadata-file: {error:#}")))?;
     }
-    let outcome = perform(task, progress);
-    progress.end();
+    let (outcome, printed) = perform(task, progress)?;
     let Outcome {
         reports,
         mut errors,
-    } = outcome?;
-    for report in reports.iter().filter(|report| !report.is_failure()) {
-        let _ = writeln!(std::io::stdout(), "{}", report.summary());
+    } = outcome;
+    if let Err(error) = printed {
+        errors.push(anyhow::Error::new(error).context("cannot write the result to stdout"));
     }
     // Also if the run failed: otherwise the file of an earlier run would pass for its result.
     if let Some(file) = metadata_file
@@ -110,36 +109,62 @@ fn run_command(args: Args, env: cli::spec::Env, progress: &Progress) -> Result<V
     Ok(errors)
 }
 
-/// Performs `task` on a runtime of its own, until a signal arrives.
-fn perform(task: Task, progress: &Progress) -> Result<Outcome> {
+/// Performs `task` on a runtime of its own, until a signal arrives, and prints each result as soon as
+/// there is one. Returns what came of the work, and of the printing.
+fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)> {
     process::allow_many_files();
     process::keep_one_heap();
+    process::survive_file_size_limit();
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.clamp(2, 4))
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let progress = progress.clone();
+    let (finished, results) = mpsc::channel();
+    let watched = progress.clone();
     // As a task, so that it runs on the threads that read its connections: otherwise each chunk of a
     // download would cost a switch between threads.
     let working = runtime.spawn(async move {
-        let interrupt = Interrupt::listen()?;
+        let signals = Signals::listen()?;
+        let interrupt = signals.interrupt()?;
         let context = Context {
             connect: &connect,
             limits: Limits::default(),
             interrupt: &interrupt,
-            progress: &progress,
+            progress: &watched,
+            finished: &move |report| drop(finished.send(report)),
         };
-        anyhow::Ok(commands::perform(&task, &context).await)
+        let outcome = commands::perform(&task, &context).await;
+        watched.end();
+        signals.work_is_done();
+        // Handled until the last result is printed.
+        anyhow::Ok((outcome, signals))
     });
+    let printed = print(results);
     let done = runtime.block_on(working);
     // What a signal or a failure left running ends with the process; nothing needs it.
     runtime.shutdown_background();
+    progress.end();
     match done {
-        Ok(outcome) => outcome,
+        Ok(done) => done.map(|(outcome, _signals)| (outcome, printed)),
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
+}
+
+/// Prints the summaries of successful results as they arrive. A reader that has gone away (`| head`) is
+/// no error.
+fn print(results: mpsc::Receiver<Box<dyn AnyReport>>) -> io::Result<()> {
+    let mut printed = Ok(());
+    for report in results.iter().filter(|report| !report.is_failure()) {
+        let mut stdout = io::stdout().lock();
+        let written = writeln!(stdout, "{}", report.summary()).and_then(|()| stdout.flush());
+        match written {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => printed = Err(error),
+            _ => {}
+        }
+    }
+    printed
 }
 
 /// [`s3::connect`] as a [`commands::Connect`].

@@ -32,6 +32,15 @@ pub(crate) fn within_open_files(wanted: usize, files: usize) -> usize {
     limit.map_or(wanted, |limit| (limit / files).clamp(1, wanted))
 }
 
+/// Makes a write beyond `ulimit -f` an error, which names the file. By default a signal ends the process
+/// without a word.
+pub(crate) fn survive_file_size_limit() {
+    // SAFETY: to ignore a signal has no preconditions.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
 /// Makes all threads share one heap. glibc keeps one for each thread, up to eight a core, and does not
 /// reuse in one what was freed in another: peak memory was a third more, and grew with the cores.
 pub(crate) fn keep_one_heap() {

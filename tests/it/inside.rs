@@ -81,6 +81,7 @@ impl Inside {
             limits: self.limits,
             interrupt: &interrupt,
             progress: &progress,
+            finished: &drop,
         };
         let run = perform(task, &context);
         match tokio::time::timeout(LONGEST, run).await {
