@@ -6,10 +6,12 @@
 mod answer;
 mod call;
 mod credentials;
+mod deleting;
 mod dispatch;
 mod endpoint;
 mod exchange;
 mod failure;
+mod lifecycle;
 mod listing;
 mod objects;
 mod outgoing;
@@ -163,6 +165,22 @@ impl Store for S3Store {
 
     async fn touch(&self, key: &str, info: &ObjectInfo) -> StoreResult<bool> {
         self.confirmed(|| self.copy_onto_itself(key, info)).await
+    }
+
+    async fn copy(&self, from: (&str, &str), key: &str, info: &ObjectInfo) -> StoreResult<bool> {
+        self.confirmed(|| self.copy_object(from, key, info)).await
+    }
+
+    async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>> {
+        self.delete_objects(keys).await
+    }
+
+    async fn lifecycle(&self) -> StoreResult<Option<String>> {
+        self.get_lifecycle().await
+    }
+
+    async fn set_lifecycle(&self, xml: &str) -> StoreResult<()> {
+        self.put_lifecycle(xml).await
     }
 
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {

@@ -1,5 +1,5 @@
 //! What we need from an object store. `s3/` is the one real implementation; tests wrap a store to make
-//! its k-th call fail. Objects are read with [`read`] or [`read_whole`], which resume.
+//! its k-th call fail. Objects are read with [`read()`] or [`read_whole`], which resume.
 
 mod read;
 
@@ -121,7 +121,6 @@ pub struct StoreError {
     /// S3's error code, where there was one.
     pub code: Option<String>,
     pub message: String,
-    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl StoreError {
@@ -137,11 +136,7 @@ impl std::fmt::Display for StoreError {
     }
 }
 
-impl std::error::Error for StoreError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_ref().map(|source| &**source as _)
-    }
-}
+impl std::error::Error for StoreError {}
 
 pub type StoreResult<T> = std::result::Result<T, StoreError>;
 
@@ -168,6 +163,21 @@ pub trait Store: Send + Sync {
     /// moves), keeping its storage class. One request; objects over 5 GiB need `copy_part`.
     /// `Ok(false)`: the object is not there any more.
     async fn touch(&self, key: &str, info: &ObjectInfo) -> StoreResult<bool>;
+
+    /// Copies the object `from` (bucket and key, at the same endpoint) to `key`, if its ETag is still
+    /// that of `info`, keeping its storage class. One request; objects over 5 GiB need parts.
+    /// `Ok(false)`: the source is not there. [`Kind::Changed`]: it is another one.
+    async fn copy(&self, from: (&str, &str), key: &str, info: &ObjectInfo) -> StoreResult<bool>;
+
+    /// Deletes at most 1,000 objects; what became of each key, in their order. A key that is not there
+    /// is no error.
+    async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>>;
+
+    /// The bucket's lifecycle rules: S3's XML, under `LifecycleConfiguration`. `None`: it has none.
+    async fn lifecycle(&self) -> StoreResult<Option<String>>;
+
+    /// Replaces all of the bucket's lifecycle rules.
+    async fn set_lifecycle(&self, xml: &str) -> StoreResult<()>;
 
     /// One page, at most 1,000 keys, of those that begin with `prefix`; `next` is the last page's.
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page>;

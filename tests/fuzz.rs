@@ -581,7 +581,6 @@ fn unsupported<T>() -> StoreResult<T> {
         status: None,
         code: None,
         message: "not done here".into(),
-        source: None,
     })
 }
 
@@ -589,6 +588,18 @@ fn unsupported<T>() -> StoreResult<T> {
 impl Store for Lister {
     async fn head(&self, _: &str) -> StoreResult<Option<ObjectInfo>> {
         Ok(None)
+    }
+    async fn copy(&self, _: (&str, &str), _: &str, _: &ObjectInfo) -> StoreResult<bool> {
+        unsupported()
+    }
+    async fn delete(&self, _: &[String]) -> StoreResult<Vec<StoreResult<()>>> {
+        unsupported()
+    }
+    async fn lifecycle(&self) -> StoreResult<Option<String>> {
+        unsupported()
+    }
+    async fn set_lifecycle(&self, _: &str) -> StoreResult<()> {
+        unsupported()
     }
     async fn list(&self, prefix: &str, _: Option<&str>) -> StoreResult<Page> {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);

@@ -1,10 +1,10 @@
 //! One operation, beside rusoto's request for it: what rusoto has no field for, and the words for
 //! what went wrong.
 
-use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::Refusal;
@@ -40,6 +40,10 @@ pub(super) struct Call {
     /// `None`: the bucket's own.
     pub(super) key: Option<String>,
     pub(super) body: Option<Arc<dyn UploadBody>>,
+    /// In place of what rusoto makes of its request.
+    pub(super) payload: Option<Bytes>,
+    /// Where a body goes that rusoto is not to parse.
+    pub(super) kept: Option<Arc<Mutex<Bytes>>>,
     /// The bytes that are asked for.
     pub(super) range: Option<Range<u64>>,
     pub(super) expect: Expect,
@@ -58,6 +62,8 @@ impl Call {
             doing,
             key: key.map(str::to_owned),
             body: None,
+            payload: None,
+            kept: None,
             range: None,
             expect,
             slow: false,
@@ -69,6 +75,16 @@ impl Call {
 
     pub(super) fn with_body(mut self, body: Arc<dyn UploadBody>) -> Self {
         self.body = Some(body);
+        self
+    }
+
+    pub(super) fn with_payload(mut self, payload: impl Into<Bytes>) -> Self {
+        self.payload = Some(payload.into());
+        self
+    }
+
+    pub(super) fn keeping(mut self, kept: &Arc<Mutex<Bytes>>) -> Self {
+        self.kept = Some(Arc::clone(kept));
         self
     }
 
@@ -110,12 +126,11 @@ pub(super) struct Failure {
     pub(super) cause: String,
     /// What to try.
     pub(super) advice: Option<String>,
-    pub(super) source: Option<io::Error>,
     /// It may pass.
     pub(super) again: Option<Trouble>,
     /// Other credentials may help.
     pub(super) renew: bool,
-    /// No request could be sent, whatever the object.
+    /// It has nothing to do with the object.
     pub(super) general: bool,
     /// What the store said.
     pub(super) refusal: Option<Box<Refusal>>,
@@ -128,7 +143,6 @@ impl Failure {
             status: None,
             cause: cause.into(),
             advice: None,
-            source: None,
             again: None,
             renew: false,
             general: false,
@@ -192,7 +206,6 @@ impl Failure {
             status: self.status,
             code: self.refusal.and_then(|refusal| refusal.code),
             message,
-            source: self.source.map(|source| Box::new(source) as _),
         }
     }
 }

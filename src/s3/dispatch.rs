@@ -7,9 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_credential_types::Credentials;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method};
+use md5::{Digest as _, Md5};
 use rusoto_core::request::{
     DispatchSignedRequest, DispatchSignedRequestFuture, HttpDispatchError, HttpResponse,
 };
@@ -106,8 +109,14 @@ impl Ready {
             // Or a gateway might compress what is to be stored as it is.
             set(header::ACCEPT_ENCODING, "identity")?;
         }
-        let payload = match request.payload {
-            Some(SignedRequestPayload::Buffer(bytes)) => bytes,
+        let payload = match (&call.payload, request.payload) {
+            (Some(payload), _) => {
+                // Where rusoto's would be wanted, so is its digest.
+                let digest = BASE64.encode(Md5::digest(payload));
+                set(HeaderName::from_static("content-md5"), &digest)?;
+                payload.clone()
+            }
+            (None, Some(SignedRequestPayload::Buffer(bytes))) => bytes,
             _ => Bytes::new(),
         };
         if has_body {

@@ -20,7 +20,7 @@ use super::call::{Call, Expect, Failure};
 use super::dispatch::Ready;
 use super::failure::Causes;
 use super::outgoing::{Fate, Outgoing};
-use super::remote::{LARGEST_ANSWER, LARGEST_LISTING, Remote};
+use super::remote::{LARGEST_ANSWER, LARGEST_LISTING, Remote, lock};
 use super::sign::{self, Payload};
 use super::timing::Timing;
 use super::wire;
@@ -146,7 +146,7 @@ pub(super) async fn attempt(
     match watch.fate() {
         Fate::Sent => {}
         Fate::Underway => return Err(unexpected("success before it had the whole body")),
-        Fate::Local(e) => return Err(Failure::local(e)),
+        Fate::Local(e) => return Err(Failure::local(&e)),
     }
     let start =
         check_success(remote, call, head.status, &head.headers, &read).map_err(|problem| {
@@ -155,7 +155,10 @@ pub(super) async fn attempt(
                 Problem::Unexpected(what) => unexpected(&what),
             }
         })?;
-    let body = read.freeze().slice(start..);
+    let mut body = read.freeze().slice(start..);
+    if let Some(kept) = &call.kept {
+        *lock(kept) = std::mem::take(&mut body);
+    }
     let body = rusoto_core::ByteStream::new(futures::stream::iter(
         Some(body).filter(|body| !body.is_empty()).map(Ok),
     ));

@@ -61,11 +61,11 @@ impl Failure {
         }
     }
 
-    /// The body to send could not be read.
-    pub(super) fn local(e: io::Error) -> Self {
+    /// The body to send could not be read: its own words name the blob and its file.
+    pub(super) fn local(e: &io::Error) -> Self {
         Failure {
-            source: Some(e),
-            ..Failure::new(Kind::LocalBody, "the file could not be read")
+            general: true,
+            ..Failure::new(Kind::LocalBody, e.to_string())
         }
     }
 
@@ -76,7 +76,7 @@ impl Failure {
         fate: Fate,
     ) -> Self {
         if let Fate::Local(e) = fate {
-            return Failure::local(e);
+            return Failure::local(&e);
         }
         let endpoint = &remote.endpoint;
         let peer = endpoint.authority();

@@ -160,10 +160,46 @@ impl S3Store {
         Ok(true)
     }
 
+    pub(super) async fn copy_object(
+        &self,
+        (bucket, source): (&str, &str),
+        key: &str,
+        info: &ObjectInfo,
+    ) -> StoreResult<bool> {
+        const DOING: &str = "copying to";
+        let request = CopyObjectRequest {
+            bucket: self.bucket(),
+            key: key.to_owned(),
+            copy_source: encode_key(&format!("{bucket}/{source}")),
+            copy_source_if_match: info.etag.clone(),
+            storage_class: storage_class(info),
+            ..Default::default()
+        };
+        let call = Call::new(DOING, Some(key), Expect::Xml("CopyObjectResult")).slow();
+        let sent = self.run(
+            call,
+            |client| async move { client.copy_object(request).await },
+        );
+        let done = match sent.await {
+            Ok(done) => done,
+            Err(e) => return self.absent(e, DOING, key).await.map(|()| false),
+        };
+        let etag = done.copy_object_result.and_then(|result| result.e_tag);
+        if printable(etag).is_none() {
+            self.confirm(DOING, key, info.size).await?;
+        }
+        Ok(true)
+    }
+
     /// Ok if `e` says that the object is not there, and S3 says it: to a wrong endpoint every cache
     /// would be empty. An answer without a body could be any server's, so until something has come that
     /// only S3 sends, the bucket itself is asked for.
-    async fn absent(&self, e: StoreError, doing: &'static str, key: &str) -> StoreResult<()> {
+    pub(super) async fn absent(
+        &self,
+        e: StoreError,
+        doing: &'static str,
+        key: &str,
+    ) -> StoreResult<()> {
         if e.kind != Kind::Missing {
             return Err(e);
         }

@@ -21,6 +21,7 @@ mod floods;
 mod secrets;
 mod stores;
 mod strangers;
+mod upkeep;
 
 #[path = "../../tests/scripted/mod.rs"]
 mod scripted;
@@ -332,11 +333,10 @@ async fn the_last_try_s_failure_is_told_with_the_number_of_tries() {
         e.message,
         format!("connection to {nobody} refused, looking for s3://cache/a")
     );
-    // For ten times the backoff's base, whatever the attempts.
     let store = refused(2);
     let e = store.head("a").await.unwrap_err();
     let tries = store.requests();
-    assert!(tries > 2, "{tries} tries");
+    assert!(tries >= 2, "{tries} tries");
     assert!(
         e.message.contains(&format!("refused ({tries} tries), ")),
         "{e}"
@@ -390,7 +390,7 @@ async fn a_body_that_cannot_be_read_is_no_fault_of_the_store() {
     let store = server.store();
     let e = store.put("a", blob).await.unwrap_err();
     assert_eq!(e.kind, Kind::LocalBody);
-    assert_eq!(e.source.unwrap().to_string(), "disk on fire");
+    assert_eq!(e.message, "disk on fire");
     assert_eq!(store.requests(), 1);
 }
 

@@ -335,7 +335,6 @@ fn error(kind: Kind, message: String) -> StoreError {
         status: None,
         code: None,
         message,
-        source: None,
     }
 }
 

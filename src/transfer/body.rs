@@ -10,11 +10,11 @@ use bytes::Bytes;
 use futures::stream::{BoxStream, Stream, StreamExt};
 use parking_lot::Mutex;
 
-use crate::cache::digest::Digest;
+use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Blob;
-use crate::store::{ByteStream, Kind, StoreError, UploadBody};
+use crate::store::{ByteStream, UploadBody};
 use crate::transfer::buffers::{BUFFER, Buffers};
-use crate::transfer::hashing::{Feed, Hasher, Hashing, read_into};
+use crate::transfer::hashing::{Feed, Hashing, read_into};
 
 /// Where a blob comes from: a file, an object in another store, a stream that arrives.
 #[async_trait]
@@ -323,19 +323,6 @@ impl UploadBody for InMemory {
     fn open(&self) -> ByteStream {
         let bytes = self.0.clone();
         futures::stream::once(async move { Ok(bytes) }).boxed()
-    }
-}
-
-/// A store's error, or what the local body itself said where that is what failed.
-pub fn explain_local(error: StoreError) -> anyhow::Error {
-    match (error.kind, error.source) {
-        (Kind::LocalBody, Some(source)) => anyhow!("{source}").context(error.message),
-        (kind, source) => StoreError {
-            source,
-            kind,
-            ..error
-        }
-        .into(),
     }
 }
 

@@ -8,10 +8,10 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use md5::{Digest as _, Md5};
 
 use crate::blocking::blocking;
+use crate::cache::digest::Hasher;
 use crate::progress::Blob;
 use crate::store::{Kind, Part, StoreError, UploadBody};
-use crate::transfer::body::{PartBody, Source, explain_local};
-use crate::transfer::hashing::Hasher;
+use crate::transfer::body::{PartBody, Source};
 use crate::transfer::limits::ranges;
 use crate::transfer::unfinished::Abandoned;
 use crate::transfer::upload::Uploader;
@@ -42,7 +42,6 @@ impl From<StoreError> for Failed {
     fn from(error: StoreError) -> Self {
         match error.kind {
             Kind::NoSuchUpload => Failed::Gone,
-            Kind::LocalBody => Failed::Other(explain_local(error)),
             _ => Failed::Other(error.into()),
         }
     }

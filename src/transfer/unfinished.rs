@@ -159,7 +159,6 @@ impl Uploader {
                 status: None,
                 code: None,
                 message: format!("creating a multipart upload: {panic}"),
-                source: None,
             })
         })
     }

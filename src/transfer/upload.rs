@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::progress::{Progress, Verb};
 use crate::store::Store;
-use crate::transfer::body::{Means, Source, WholeBlob, explain_local};
+use crate::transfer::body::{Means, Source, WholeBlob};
 use crate::transfer::buffers::{Buffers, UPLOADS};
 use crate::transfer::hashing::Hashing;
 use crate::transfer::limits::Limits;
@@ -47,7 +47,7 @@ impl Uploader {
         if size < self.limits.multipart {
             let body = WholeBlob::new(source, self.means.clone(), &blob);
             let sent = self.store.put(key, Arc::new(body)).await;
-            sent.map_err(explain_local)?;
+            sent?;
         } else {
             self.upload_parts(key, &*source, &blob).await?;
         }

@@ -229,7 +229,7 @@ fn a_damaged_local_blob_never_reaches_the_store_and_no_manifest_is_written() {
         .prints(expect![[""]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (10 blobs, 62.9 KiB)
-            error: exporting to s3://cache/manifests/buildkit: the file could not be read, uploading s3://cache/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
+            error: exporting to s3://cache/manifests/buildkit: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
         "#]]);
     let objects = server.objects();
     assert!(!objects.contains_key(&format!("blobs/sha256:{blob}")));

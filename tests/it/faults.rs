@@ -544,7 +544,6 @@ fn error(kind: Kind) -> StoreError {
         status: None,
         code: None,
         message: format!("the test's store was told to fail ({kind:?})"),
-        source: None,
     }
 }
 
@@ -640,6 +639,22 @@ impl Store for FaultStore {
             Some(StoreFault::Vanished) => Ok(false),
             _ => self.store.touch(key, info).await,
         }
+    }
+
+    async fn copy(&self, from: (&str, &str), key: &str, info: &ObjectInfo) -> StoreResult<bool> {
+        self.call(self.store.copy(from, key, info)).await
+    }
+
+    async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>> {
+        self.call(self.store.delete(keys)).await
+    }
+
+    async fn lifecycle(&self) -> StoreResult<Option<String>> {
+        self.call(self.store.lifecycle()).await
+    }
+
+    async fn set_lifecycle(&self, xml: &str) -> StoreResult<()> {
+        self.call(self.store.set_lifecycle(xml)).await
     }
 
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
