@@ -10,6 +10,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::cache::digest::Digest;
+use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env, Parsed};
 use crate::config::{DoctorTask, ExportTask, ImportTask, Missing, Resend, Task};
 use crate::layout::{Selection, check_tag};
@@ -32,10 +33,34 @@ Examples:
   docker buildx build --cache-from type=local,src=./cache --cache-to type=local,dest=./cache-new .
   layercache export --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache-new"
 )]
-pub struct Args {
+struct Line {
     #[command(subcommand)]
-    pub command: Command,
+    command: AnyCommand,
     #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum AnyCommand {
+    #[command(flatten)]
+    Cache(Command),
+    #[command(flatten)]
+    Manual(Manual),
+}
+
+/// What the whole command line asks for.
+#[derive(Debug, Clone)]
+pub enum Asked {
+    /// Work on a cache.
+    Work(Args),
+    /// Completions or man pages.
+    Manual(Manual),
+}
+
+/// What was typed for a command that works on a cache.
+#[derive(Debug, Clone)]
+pub struct Args {
+    pub command: Command,
     pub global: Global,
 }
 
@@ -186,20 +211,25 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// The command line as clap knows it.
+pub(super) fn definition() -> clap::Command {
+    Line::command()
+}
+
 /// Parses what was typed, the program's name first.
 ///
 /// # Errors
 /// clap's own, to be printed with its `print` and to exit with its `exit_code`: that is also how
 /// `--help` and `--version` come. An error that would show a spec is replaced by one that does not.
-pub fn parse<I, T>(typed: I) -> Result<Args, clap::Error>
+pub fn parse<I, T>(typed: I) -> Result<Asked, clap::Error>
 where
     I: IntoIterator<Item = T>,
     T: Into<OsString> + Clone,
 {
-    Args::try_parse_from(typed).map_err(|error| {
+    let line = Line::try_parse_from(typed).map_err(|error| {
         let help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
         if error.use_stderr() && !help && looks_like_spec(&error.to_string()) {
-            Args::command().error(
+            Line::command().error(
                 error.kind(),
                 "a spec stands where none is expected (put --cache-to or --cache-from before each \
                  spec, and quotes round it)",
@@ -207,6 +237,11 @@ where
         } else {
             error
         }
+    })?;
+    let global = line.global;
+    Ok(match line.command {
+        AnyCommand::Cache(command) => Asked::Work(Args { command, global }),
+        AnyCommand::Manual(manual) => Asked::Manual(manual),
     })
 }
 
@@ -384,7 +419,11 @@ mod tests {
     const SPEC: &str = "type=s3,region=us-east-1,bucket=cache";
 
     fn typed(words: &[&str]) -> Args {
-        parse([&["layercache"], words].concat()).unwrap_or_else(|error| panic!("{error}"))
+        match parse([&["layercache"], words].concat()) {
+            Ok(Asked::Work(args)) => args,
+            Ok(Asked::Manual(manual)) => panic!("{manual:?} works on no cache"),
+            Err(error) => panic!("{error}"),
+        }
     }
 
     fn refused(words: &[&str]) -> clap::Error {
@@ -417,7 +456,7 @@ mod tests {
 
     #[test]
     fn the_definition_is_sound() {
-        Args::command().debug_assert();
+        definition().debug_assert();
     }
 
     #[test]
