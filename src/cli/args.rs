@@ -12,7 +12,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use crate::cache::digest::Digest;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env, Parsed};
-use crate::config::{ExportTask, ImportTask, Missing, Resend, Task};
+use crate::config::{DoctorTask, ExportTask, ImportTask, Missing, Resend, Task};
 use crate::layout::{Selection, check_tag};
 use crate::progress::Display;
 
@@ -87,6 +87,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Download a cache from S3 into a local OCI layout
     Import(ImportArgs),
+    /// Try out whether a bucket allows what an export and an import need
+    Doctor(DoctorArgs),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -163,6 +165,20 @@ pub struct ImportArgs {
     /// Directory of the OCI layout: absent, empty, or a layout to add to
     #[arg(value_name = "LAYOUT")]
     pub layout: PathBuf,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+SPEC is buildx's: type=s3 with region, bucket, name, prefix, endpoint_url and so on.
+Writes, reads and deletes one small object beside the cache's blobs, and leaves nothing behind.
+Exit status 1 if an export or an import would fail.
+
+Example:
+  layercache doctor --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app")]
+pub struct DoctorArgs {
+    /// What to try out; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
+    #[arg(long, value_name = "SPEC")]
+    pub cache_to: Vec<SpecText>,
 }
 
 /// A spec as it was typed. It can hold credentials, so `Debug` does not show it.
@@ -297,6 +313,16 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
                 dry_run: import.dry_run,
             })
         }
+        Command::Doctor(doctor) => {
+            let specs = Specs {
+                flag: "--cache-to",
+                variable: CACHE_TO,
+                typed: doctor.cache_to,
+            };
+            Task::Doctor(DoctorTask {
+                targets: specs.resolve(env, spec::cache_to, &mut warnings)?,
+            })
+        }
     };
     Ok((task, warnings))
 }
@@ -407,14 +433,14 @@ mod tests {
     fn export(words: &[&str]) -> (ExportTask, Vec<String>) {
         match resolve(typed(&[&["export"], words].concat()), &no_env).unwrap() {
             (Task::Export(task), warnings) => (task, warnings),
-            (Task::Import(_), _) => panic!("export became import"),
+            (task, _) => panic!("export became {task:?}"),
         }
     }
 
     fn import(words: &[&str]) -> (ImportTask, Vec<String>) {
         match resolve(typed(&[&["import"], words].concat()), &no_env).unwrap() {
             (Task::Import(task), warnings) => (task, warnings),
-            (Task::Export(_), _) => panic!("import became export"),
+            (task, _) => panic!("import became {task:?}"),
         }
     }
 

@@ -5,6 +5,7 @@ mod behaviour;
 mod company;
 mod crashes;
 mod credentials;
+mod damaged;
 mod disk;
 mod expired;
 mod faults;
@@ -15,6 +16,7 @@ mod hostile;
 mod inside;
 mod output;
 mod program;
+mod races;
 mod retries;
 #[path = "../scripted/mod.rs"]
 mod scripted;
@@ -22,6 +24,7 @@ mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
 mod several;
+mod stuck;
 mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
