@@ -26,7 +26,7 @@ const CACHE_FROM: &str = "LAYERCACHE_CACHE_FROM";
     version,
     propagate_version = true,
     after_help = "\
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage, 129, 130 or 143 interrupted.
 
 Examples:
   layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache
@@ -146,11 +146,11 @@ pub struct ImportArgs {
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
     pub tag: Option<String>,
 
-    /// Fail if no cache is found
+    /// Fail unless there is a cache that a build can use
     #[arg(long)]
     pub require: bool,
 
-    /// What to do with results whose layers are no longer on S3
+    /// What to do with results whose layers are missing or damaged on S3
     #[arg(long, value_enum, value_name = "WHAT", default_value = "drop")]
     pub missing: Missing,
 
