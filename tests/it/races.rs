@@ -126,7 +126,7 @@ fn a_refresh_that_the_store_refuses_is_an_upload_and_if_that_fails_a_warning() {
     server.age_all(old);
     server.fail(|asked| {
         (asked.operation == "PutObject" && asked.key == BASE)
-            .then(|| crate::server::Fault::Status(403, "AccessDenied"))
+            .then_some(crate::server::Fault::Status(403, "AccessDenied"))
     });
     export().run().succeeds().says(&format!(
         "warning: blob {} could not be refreshed: a lifecycle rule may delete it before the next export",
