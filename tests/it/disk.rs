@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use expect_test::expect;
 use layercache::cache::digest::Digest;
 
 use crate::aftermath::{
@@ -381,12 +382,22 @@ fn a_metadata_file_that_has_no_place_is_found_out_before_any_request() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn results_that_no_one_can_read_do_not_fail_the_export() {
+fn results_that_cannot_be_printed_fail_the_export_that_was_made() {
     let server = Server::start();
-    let mut command: Command =
-        Program::export(&server.spec("mode=max"), &fixture("local-max")).into();
-    let full = || File::options().write(true).open("/dev/full").expect("it");
-    let status = command.stdout(full()).stderr(Stdio::from(full())).status();
-    assert_eq!(status.expect("the program starts").code(), Some(0));
-    assert!(server.object("manifests/buildkit").is_some());
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").expect("it"));
+    for stderr in [Stdio::piped, full] {
+        let mut command: Command =
+            Program::export(&server.spec("mode=max"), &fixture("local-max")).into();
+        let output = command.stdout(full()).stderr(stderr()).spawn();
+        let output = output.and_then(|child| child.wait_with_output());
+        let run = Run::from(output.expect("the program runs"));
+        assert_eq!(run.code, Some(1));
+        if let Some(error) = run.stderr.lines().last() {
+            expect![
+                "error: cannot write the result to stdout: No space left on device (os error 28)"
+            ]
+            .assert_eq(error);
+        }
+        assert!(server.object("manifests/buildkit").is_some());
+    }
 }
