@@ -5,7 +5,7 @@ PREFIX ?= $(or $(CARGO_HOME),$(HOME)/.cargo)
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help build check test soak fuzz demo bench install clean toolchain
+.PHONY: help build check test soak fuzz demo bench interop install clean toolchain
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ demo: toolchain ## export and import a cache through an S3 server on loopback
 bench: toolchain ## against s5cmd, rclone and aws s3, on loopback
 	$(CARGO) build --release --locked --bin layercache --example bench
 	$(TARGET)/release/examples/bench $(TARGET)/release/layercache
+
+interop: toolchain ## against real S3 servers on loopback, installed below interop-work; options in INTEROP
+	$(CARGO) build --locked --bin layercache --example interop
+	$(TARGET)/debug/examples/interop $(INTEROP) $(TARGET)/debug/layercache
 
 install: toolchain ## the release binary into PREFIX/bin (~/.cargo/bin)
 	$(CARGO) install --path . --locked --root $(PREFIX)

@@ -113,8 +113,19 @@ pub struct ExportTask {
     pub targets: Vec<ExportConfig>,
     pub layout: PathBuf,
     pub selection: Selection,
+    /// Which blobs that S3 has already are sent all the same.
+    pub resend: Resend,
     /// Say what would be sent; write nothing.
     pub dry_run: bool,
+}
+
+/// Which blobs that S3 has already an export sends again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resend {
+    None,
+    /// Those whose bytes are wrong: each is read back.
+    Damaged,
+    All,
 }
 
 /// From at least one cache on S3 into one layout.

@@ -141,7 +141,7 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
         // Handled until the last result is printed.
         anyhow::Ok((outcome, signals))
     });
-    let printed = print(results);
+    let printed = print(results, progress);
     let done = runtime.block_on(working);
     // What a signal or a failure left running ends with the process; nothing needs it.
     runtime.shutdown_background();
@@ -154,11 +154,13 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
 
 /// Prints the summaries of successful results as they arrive. A reader that has gone away (`| head`) is
 /// no error.
-fn print(results: mpsc::Receiver<Box<dyn AnyReport>>) -> io::Result<()> {
+fn print(results: mpsc::Receiver<Box<dyn AnyReport>>, progress: &Progress) -> io::Result<()> {
     let mut printed = Ok(());
     for report in results.iter().filter(|report| !report.is_failure()) {
-        let mut stdout = io::stdout().lock();
-        let written = writeln!(stdout, "{}", report.summary()).and_then(|()| stdout.flush());
+        let written = progress.suspend(|| {
+            let mut stdout = io::stdout().lock();
+            writeln!(stdout, "{}", report.summary()).and_then(|()| stdout.flush())
+        });
         match written {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => printed = Err(error),
             _ => {}

@@ -185,6 +185,8 @@ struct Tally {
     next_line: AtomicU64,
     last_line: AtomicU64,
     last_moved: AtomicU64,
+    /// Blobs whose end plain mode has written a line on.
+    told: AtomicU64,
     /// Plain mode has said that other processes are waited for.
     waiting: AtomicBool,
 }
@@ -513,9 +515,8 @@ fn short(digest: &Digest) -> String {
 }
 
 /// One write a line, so that the lines of several processes do not mix.
-fn write_line(out: &Mutex<Box<dyn Write + Send>>, mut line: String) {
+fn write_line(out: &mut dyn Write, mut line: String) {
     line.push('\n');
-    let mut out = lock(out);
     let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
 }
 

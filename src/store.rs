@@ -1,5 +1,5 @@
 //! What we need from an object store. `s3/` is the one real implementation; tests wrap a store to make
-//! its k-th call fail. Objects are read with [`read`] or [`read_whole`], which resume.
+//! its k-th call fail. Objects are read with [`read()`] or [`read_whole`], which resume.
 
 mod read;
 

@@ -11,7 +11,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::cache::digest::Digest;
 use crate::cli::spec::{self, Env, Parsed};
-use crate::config::{ExportTask, ImportTask, Missing, Task};
+use crate::config::{ExportTask, ImportTask, Missing, Resend, Task};
 use crate::layout::{Selection, check_tag};
 use crate::progress::Display;
 
@@ -84,6 +84,14 @@ pub struct ExportArgs {
     /// Export the manifest with this digest
     #[arg(long, value_name = "DIGEST", conflicts_with = "tag")]
     pub digest: Option<Digest>,
+
+    /// Read back the blobs that S3 has already, and send damaged ones again
+    #[arg(long, conflicts_with = "force")]
+    pub verify_remote: bool,
+
+    /// Send every blob, even those that S3 has already
+    #[arg(long)]
+    pub force: bool,
 
     /// Say what would be sent, but write nothing
     #[arg(long)]
@@ -228,6 +236,11 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
                     (_, Some(digest)) => Selection::Digest(digest),
                     (Some(tag), None) => Selection::Tag(tag),
                     (None, None) => Selection::Default,
+                },
+                resend: match (export.force, export.verify_remote) {
+                    (true, _) => Resend::All,
+                    (_, true) => Resend::Damaged,
+                    _ => Resend::None,
                 },
                 dry_run: export.dry_run,
             })
@@ -390,6 +403,7 @@ mod tests {
                 targets: vec![spec::cache_to(SPEC, &no_env).unwrap().config],
                 layout: PathBuf::from("dir"),
                 selection: Selection::Default,
+                resend: Resend::None,
                 dry_run: false,
             }
         );

@@ -582,6 +582,18 @@ fn check_keys(config: &S3Config, warnings: &mut Vec<String>) -> Result<()> {
         no_control("name", name)?;
     }
 
+    let blobs = format!("{}{}", config.prefix, config.blobs_prefix);
+    for name in &config.names {
+        let key = config.manifest_key(name);
+        let digest = key.strip_prefix(&blobs).map(str::parse::<Digest>);
+        ensure!(
+            !matches!(digest, Some(Ok(_))),
+            "name: {} makes the manifest's key that of a blob, which it would overwrite (choose \
+             another name or manifests_prefix)",
+            quoted(name)
+        );
+    }
+
     // Every digest is as long as this one.
     let blob = ("blobs_prefix", config.blob_key(&Digest::of(b"")));
     let manifests = config
@@ -1318,6 +1330,22 @@ pub(crate) mod tests {
             to_error("access_key_id=a,\"secret_access_key=b\n\""),
             "secret_access_key: the value holds a line break or another control character"
         );
+    }
+
+    #[test]
+    fn a_manifest_cannot_take_the_place_of_a_blob() {
+        let name = Digest::of(b"");
+        let same = format!("{MINIMAL},manifests_prefix=blobs/,name={name}");
+        let error = cache_to(&same, &no_env).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!(
+                "name: \"{name}\" makes the manifest's key that of a blob, which it would overwrite \
+                 (choose another name or manifests_prefix)"
+            )
+        );
+        assert!(cache_to(&format!("{MINIMAL},name={name}"), &no_env).is_ok());
+        assert!(cache_to(&format!("{MINIMAL},manifests_prefix=blobs/"), &no_env).is_ok());
     }
 
     #[test]

@@ -17,17 +17,22 @@ use crate::bucket::{Bucket, Certainty};
 use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
-use crate::config::{ExportConfig, ExportTask, Mode, S3Config};
+use crate::config::{ExportConfig, ExportTask, Mode, Resend, S3Config};
 use crate::layout::Layout;
-use crate::progress::{self, Progress};
+use crate::progress::{self, Progress, Verb};
 use crate::report::{Details, Outcome, Place, Report, count};
 use crate::store::{ObjectInfo, Upload};
 use crate::transfer::body::FileSource;
+use crate::transfer::download::Downloader;
+use crate::transfer::limits::Limits;
 use crate::transfer::refresh::Refreshed;
 use crate::transfer::upload::Uploader;
 
 /// Refreshes in flight at once. Each is one request, and the store does the rest.
 const REFRESHES: usize = 32;
+
+/// Blobs read back at once under `--verify-remote`.
+const READ_BACK: usize = 16;
 
 /// How long to go on aborting uploads after an export failed or was interrupted.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
@@ -59,6 +64,8 @@ pub struct ExportDetails {
     refreshed: u64,
     /// Bytes of the uploaded blobs.
     bytes: u64,
+    /// Blobs of the layout's cache that mode=min leaves out.
+    left_out: u64,
 }
 
 impl Details for ExportDetails {
@@ -69,7 +76,14 @@ impl Details for ExportDetails {
             refreshed,
             ..
         } = *self;
-        let blobs = count(transferred + present + refreshed, "blob");
+        let sent = transferred + present + refreshed;
+        let blobs = match self.left_out {
+            0 => count(sent, "blob"),
+            more => format!(
+                "{sent} of {} (mode=min; mode=max sends all)",
+                count(sent + more, "blob")
+            ),
+        };
         let (addresses, bytes) = (place.addresses(), progress::bytes(self.bytes));
         if self.dry_run {
             format!(
@@ -163,6 +177,7 @@ impl PerSpec for Export<'_> {
             uploader: Uploader::new(store, context.progress.clone(), context.limits),
             bucket,
             progress: context.progress,
+            limits: context.limits,
         })
     }
 }
@@ -175,13 +190,14 @@ struct ExportTo<'a> {
     bucket: Bucket,
     uploader: Uploader,
     progress: &'a Progress,
+    limits: Limits,
 }
 
 #[async_trait]
 impl Work<ExportDetails> for ExportTo<'_> {
     async fn run(&mut self, report: &mut Report<ExportDetails>) -> Result<()> {
         report.details.manifest = Some(self.exported.manifest);
-        let plan = self.plan().await?;
+        let plan = self.plan(&mut report.details).await?;
         plan.count(&mut report.details);
         if self.task.dry_run {
             self.check_readable(&plan).await?;
@@ -201,13 +217,14 @@ impl Work<ExportDetails> for ExportTo<'_> {
 
 impl ExportTo<'_> {
     /// Compares the cache with what the bucket has.
-    async fn plan(&self) -> Result<Plan> {
+    async fn plan(&self, details: &mut ExportDetails) -> Result<Plan> {
         let cache = match self.target.mode {
             Mode::Max => self.exported.cache.clone(),
             Mode::Min => self.exported.cache.min(),
         };
         let manifest = Bytes::from(cache.to_s3()?);
         let blobs = cache.blobs()?;
+        details.left_out = (self.exported.cache.blobs()?.len() - blobs.len()) as u64;
         self.progress.stage("looking for blobs on s3", 0, 0);
         let certainty = match self.task.dry_run {
             true => Certainty::Unknown,
@@ -222,16 +239,60 @@ impl ExportTo<'_> {
         };
         let digests = blobs.keys().copied();
         let (found, uploads) = tokio::join!(self.bucket.survey(digests, certainty), uploads);
+        let mut found = found?;
+        match self.task.resend {
+            Resend::None => {}
+            Resend::Damaged => {
+                for digest in self.damaged(&blobs, &found).await? {
+                    found.remove(&digest);
+                }
+            }
+            Resend::All => found.clear(),
+        }
         let touch_refresh = self.target.touch_refresh;
         let now = SystemTime::now();
         Ok(Plan::new(
             manifest,
             blobs,
-            found?,
+            found,
             uploads,
             touch_refresh,
             now,
         ))
+    }
+
+    /// Reads back what S3 has of `blobs`. Returns those whose bytes are wrong there.
+    async fn damaged(
+        &self,
+        blobs: &BTreeMap<Digest, u64>,
+        found: &BTreeMap<Digest, ObjectInfo>,
+    ) -> Result<Vec<Digest>> {
+        let there: Vec<_> = blobs
+            .iter()
+            .filter(|(digest, size)| found.get(digest).is_some_and(|info| info.size == **size))
+            .map(|(digest, size)| (*digest, *size))
+            .collect();
+        let bytes = there.iter().map(|(_, size)| size).sum();
+        self.progress
+            .stage("reading back", there.len() as u64, bytes);
+        let store = Arc::clone(self.bucket.store());
+        let downloader = Downloader::new(store, self.progress.clone(), self.limits);
+        let checks = futures::stream::iter(there).map(|(digest, size)| {
+            let downloader = &downloader;
+            async move {
+                let blob = self.progress.blob(Verb::Hash, &digest, size);
+                let key = self.bucket.blob_key(&digest);
+                let good = downloader.verify(&key, digest, size, &blob).await?;
+                blob.done();
+                if !good {
+                    self.progress
+                        .warn(&format!("blob {key} on s3 is damaged: sending it again"));
+                }
+                anyhow::Ok((!good).then_some(digest))
+            }
+        });
+        let damaged: Vec<_> = checks.buffer_unordered(READ_BACK).try_collect().await?;
+        Ok(damaged.into_iter().flatten().collect())
     }
 
     /// Does what the plan says, the manifests last.

@@ -12,17 +12,17 @@ use async_trait::async_trait;
 use futures::stream::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
-use self::fetch::Haul;
 use crate::blocking::blocking;
 use crate::bucket::{Bucket, Certainty};
-use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
+use crate::cache::{CacheConfig, Record};
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ImportTask, Missing, S3Config};
 use crate::layout::{Layout, Published, tag_of};
 use crate::progress::{self, Progress, Verb};
 use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report, count};
+use crate::transfer::download::Damaged;
 use crate::transfer::limits::Limits;
 
 /// Blobs hashed at once under `--verify`.
@@ -41,7 +41,9 @@ const LISTED: usize = 5;
 pub async fn run(task: &ImportTask, context: &Context<'_>) -> Outcome {
     let import = Import { task };
     let (mut reports, mut errors) = for_each_spec(&import, &task.sources, context).await;
-    judge_absent(task, &mut reports, &mut errors, context.progress);
+    if task.require {
+        errors.extend(require_usable(&mut reports));
+    }
     (reports, errors).into()
 }
 
@@ -70,13 +72,31 @@ pub struct ImportDetails {
     /// Layers and results left out because blobs are missing.
     dropped_layers: u64,
     dropped_results: u64,
+    /// Blobs that are damaged on S3.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    damaged: BTreeSet<Digest>,
+    /// `--require` was given.
+    #[serde(skip)]
+    require: bool,
+    /// Whether a build can use what was imported: it has a result, or is an image.
+    #[serde(skip)]
+    usable: bool,
 }
 
 impl Details for ImportDetails {
     fn summary(&self, place: &Place, cost: &str) -> String {
         let addresses = place.addresses();
         if self.not_found {
-            return format!("nothing is stored at {addresses}: nothing imported; {cost}");
+            let hint = match self.require {
+                true => "",
+                false => " (--require makes this an error)",
+            };
+            return format!(
+                "no cache named {} in s3://{} yet ({}): nothing imported{hint}; {cost}",
+                place.quoted_names(),
+                printable(&place.bucket),
+                addresses
+            );
         }
         let (transferred, present) = (self.transferred, self.present);
         let (names, destination) = (place.quoted_names(), self.destination());
@@ -134,33 +154,31 @@ impl ImportDetails {
     }
 }
 
-/// A cache that is not there yet is normal before the first build. `--require` demands at least one:
-/// a branch's cache may be absent while the main branch's is there.
-fn judge_absent(
-    task: &ImportTask,
-    reports: &mut [Report<ImportDetails>],
-    errors: &mut Vec<anyhow::Error>,
-    progress: &Progress,
-) {
-    let none = reports.iter().all(|report| report.details.not_found);
-    for (source, report) in task.sources.iter().zip(reports) {
-        if !report.details.not_found {
-            continue;
-        }
-        let key = source.manifest_key(&source.names[0]);
-        let absent = format!("there is no manifest {key} in bucket {}", source.bucket);
-        if task.require && none {
-            let error = anyhow!("{absent}, and --require wants one");
-            report.error = Some(error.to_string());
-            errors.push(error.context(format!("importing from {}", source.address())));
-        } else if task.require {
-            progress.warn(&format!("{absent} yet: nothing imported from there"));
-        } else {
-            progress.warn(&format!(
-                "{absent} yet: nothing imported (--require makes this an error)"
-            ));
-        }
+/// `--require` demands one cache that a build can use: a branch's may be absent while the main branch's
+/// is there. Returns the error if there is none, unless a failure says why already.
+fn require_usable(reports: &mut [Report<ImportDetails>]) -> Option<anyhow::Error> {
+    let enough = |report: &Report<ImportDetails>| report.details.usable || report.error.is_some();
+    if reports.iter().any(enough) {
+        return None;
     }
+    for report in &mut *reports {
+        let why = match report.details.not_found {
+            true => "there is no such cache",
+            false => "the cache has no usable result",
+        };
+        report.error = Some(format!("{why}, and --require was given"));
+    }
+    Some(match reports {
+        [report] if report.details.not_found => anyhow!("--require: there is no cache to import"),
+        [_] => anyhow!("--require: the cache has no usable result"),
+        _ => anyhow!("--require: none of the caches has a usable result"),
+    })
+}
+
+/// Whether a build can use something of `cache`.
+fn is_usable(cache: &CacheConfig) -> bool {
+    let has_result = |record: &Record| !record.results.is_empty() || !record.chains.is_empty();
+    cache.image.is_some() || cache.records.iter().any(has_result)
 }
 
 struct Import<'a> {
@@ -185,6 +203,7 @@ impl PerSpec for Import<'_> {
         let details = ImportDetails {
             layout: self.task.layout.display().to_string(),
             dry_run: self.task.dry_run,
+            require: self.task.require,
             ..ImportDetails::default()
         };
         // Like BuildKit, an import reads the first name only.
@@ -355,6 +374,7 @@ impl ImportFrom<'_> {
 
     /// Says what would be fetched, after a look at what S3 has.
     async fn show(&self, plan: &Plan, details: &mut ImportDetails) -> Result<()> {
+        details.usable = is_usable(&plan.cache);
         self.progress.stage("looking for blobs on s3", 0, 0);
         let digests = plan.fetch.iter().map(|(digest, _)| *digest);
         let found = self.bucket.survey(digests, Certainty::Known).await?;
@@ -365,11 +385,14 @@ impl ImportFrom<'_> {
                 continue;
             };
             if info.size != *size {
-                bail!(
-                    "blob {} on s3 is damaged: it has {} bytes where the manifest says {size}; delete the object and export it again",
-                    self.bucket.blob_key(digest),
-                    info.size
-                );
+                let damaged = Damaged::size(&self.bucket.blob_key(digest), info.size, *size);
+                if self.task.missing == Missing::Error {
+                    return Err(damaged.into());
+                }
+                self.progress.warn(&damaged.to_string());
+                details.damaged.insert(*digest);
+                missing.insert(*digest);
+                continue;
             }
             let text = progress::bytes(*size);
             self.progress
@@ -377,7 +400,8 @@ impl ImportFrom<'_> {
             details.bytes += size;
         }
         if !missing.is_empty() {
-            self.without(&plan.cache, &missing, details)?;
+            let kept = self.without(&plan.cache, &missing, details)?;
+            details.usable = is_usable(&kept);
         }
         Ok(())
     }
@@ -386,14 +410,7 @@ impl ImportFrom<'_> {
     async fn execute(&self, plan: Plan, details: &mut ImportDetails) -> Result<()> {
         let layout = self.layout.clone();
         blocking(move || layout.prepare()).await?;
-        let Haul {
-            missing,
-            present,
-            bytes,
-        } = self.fetch(plan.fetch).await?;
-        details.bytes += bytes;
-        details.transferred -= present;
-        details.present += present;
+        let missing = self.fetch_into(plan.fetch, details).await?;
         let mut cache = plan.cache;
         if !missing.is_empty() {
             self.set_damaged_aside(&missing, &cache.blobs()?).await?;
@@ -408,6 +425,22 @@ impl ImportFrom<'_> {
         }
         details.manifest = Some(manifest);
         Ok(())
+    }
+
+    /// Fetches `blobs` and counts them in `details`. Returns those that S3 does not have, or not intact.
+    async fn fetch_into(
+        &self,
+        blobs: Vec<(Digest, u64)>,
+        details: &mut ImportDetails,
+    ) -> Result<BTreeSet<Digest>> {
+        let haul = self.fetch(blobs).await?;
+        details.bytes += haul.bytes;
+        details.transferred -= haul.present;
+        details.present += haul.present;
+        let mut missing = haul.missing;
+        missing.extend(&haul.damaged);
+        details.damaged.extend(haul.damaged);
+        Ok(missing)
     }
 
     /// Moves what the layout has under the names of these blobs out of the way. It is damaged, and no
@@ -443,7 +476,10 @@ impl ImportFrom<'_> {
                 Published::Done {
                     manifest,
                     config_size,
-                } => return Ok((manifest, config_size)),
+                } => {
+                    details.usable = is_usable(&cache);
+                    return Ok((manifest, config_size));
+                }
                 Published::Gone(gone) => gone,
             };
             let count = count(gone.len() as u64, "blob");
@@ -452,14 +488,7 @@ impl ImportFrom<'_> {
             ));
             gone.sort_by_key(|&(digest, size)| (Reverse(size), digest));
             details.transferred += gone.len() as u64;
-            let Haul {
-                missing,
-                present,
-                bytes,
-            } = self.fetch(gone).await?;
-            details.bytes += bytes;
-            details.transferred -= present;
-            details.present += present;
+            let missing = self.fetch_into(gone, details).await?;
             if !missing.is_empty() {
                 cache = self.without(&cache, &missing, details)?;
             }
@@ -484,7 +513,7 @@ impl ImportFrom<'_> {
             );
         }
         details.transferred -= missing.len() as u64;
-        for digest in missing {
+        for digest in missing.difference(&details.damaged) {
             self.progress
                 .note(&format!("{digest} is not on s3 any more"));
         }
@@ -492,12 +521,24 @@ impl ImportFrom<'_> {
         details.dropped_layers = dropped.layers as u64;
         details.dropped_results = dropped.results as u64;
         self.progress.warn(&format!(
-            "{} blob(s) that the manifest names are not on s3 (expired?): {} result(s) and {} layer(s) {} left out{}",
+            "{} blob(s) that the manifest names are {}: {} result(s) and {} layer(s) {} left out{}",
             missing.len(),
+            match details.damaged.is_empty() {
+                true => "not on s3 (expired?)",
+                false => "missing or damaged on s3",
+            },
             dropped.results,
             dropped.layers,
-            if self.task.dry_run { "would be" } else { "were" },
-            if cache.image.is_some() && kept.image.is_none() { ", and the image cannot be restored" } else { "" }
+            if self.task.dry_run {
+                "would be"
+            } else {
+                "were"
+            },
+            if cache.image.is_some() && kept.image.is_none() {
+                ", and the image cannot be restored"
+            } else {
+                ""
+            }
         ));
         Ok(kept)
     }
@@ -560,7 +601,8 @@ mod tests {
         report.cost.requests = 1;
         assert_eq!(
             report.summary(),
-            "nothing is stored at s3://cache/manifests/main: nothing imported; 1 request in 1.4 s"
+            "no cache named 'main' in s3://cache yet (s3://cache/manifests/main): nothing imported \
+             (--require makes this an error); 1 request in 1.4 s"
         );
     }
 

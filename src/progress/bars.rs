@@ -87,6 +87,7 @@ impl Bars {
                 out,
                 size: Box::new(size),
                 frame: Vec::new(),
+                suspended: 0,
                 ended: false,
             }),
             clock,
@@ -102,7 +103,7 @@ impl Bars {
         if terminal.ended {
             return false;
         }
-        if frame != terminal.frame {
+        if frame != terminal.frame && terminal.suspended == 0 {
             terminal.replace("", frame);
         }
         true
@@ -139,9 +140,14 @@ impl View for Bars {
     fn result(&self, _: &Value) {}
 
     fn suspend(&self, print: &mut dyn FnMut()) {
-        let mut terminal = lock(&self.terminal);
-        terminal.replace("", Vec::new());
+        {
+            let mut terminal = lock(&self.terminal);
+            terminal.replace("", Vec::new());
+            terminal.suspended += 1;
+        }
+        // Not under the lock: stdout may be a pipe that no one reads, and the work has its messages.
         print();
+        lock(&self.terminal).suspended -= 1;
     }
 
     fn end(&self) {
@@ -156,6 +162,8 @@ struct Terminal {
     size: Box<dyn Fn() -> Size + Send>,
     /// The lines on the screen, just above the cursor.
     frame: Vec<String>,
+    /// Calls that are printing elsewhere on the terminal.
+    suspended: usize,
     ended: bool,
 }
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::{Clock, Flight, Kind, Step, Tally, View, is_due, milliseconds, write_line};
+use super::{Clock, Flight, Kind, Step, Tally, View, is_due, lock, milliseconds, write_line};
 use crate::cache::digest::Digest;
 use crate::quote::is_unprintable;
 
@@ -73,7 +73,7 @@ impl Events {
         }
         event.time = timestamp((self.clock)());
         if let Ok(json) = serde_json::to_string(&event) {
-            write_line(&self.out, printable_json(json));
+            write_line(&mut **lock(&self.out), printable_json(json));
         }
     }
 }

@@ -9,7 +9,8 @@ use anstyle::AnsiColor;
 use serde_json::Value;
 
 use super::{
-    Clock, Flight, Kind, Step, Tally, View, bytes, is_due, milliseconds, percent, short, write_line,
+    Clock, Flight, Kind, Step, Tally, View, bytes, is_due, lock, milliseconds, percent, short,
+    write_line,
 };
 use crate::quote::printable;
 
@@ -56,10 +57,22 @@ impl Lines {
     }
 
     fn write(&self, text: &str) {
+        self.write_to(&mut **lock(&self.out), text);
+    }
+
+    fn write_to(&self, out: &mut dyn Write, text: &str) {
         let elapsed = milliseconds(&self.clock).saturating_sub(self.began);
         let (seconds, tenths) = (elapsed / 1000, elapsed % 1000 / 100);
         let line = format!("{seconds:>3}.{tenths}s {}", printable(text));
-        write_line(&self.out, line);
+        write_line(out, line);
+    }
+
+    /// The line on a blob that is no longer in flight, with the count of those that have one.
+    fn write_ended(&self, stage: &Tally, text: &str) {
+        // Counted while no other line can be written, so that the counts come in order.
+        let mut out = lock(&self.out);
+        let told = stage.told.fetch_add(1, Relaxed).saturating_add(1);
+        self.write_to(&mut **out, &format!("{}{text}", count(told, stage)));
     }
 
     /// The state of the blob's stage, if a line on it is due.
@@ -78,7 +91,7 @@ impl Lines {
         let percent = percent(stage.current.load(Relaxed), total);
         self.write(&format!(
             "{}{verb}: {percent}% of {}, {rate}{}",
-            count(stage),
+            count(stage.done.load(Relaxed), stage),
             bytes(total),
             resumed(", ", stage.resumed.load(Relaxed)),
         ));
@@ -95,7 +108,7 @@ impl Lines {
         let passed = milliseconds(&self.clock).saturating_sub(stage.began);
         self.write(&format!(
             "{}{} {}, {}{}",
-            count(stage),
+            count(stage.done.load(Relaxed), stage),
             blob.verb.past(),
             bytes(stage.current.load(Relaxed)),
             rate(stage.moved(), passed),
@@ -123,7 +136,7 @@ impl View for Lines {
         if self.quiet {
             return;
         }
-        let (verb, count) = (blob.verb, count(&blob.stage));
+        let verb = blob.verb;
         let name = format!("sha256:{} {}", short(&blob.digest), bytes(blob.bytes));
         let many = blob.stage.blobs() > EACH && !self.verbose;
         match step {
@@ -141,14 +154,12 @@ impl View for Lines {
             Step::Done | Step::Present if many => self.ended(blob),
             Step::Done => {
                 let resumed = blob.resumed.load(Relaxed);
-                self.write(&format!(
-                    "{count}{} {name}{}",
-                    verb.past(),
-                    self::resumed(", ", resumed)
-                ));
+                let resumed = self::resumed(", ", resumed);
+                self.write_ended(&blob.stage, &format!("{} {name}{resumed}", verb.past()));
             }
             Step::Present => {
-                self.write(&format!("{count}another process {} {name}", verb.past()));
+                let text = format!("another process {} {name}", verb.past());
+                self.write_ended(&blob.stage, &text);
             }
             // Blobs stop where another failed, or on a signal: the error names the cause.
             Step::Failed if self.verbose => self.write(&format!(
@@ -169,7 +180,7 @@ impl View for Lines {
     fn message(&self, kind: Kind, text: &str) {
         match kind {
             Kind::Warning | Kind::Error => {
-                write_line(&self.out, message(kind, text, self.coloured));
+                write_line(&mut **lock(&self.out), message(kind, text, self.coloured));
             }
             _ if self.quiet => {}
             Kind::Debug => self.write(&format!("debug: {text}")),
@@ -211,10 +222,10 @@ pub(super) fn is_coloured(stderr: &Stderr) -> bool {
 }
 
 /// `[3/10] `, or nothing while it is not known how many there will be.
-fn count(stage: &Tally) -> String {
+fn count(done: u64, stage: &Tally) -> String {
     match stage.expected_blobs {
         0 => String::new(),
-        _ => format!("[{}/{}] ", stage.done.load(Relaxed), stage.blobs()),
+        _ => format!("[{done}/{}] ", stage.blobs()),
     }
 }
 

@@ -201,6 +201,29 @@ fn a_long_transfer_tells_its_state_every_ten_seconds() {
 }
 
 #[test]
+fn blobs_that_end_at_once_are_counted_in_the_order_of_their_lines() {
+    let rig = Rig::new(Display::Plain, 1);
+    rig.progress.stage("hashing", 200, 200);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    rig.progress.blob(Verb::Hash, &digest(), 1).done();
+                }
+            });
+        }
+    });
+    let counts: Vec<String> = rig
+        .output()
+        .lines()
+        .filter_map(|line| line.strip_prefix("  0.0s [")?.split_once('/'))
+        .map(|(count, _)| count.to_owned())
+        .collect();
+    let expected: Vec<String> = (1..=200).map(|count| count.to_string()).collect();
+    assert_eq!(counts, expected);
+}
+
+#[test]
 fn of_more_than_twenty_blobs_plain_tells_the_count_only() {
     let rig = Rig::new(Display::Plain, 0);
     rig.progress.stage("uploading", 21, 21 * MIB);
@@ -729,8 +752,12 @@ fn messages_go_above_the_bars_and_the_end_takes_the_bars_away() {
         rig.output(),
         format!("\x1b[1A{ERASE}warning: a warning\nfetching, 0:00\n")
     );
-    rig.progress
-        .suspend(|| assert_eq!(rig.output(), format!("\x1b[1A{ERASE}")));
+    rig.progress.suspend(|| {
+        assert_eq!(rig.output(), format!("\x1b[1A{ERASE}"));
+        assert_eq!(rig.drawn(), "");
+        rig.progress.note("meanwhile");
+        assert_eq!(rig.output(), "meanwhile\n");
+    });
     assert_eq!(rig.drawn(), "fetching, 0:00\n");
     rig.progress.end();
     rig.progress.end();

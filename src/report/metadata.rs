@@ -15,7 +15,7 @@ struct Document {
     results: Vec<Value>,
 }
 
-/// Whether [`write`] can be expected to work, asked before there is anything to lose.
+/// Whether [`write()`] can be expected to work, asked before there is anything to lose.
 /// Errors name the file.
 pub fn check(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();

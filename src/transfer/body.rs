@@ -10,11 +10,11 @@ use bytes::Bytes;
 use futures::stream::{BoxStream, Stream, StreamExt};
 use parking_lot::Mutex;
 
-use crate::cache::digest::Digest;
+use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Blob;
 use crate::store::{ByteStream, UploadBody};
 use crate::transfer::buffers::{BUFFER, Buffers};
-use crate::transfer::hashing::{Feed, Hasher, Hashing, read_into};
+use crate::transfer::hashing::{Feed, Hashing, read_into};
 
 /// Where a blob comes from: a file, an object in another store, a stream that arrives.
 #[async_trait]

@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures::future::{Fuse, FusedFuture, FutureExt};
+use futures::stream::StreamExt;
 
-use crate::cache::digest::Digest;
+use crate::cache::digest::{Digest, Hasher};
 use crate::progress::{Blob, Progress};
-use crate::store::{Kind, Store, StoreError};
+use crate::store::{self, Expected, Kind, Store, StoreError};
 use crate::transfer::buffers::{Buffers, DOWNLOADS};
-use crate::transfer::hashing::{Feed, FileFeed, Hasher, Hashing};
+use crate::transfer::hashing::{Feed, FileFeed, Hashing};
 use crate::transfer::limits::Limits;
 use crate::transfer::piece::{Next, Pieces};
 
@@ -54,6 +55,8 @@ pub enum Fetched {
     Whole { bytes: u64 },
     /// The store does not have the blob.
     Missing,
+    /// The store's object is not the blob.
+    Damaged,
 }
 
 /// Downloads blobs.
@@ -80,6 +83,37 @@ impl Downloader {
             active: AtomicUsize::new(0),
             one_stream: AtomicBool::new(false),
         }
+    }
+
+    /// Whether the object at `key` is the blob: reads and hashes it, and keeps nothing.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn verify(&self, key: &str, digest: Digest, size: u64, blob: &Blob) -> Result<bool> {
+        let expected = Expected {
+            size: Some(size),
+            content_addressed: true,
+        };
+        let wrong =
+            |error: &StoreError| matches!(error.kind, Kind::WrongSize { .. } | Kind::Missing);
+        let mut object = match store::read(&self.store, key, None, expected).await {
+            Ok(Some(object)) => object,
+            Ok(None) => return Ok(false),
+            Err(error) if wrong(&error) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let mut hasher = Hasher::default();
+        while let Some(chunk) = object.body.next().await {
+            match chunk {
+                Ok(chunk) => {
+                    hasher.update(&chunk);
+                    blob.advance(chunk.len() as u64);
+                }
+                Err(error) if wrong(&error) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(hasher.length() == size && hasher.digest() == digest)
     }
 
     /// Downloads the blob at `key` until `target` holds it whole.
@@ -116,11 +150,7 @@ impl Downloader {
             writer.restart(blob)?;
             // What an earlier run left may be at fault, or the network.
             if !resumed && refetched == REFETCHES {
-                return Err(Damaged {
-                    key: key.to_owned(),
-                    found,
-                }
-                .into());
+                return Err(Damaged::bytes(key, found).into());
             }
             refetched += u32::from(!resumed);
             resumed = false;
@@ -176,19 +206,37 @@ fn ignores_ranges(error: &anyhow::Error) -> bool {
     error.is_some_and(|error| error.kind == Kind::NoRanges)
 }
 
-/// An object on the store whose bytes are not the blob's.
+/// An object on the store that is not the blob that its key says.
 #[derive(Debug)]
 pub struct Damaged {
     key: String,
-    found: Digest,
+    how: String,
+}
+
+impl Damaged {
+    /// It has `found` bytes instead of `size`.
+    pub fn size(key: &str, found: u64, size: u64) -> Self {
+        Damaged {
+            key: key.to_owned(),
+            how: format!("it has {found} bytes where the manifest says {size}"),
+        }
+    }
+
+    /// Its bytes hash to `found`.
+    pub fn bytes(key: &str, found: Digest) -> Self {
+        Damaged {
+            key: key.to_owned(),
+            how: format!("its bytes hash to {found}"),
+        }
+    }
 }
 
 impl std::fmt::Display for Damaged {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Damaged { key, how } = self;
         write!(
             f,
-            "blob {} on s3 is damaged: its bytes hash to {}; delete the object and export it again",
-            self.key, self.found
+            "blob {key} on s3 is damaged: {how}; export the cache again with --verify-remote"
         )
     }
 }

@@ -14,10 +14,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use parking_lot::Mutex;
 use rustix::buffer::spare_capacity;
-use sha2::{Digest as _, Sha256};
 use tokio::sync::oneshot;
 
-use crate::cache::digest::Digest;
+use crate::cache::digest::Hasher;
 
 /// Bytes of SHA-256's block.
 const BLOCK: u64 = 64;
@@ -26,33 +25,13 @@ const BLOCK: u64 = 64;
 /// sees both chains at once.
 const TURN: usize = 128;
 
-/// The digest of what has been seen of a blob so far.
-#[derive(Debug, Clone, Default)]
-pub struct Hasher {
-    sha: Sha256,
-    /// Bytes seen.
-    length: u64,
-}
-
-impl Hasher {
-    /// Takes in the next bytes.
-    pub fn update(&mut self, bytes: &[u8]) {
-        self.sha.update(bytes);
-        self.length += bytes.len() as u64;
-    }
-
-    /// The digest of the bytes seen.
-    pub fn digest(&self) -> Digest {
-        Digest::from_hasher(self.sha.clone())
-    }
-
-    /// Takes in what is missing of a begun block, so that whole blocks follow, which need no copying.
-    fn fill_block(&mut self, bytes: &[u8]) -> usize {
-        let missing = (BLOCK - self.length % BLOCK) % BLOCK;
-        let lead = bytes.len().min(missing as usize);
-        self.update(&bytes[..lead]);
-        lead
-    }
+/// Takes in what completes a begun block, so that whole blocks follow, which need no copying. Returns
+/// how many bytes that were.
+fn fill_block(hasher: &mut Hasher, bytes: &[u8]) -> usize {
+    let missing = (BLOCK - hasher.length() % BLOCK) % BLOCK;
+    let lead = bytes.len().min(missing as usize);
+    hasher.update(&bytes[..lead]);
+    lead
 }
 
 /// Feeds two hashers by turns, until one of them has had all its bytes. Returns how many of each were
@@ -61,7 +40,7 @@ fn update_both(
     (one, ones): (&mut Hasher, &[u8]),
     (other, others): (&mut Hasher, &[u8]),
 ) -> (usize, usize) {
-    let (lead, other_lead) = (one.fill_block(ones), other.fill_block(others));
+    let (lead, other_lead) = (fill_block(one, ones), fill_block(other, others));
     let common = (ones.len() - lead).min(others.len() - other_lead);
     let (end, other_end) = (lead + common, other_lead + common);
     let turns = ones[lead..end]
@@ -340,6 +319,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cache::digest::Digest;
 
     /// Chunks, or an error in place of one.
     struct Chunks {

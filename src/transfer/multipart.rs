@@ -8,10 +8,10 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use md5::{Digest as _, Md5};
 
 use crate::blocking::blocking;
+use crate::cache::digest::Hasher;
 use crate::progress::Blob;
 use crate::store::{Kind, Part, StoreError, UploadBody};
 use crate::transfer::body::{PartBody, Source};
-use crate::transfer::hashing::Hasher;
 use crate::transfer::limits::ranges;
 use crate::transfer::unfinished::Abandoned;
 use crate::transfer::upload::Uploader;

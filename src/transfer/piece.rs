@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use crate::progress::Blob;
 use crate::store::{self, Expected, Kind, StoreError};
 use crate::transfer::buffers::Room;
-use crate::transfer::download::Downloader;
+use crate::transfer::download::{Damaged, Downloader};
 
 /// Pieces of one blob in flight.
 const WINDOW: usize = 20;
@@ -215,9 +215,7 @@ impl Downloader {
 
 fn explain(key: &str, size: u64, error: StoreError) -> anyhow::Error {
     match error.kind {
-        Kind::WrongSize { found } => anyhow!(
-            "blob {key} on s3 is damaged: it has {found} bytes where the manifest says {size}; delete the object and export it again"
-        ),
+        Kind::WrongSize { found } => Damaged::size(key, found, size).into(),
         _ => error.into(),
     }
 }

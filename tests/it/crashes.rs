@@ -89,7 +89,10 @@ fn an_export_killed_at_any_request_leaves_nothing_wrong_and_the_next_one_finishe
             _ => "mode=max,touch_refresh=0s",
         };
         let (reference, requests) = undisturbed_export(extra, &layout);
-        assert_eq!(requests, 21, "10 HEADs, 10 blobs, 1 manifest");
+        assert_eq!(
+            requests, 22,
+            "10 HEADs, 1 list of uploads, 10 blobs, 1 manifest"
+        );
         for nth in 0..requests {
             for performed in [false, true] {
                 let when = format!("{before}, request {nth}, performed: {performed}");

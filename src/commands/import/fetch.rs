@@ -10,10 +10,11 @@ use tokio::sync::{Semaphore, mpsc};
 use super::ImportFrom;
 use crate::blocking::blocking;
 use crate::cache::digest::Digest;
+use crate::config::Missing;
 use crate::layout::{Layout, Staged};
 use crate::process;
 use crate::progress::Verb;
-use crate::transfer::download::{Downloader, Fetched};
+use crate::transfer::download::{Damaged, Downloader, Fetched};
 
 /// Blobs fetched at once. How many of them are large, the bound on buffers decides.
 const BLOBS: usize = 160;
@@ -36,6 +37,8 @@ const STAGINGS: usize = 4;
 pub(super) struct Haul {
     /// Those that S3 does not have.
     pub(super) missing: BTreeSet<Digest>,
+    /// Those that are damaged on S3.
+    pub(super) damaged: BTreeSet<Digest>,
     /// How many other processes have fetched meanwhile.
     pub(super) present: u64,
     /// What came over the network.
@@ -74,6 +77,9 @@ impl ImportFrom<'_> {
                         haul.missing.insert(digest);
                     }
                     Some(Fetched::Whole { bytes }) => haul.bytes += bytes,
+                    Some(Fetched::Damaged) => {
+                        haul.damaged.insert(digest);
+                    }
                 }
             }
             Ok(haul)
@@ -111,7 +117,14 @@ impl ImportFrom<'_> {
             return Ok(None);
         };
         let key = self.bucket.blob_key(&digest);
-        let fetched = downloader.fetch(&key, &staged.growing, &blob).await;
+        let mut fetched = downloader.fetch(&key, &staged.growing, &blob).await;
+        if self.task.missing == Missing::Drop
+            && let Err(error) = &fetched
+            && let Some(damaged) = error.downcast_ref::<Damaged>()
+        {
+            self.progress.warn(&damaged.to_string());
+            fetched = Ok(Fetched::Damaged);
+        }
         let Ok(Fetched::Whole { bytes }) = fetched else {
             let layout = self.layout.clone();
             blocking(move || {
