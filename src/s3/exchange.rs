@@ -107,6 +107,9 @@ pub(super) async fn attempt(
         });
     }
     if call.expect == Expect::Object && matches!(head.status.as_u16(), 200 | 206) {
+        if !describes_object(&head.headers) {
+            return Err(Failure::unexpected(remote, UNDESCRIBED));
+        }
         check_range(remote, call, &head.headers)?;
         let body = rusoto_core::ByteStream::new(incoming(body, *timing, remote.secrets.clone()));
         return hand_over(remote, head.status, &head.headers, body);
@@ -210,11 +213,18 @@ fn check_success(
                 "success, but not like S3 ({words})"
             )))
         }
-        Expect::Description if !has(header::ETAG) && !has(header::LAST_MODIFIED) => Err(
-            Problem::Unexpected("an object without ETag and Last-Modified".into()),
-        ),
+        Expect::Description if !describes_object(headers) => {
+            Err(Problem::Unexpected(UNDESCRIBED.into()))
+        }
         _ => Ok(0),
     }
+}
+
+const UNDESCRIBED: &str = "an object without ETag and Last-Modified";
+
+/// Whether these are an object's headers: every store gives one of the two, a proxy's page neither.
+fn describes_object(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::ETAG) || headers.contains_key(header::LAST_MODIFIED)
 }
 
 /// Checks that the response brings the range that was asked for.
