@@ -3,9 +3,11 @@
 CARGO ?= cargo
 PREFIX ?= $(or $(CARGO_HOME),$(HOME)/.cargo)
 TARGET := $(or $(CARGO_TARGET_DIR),target)
+# Where shells look for completions: a prefix at home is not among those places.
+SHARE := $(if $(filter $(HOME)/%,$(abspath $(PREFIX))),$(or $(XDG_DATA_HOME),$(HOME)/.local/share),$(PREFIX)/share)
 
 .DEFAULT_GOAL := help
-.PHONY: help build check test soak fuzz demo bench interop install clean toolchain
+.PHONY: help build check test soak fuzz demo bench interop install dist clean toolchain
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,8 +46,16 @@ interop: toolchain ## against real S3 servers on loopback, installed below inter
 	$(CARGO) build --locked --bin layercache --example interop
 	$(TARGET)/debug/examples/interop $(INTEROP) $(TARGET)/debug/layercache
 
-install: toolchain ## the release binary into PREFIX/bin (~/.cargo/bin)
+install: toolchain ## program and man pages into PREFIX (~/.cargo), completions for bash, zsh and fish
 	$(CARGO) install --path . --locked --root $(PREFIX)
+	$(PREFIX)/bin/layercache man $(PREFIX)/share/man/man1
+	mkdir -p $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	$(PREFIX)/bin/layercache completion bash > $(SHARE)/bash-completion/completions/layercache
+	$(PREFIX)/bin/layercache completion zsh > $(SHARE)/zsh/site-functions/_layercache
+	$(PREFIX)/bin/layercache completion fish > $(SHARE)/fish/vendor_completions.d/layercache.fish
+
+dist: toolchain ## the release archive for x86-64 Linux with glibc 2.17 or newer, into dist/
+	scripts/dist.sh
 
 clean: ## removes what cargo built
 	$(CARGO) clean

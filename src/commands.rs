@@ -1,6 +1,7 @@
 //! The commands, one file each, and the frame that they share: what a command works with, and the
 //! loop over its specs.
 
+pub mod doctor;
 pub mod export;
 pub mod import;
 
@@ -51,6 +52,7 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
     match task {
         Task::Export(task) => export::run(task, context).await,
         Task::Import(task) => import::run(task, context).await,
+        Task::Doctor(task) => doctor::run(task, context).await,
     }
 }
 

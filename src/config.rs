@@ -104,6 +104,7 @@ pub struct ExportConfig {
 pub enum Task {
     Export(ExportTask),
     Import(ImportTask),
+    Doctor(DoctorTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -143,6 +144,13 @@ pub struct ImportTask {
     pub verify: bool,
     /// Say what would be fetched; write nothing.
     pub dry_run: bool,
+}
+
+/// Try out what an export and an import need of at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DoctorTask {
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
 }
 
 /// What becomes of results whose layers are no longer on S3 (moby/buildkit#3223).

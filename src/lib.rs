@@ -32,7 +32,7 @@ pub mod s3;
 pub mod store;
 pub mod transfer;
 
-use cli::args::{self, Args, UsageError};
+use cli::args::{self, Args, Asked, UsageError};
 use commands::Context;
 use config::{S3Config, Task};
 use interrupt::{Interrupted, Signals};
@@ -45,7 +45,11 @@ use transfer::limits::Limits;
 /// to stdout, everything else to stderr. Can be called more than once in a process.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args = match args::parse(args) {
-        Ok(args) => args,
+        Ok(Asked::Work(args)) => args,
+        Ok(Asked::Manual(manual)) => {
+            let errors: Vec<_> = manual.write().err().into_iter().collect();
+            return end(&Progress::new(progress::Display::Quiet, 0), &errors);
+        }
         Err(shown) => {
             let _ = shown.print();
             return ExitCode::from(shown.exit_code() as u8);
@@ -55,15 +59,19 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let progress = match args.global.progress(&env) {
         Ok(display) => Progress::new(display, i8::from(args.global.verbose)),
         Err(error) => {
-            Progress::new(progress::Display::Quiet, 0).error(&format!("{error:#}"));
-            return exit_code(&[error]);
+            return end(&Progress::new(progress::Display::Quiet, 0), &[error]);
         }
     };
     let errors = run_command(args, &env, &progress).unwrap_or_else(|error| vec![error]);
-    for error in &errors {
+    end(&progress, &errors)
+}
+
+/// Prints what went wrong, if anything did. Returns the exit code for it.
+fn end(progress: &Progress, errors: &[anyhow::Error]) -> ExitCode {
+    for error in errors {
         progress.error(&format!("{error:#}"));
     }
-    exit_code(&errors)
+    exit_code(errors)
 }
 
 /// Of several errors a signal counts the most.

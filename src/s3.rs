@@ -42,7 +42,8 @@ use crate::config::S3Config;
 use crate::progress::Progress;
 use crate::retry::{RetryPolicy, Trouble};
 use crate::store::{
-    Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
+    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload,
+    UploadBody,
 };
 
 /// Connects to the bucket that `config` describes. Sends nothing yet.
@@ -235,6 +236,15 @@ impl Store for S3Store {
 
     fn outside(&self, text: &str) -> String {
         self.remote.secrets.outside(text)
+    }
+
+    fn connection(&self) -> Connection {
+        Connection {
+            url: self.remote.endpoint.uri(None, ""),
+            path_style: self.remote.endpoint.is_path_style(),
+            credentials: self.remote.keyring.source(),
+            clock_ahead: *lock(&self.remote.clock_ahead),
+        }
     }
 
     fn requests(&self) -> u64 {

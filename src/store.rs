@@ -53,6 +53,20 @@ pub struct Response {
     pub body: ByteStream,
 }
 
+/// How a bucket is reached, as far as the requests until now have shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connection {
+    /// The bucket's URL.
+    pub url: String,
+    /// The bucket is in the path, not in the host name.
+    pub path_style: bool,
+    /// Where the credentials came from. `None`: no request needed them yet, or there are none.
+    pub credentials: Option<String>,
+    /// Seconds by which the store's clock is ahead of ours, to the second. `None`: no response had a
+    /// Date.
+    pub clock_ahead: Option<i64>,
+}
+
 /// One page of a listing, in key order.
 #[derive(Debug, Clone, Default)]
 pub struct Page {
@@ -223,6 +237,9 @@ pub trait Store: Send + Sync {
 
     /// Text from outside as it may stand in a message: no secret, one line, not endless.
     fn outside(&self, text: &str) -> String;
+
+    /// How the bucket is reached.
+    fn connection(&self) -> Connection;
 
     /// Requests sent so far, retries included.
     fn requests(&self) -> u64;

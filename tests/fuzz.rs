@@ -22,7 +22,8 @@ use layercache::layout::{Documents, Layout, Selection, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
-    Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
+    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload,
+    UploadBody,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -672,6 +673,14 @@ impl Store for Lister {
     }
     fn outside(&self, text: &str) -> String {
         text.to_owned()
+    }
+    fn connection(&self) -> Connection {
+        Connection {
+            url: String::new(),
+            path_style: false,
+            credentials: None,
+            clock_ahead: None,
+        }
     }
     fn requests(&self) -> u64 {
         0

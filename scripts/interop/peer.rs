@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use layercache::cli::args;
+use layercache::cli::args::{self, Asked};
 use layercache::commands::{self, Context as Frame};
 use layercache::config::Task;
 use layercache::interrupt::Interrupt;
@@ -99,7 +99,10 @@ impl Peer<'_> {
         let spec = self.spec(extra);
         let typed = ["layercache", "export", "--cache-to", &spec].map(Into::into);
         let typed = typed.into_iter().chain([layout.as_os_str().to_owned()]);
-        let (task, _) = args::resolve(args::parse(typed)?, &|_| None)?;
+        let Asked::Work(typed) = args::parse(typed)? else {
+            unreachable!("an export is work on a cache");
+        };
+        let (task, _) = args::resolve(typed, &|_| None)?;
         Ok(task)
     }
 

@@ -10,8 +10,9 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::cache::digest::Digest;
+use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env, Parsed};
-use crate::config::{ExportTask, ImportTask, Missing, Resend, Task};
+use crate::config::{DoctorTask, ExportTask, ImportTask, Missing, Resend, Task};
 use crate::layout::{Selection, check_tag};
 use crate::progress::Display;
 
@@ -25,17 +26,41 @@ const CACHE_FROM: &str = "LAYERCACHE_CACHE_FROM";
     version,
     propagate_version = true,
     after_help = "\
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage, 129, 130 or 143 interrupted.
 
 Examples:
   layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache
   docker buildx build --cache-from type=local,src=./cache --cache-to type=local,dest=./cache-new .
   layercache export --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache-new"
 )]
-pub struct Args {
+struct Line {
     #[command(subcommand)]
-    pub command: Command,
+    command: AnyCommand,
     #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+enum AnyCommand {
+    #[command(flatten)]
+    Cache(Command),
+    #[command(flatten)]
+    Manual(Manual),
+}
+
+/// What the whole command line asks for.
+#[derive(Debug, Clone)]
+pub enum Asked {
+    /// Work on a cache.
+    Work(Args),
+    /// Completions or man pages.
+    Manual(Manual),
+}
+
+/// What was typed for a command that works on a cache.
+#[derive(Debug, Clone)]
+pub struct Args {
+    pub command: Command,
     pub global: Global,
 }
 
@@ -62,6 +87,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Download a cache from S3 into a local OCI layout
     Import(ImportArgs),
+    /// Try out whether a bucket allows what an export and an import need
+    Doctor(DoctorArgs),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -119,11 +146,11 @@ pub struct ImportArgs {
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
     pub tag: Option<String>,
 
-    /// Fail if no cache is found
+    /// Fail unless there is a cache that a build can use
     #[arg(long)]
     pub require: bool,
 
-    /// What to do with results whose layers are no longer on S3
+    /// What to do with results whose layers are missing or damaged on S3
     #[arg(long, value_enum, value_name = "WHAT", default_value = "drop")]
     pub missing: Missing,
 
@@ -138,6 +165,20 @@ pub struct ImportArgs {
     /// Directory of the OCI layout: absent, empty, or a layout to add to
     #[arg(value_name = "LAYOUT")]
     pub layout: PathBuf,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+SPEC is buildx's: type=s3 with region, bucket, name, prefix, endpoint_url and so on.
+Writes, reads and deletes one small object beside the cache's blobs, and leaves nothing behind.
+Exit status 1 if an export or an import would fail.
+
+Example:
+  layercache doctor --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app")]
+pub struct DoctorArgs {
+    /// What to try out; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
+    #[arg(long, value_name = "SPEC")]
+    pub cache_to: Vec<SpecText>,
 }
 
 /// A spec as it was typed. It can hold credentials, so `Debug` does not show it.
@@ -170,20 +211,25 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// The command line as clap knows it.
+pub(super) fn definition() -> clap::Command {
+    Line::command()
+}
+
 /// Parses what was typed, the program's name first.
 ///
 /// # Errors
 /// clap's own, to be printed with its `print` and to exit with its `exit_code`: that is also how
 /// `--help` and `--version` come. An error that would show a spec is replaced by one that does not.
-pub fn parse<I, T>(typed: I) -> Result<Args, clap::Error>
+pub fn parse<I, T>(typed: I) -> Result<Asked, clap::Error>
 where
     I: IntoIterator<Item = T>,
     T: Into<OsString> + Clone,
 {
-    Args::try_parse_from(typed).map_err(|error| {
+    let line = Line::try_parse_from(typed).map_err(|error| {
         let help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
         if error.use_stderr() && !help && looks_like_spec(&error.to_string()) {
-            Args::command().error(
+            Line::command().error(
                 error.kind(),
                 "a spec stands where none is expected (put --cache-to or --cache-from before each \
                  spec, and quotes round it)",
@@ -191,6 +237,11 @@ where
         } else {
             error
         }
+    })?;
+    let global = line.global;
+    Ok(match line.command {
+        AnyCommand::Cache(command) => Asked::Work(Args { command, global }),
+        AnyCommand::Manual(manual) => Asked::Manual(manual),
     })
 }
 
@@ -260,6 +311,16 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
                 missing: import.missing,
                 verify: import.verify,
                 dry_run: import.dry_run,
+            })
+        }
+        Command::Doctor(doctor) => {
+            let specs = Specs {
+                flag: "--cache-to",
+                variable: CACHE_TO,
+                typed: doctor.cache_to,
+            };
+            Task::Doctor(DoctorTask {
+                targets: specs.resolve(env, spec::cache_to, &mut warnings)?,
             })
         }
     };
@@ -358,7 +419,11 @@ mod tests {
     const SPEC: &str = "type=s3,region=us-east-1,bucket=cache";
 
     fn typed(words: &[&str]) -> Args {
-        parse([&["layercache"], words].concat()).unwrap_or_else(|error| panic!("{error}"))
+        match parse([&["layercache"], words].concat()) {
+            Ok(Asked::Work(args)) => args,
+            Ok(Asked::Manual(manual)) => panic!("{manual:?} works on no cache"),
+            Err(error) => panic!("{error}"),
+        }
     }
 
     fn refused(words: &[&str]) -> clap::Error {
@@ -368,14 +433,14 @@ mod tests {
     fn export(words: &[&str]) -> (ExportTask, Vec<String>) {
         match resolve(typed(&[&["export"], words].concat()), &no_env).unwrap() {
             (Task::Export(task), warnings) => (task, warnings),
-            (Task::Import(_), _) => panic!("export became import"),
+            (task, _) => panic!("export became {task:?}"),
         }
     }
 
     fn import(words: &[&str]) -> (ImportTask, Vec<String>) {
         match resolve(typed(&[&["import"], words].concat()), &no_env).unwrap() {
             (Task::Import(task), warnings) => (task, warnings),
-            (Task::Export(_), _) => panic!("import became export"),
+            (task, _) => panic!("import became {task:?}"),
         }
     }
 
@@ -391,7 +456,7 @@ mod tests {
 
     #[test]
     fn the_definition_is_sound() {
-        Args::command().debug_assert();
+        definition().debug_assert();
     }
 
     #[test]

@@ -1,16 +1,17 @@
 //! Bars on a terminal, redrawn ten times a second by a thread of their own.
 //!
-//! A frame is drawn in one write: back to its first row, erase to the end of the screen, and print the
-//! new one, each line with its line end. So a recording of the terminal (`script`) has whole lines. It
-//! is not indicatif's way, which pads lines to the full width and leaves them without an end: those
-//! are torn when the window gets narrower.
+//! indicatif does the terminal work: one bar, whose message is the whole frame. It erases the last frame,
+//! prints messages above it and draws the next one. Its output goes to a [`Screen`], which ends each
+//! line, so that a recording of the terminal (`script`) has whole lines and a narrower window does not
+//! tear them.
 
-use std::fmt::Write as _;
-use std::io::Write;
+use std::fmt::{self, Write as _};
+use std::io::{self, Write};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use serde_json::Value;
 
 use super::lines::{message, resumed};
@@ -34,8 +35,12 @@ const MEMORY: f64 = 5.0;
 pub(super) struct Bars {
     /// Locked for an instant only: those who work take it.
     state: Mutex<State>,
-    /// Locked while writing, which can take as long as the terminal likes.
-    terminal: Mutex<Terminal>,
+    /// Its message is the frame on the screen. It is locked while writing, which can take as long as the
+    /// terminal likes.
+    bar: ProgressBar,
+    /// Calls that are printing elsewhere on the terminal.
+    suspended: Mutex<usize>,
+    size: SizeOf,
     clock: Clock,
     coloured: bool,
 }
@@ -46,6 +51,8 @@ pub(super) struct Size {
     pub(super) rows: usize,
     pub(super) columns: usize,
 }
+
+type SizeOf = Arc<dyn Fn() -> Size + Send + Sync>;
 
 /// The size of the terminal behind stderr. One that does not know its own is given 24 × 80.
 pub(super) fn size() -> Size {
@@ -73,23 +80,33 @@ pub(super) fn keep_drawing(bars: &Arc<Bars>) {
 impl Bars {
     pub(super) fn new(
         out: Box<dyn Write + Send>,
-        size: impl Fn() -> Size + Send + 'static,
+        size: impl Fn() -> Size + Send + Sync + 'static,
         clock: Clock,
         coloured: bool,
     ) -> Self {
+        let size: SizeOf = Arc::new(size);
+        let screen = Screen {
+            size: Arc::clone(&size),
+            pen: Mutex::new(Pen {
+                out,
+                text: String::new(),
+                line: String::new(),
+                drawn: Vec::new(),
+                on_screen: Vec::new(),
+                cleared: 0,
+            }),
+        };
+        let target = ProgressDrawTarget::term_like(Box::new(screen));
+        let style = ProgressStyle::with_template("{msg}").expect("a valid template");
         Bars {
             state: Mutex::new(State {
                 stage: None,
                 flights: Vec::new(),
                 sampled: milliseconds(&clock),
             }),
-            terminal: Mutex::new(Terminal {
-                out,
-                size: Box::new(size),
-                frame: Vec::new(),
-                suspended: 0,
-                ended: false,
-            }),
+            bar: ProgressBar::with_draw_target(None, target).with_style(style),
+            suspended: Mutex::new(0),
+            size,
             clock,
             coloured,
         }
@@ -97,16 +114,13 @@ impl Bars {
 
     /// Shows the numbers as they are now. False once nothing is shown any more.
     pub(super) fn draw(&self) -> bool {
-        let size = (lock(&self.terminal).size)();
-        let frame = lock(&self.state).frame(milliseconds(&self.clock), size);
-        let mut terminal = lock(&self.terminal);
-        if terminal.ended {
-            return false;
+        let frame = lock(&self.state).frame(milliseconds(&self.clock), (self.size)());
+        let frame = frame.join("\n");
+        let suspended = lock(&self.suspended);
+        if *suspended == 0 && !self.bar.is_finished() && frame != self.bar.message() {
+            self.bar.set_message(frame);
         }
-        if frame != terminal.frame && terminal.suspended == 0 {
-            terminal.replace("", frame);
-        }
-        true
+        !self.bar.is_finished()
     }
 }
 
@@ -131,69 +145,142 @@ impl View for Bars {
     fn moved(&self, _: &Flight) {}
 
     fn message(&self, kind: Kind, text: &str) {
-        let text = message(kind, text, self.coloured) + "\n";
-        let mut terminal = lock(&self.terminal);
-        let frame = terminal.frame.clone();
-        terminal.replace(&text, frame);
+        self.bar.println(message(kind, text, self.coloured));
     }
 
     fn result(&self, _: &Value) {}
 
     fn suspend(&self, print: &mut dyn FnMut()) {
         {
-            let mut terminal = lock(&self.terminal);
-            terminal.replace("", Vec::new());
-            terminal.suspended += 1;
+            let mut suspended = lock(&self.suspended);
+            self.bar.set_message("");
+            *suspended += 1;
         }
-        // Not under the lock: stdout may be a pipe that no one reads, and the work has its messages.
+        // Not in the bar's own `suspend`, which keeps it locked: stdout may be a pipe that no one reads,
+        // and the work has its messages.
         print();
-        lock(&self.terminal).suspended -= 1;
+        *lock(&self.suspended) -= 1;
     }
 
     fn end(&self) {
-        let mut terminal = lock(&self.terminal);
-        terminal.replace("", Vec::new());
-        terminal.ended = true;
+        self.bar.finish_and_clear();
     }
 }
 
-struct Terminal {
-    out: Box<dyn Write + Send>,
-    size: Box<dyn Fn() -> Size + Send>,
-    /// The lines on the screen, just above the cursor.
-    frame: Vec<String>,
-    /// Calls that are printing elsewhere on the terminal.
-    suspended: usize,
-    ended: bool,
+/// The terminal as indicatif sees it: so wide that no line wraps.
+///
+/// indicatif pads each line with blanks to the full width, which takes the cursor to the next line, and
+/// erases as many lines as it drew. Here the padding becomes a line end, and the lines to erase become
+/// the rows that they take now. All of it is written at once, on `flush`.
+struct Screen {
+    size: SizeOf,
+    pen: Mutex<Pen>,
 }
 
-impl Terminal {
-    /// Prints `above` where the frame was, and the new frame below it.
-    fn replace(&mut self, above: &str, frame: Vec<String>) {
+struct Pen {
+    out: Box<dyn Write + Send>,
+    /// Complete lines, not yet on the terminal.
+    text: String,
+    /// The line that has no end yet.
+    line: String,
+    /// Columns of the lines in `text`.
+    drawn: Vec<usize>,
+    /// Columns of the lines that the last flush left just above the cursor.
+    on_screen: Vec<usize>,
+    /// Lines to erase, from the last one up.
+    cleared: usize,
+}
+
+impl fmt::Debug for Screen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Screen").finish_non_exhaustive()
+    }
+}
+
+impl TermLike for Screen {
+    fn width(&self) -> u16 {
+        u16::MAX
+    }
+
+    fn height(&self) -> u16 {
+        u16::MAX
+    }
+
+    // The cursor moves only among the lines to erase, and `flush` erases them all.
+    fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_line(&self, line: &str) -> io::Result<()> {
+        let mut pen = lock(&self.pen);
+        pen.line.push_str(line);
+        pen.end_line();
+        Ok(())
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        let mut pen = lock(&self.pen);
+        let padding = !text.is_empty() && text.bytes().all(|byte| byte == b' ');
+        if padding {
+            pen.end_line();
+        } else {
+            pen.line.push_str(text);
+        }
+        Ok(())
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        lock(&self.pen).cleared += 1;
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
         let columns = (self.size)().columns.max(1);
+        lock(&self.pen).flush(columns)
+    }
+}
+
+impl Pen {
+    fn end_line(&mut self) {
+        self.drawn.push(width(&self.line));
+        self.text.push_str(&self.line);
+        self.text.push('\n');
+        self.line.clear();
+    }
+
+    fn flush(&mut self, columns: usize) -> io::Result<()> {
         // A terminal that got narrower has wrapped what no longer fits. (xterm cuts it off instead: there
         // the frame takes some lines above it along.)
         let rows: usize = self
-            .frame
+            .on_screen
             .iter()
-            .map(|line| width(line).div_ceil(columns).max(1))
+            .rev()
+            .take(std::mem::take(&mut self.cleared))
+            .map(|width| width.div_ceil(columns).max(1))
             .sum();
-        let mut text = String::new();
-        if rows > 0 {
-            // To its first row, and erase that, and all below it. Not in one: tmux takes erasing from the
+        self.on_screen = std::mem::take(&mut self.drawn);
+        let text = std::mem::take(&mut self.text);
+        let erase = match rows {
+            0 if text.is_empty() => return Ok(()),
+            0 => String::new(),
+            // To the first row, and erase that, and all below it. Not in one: tmux takes erasing from the
             // very first row on for clearing the screen, and keeps what was there in its history.
-            let _ = write!(text, "\x1b[{rows}A\r\x1b[K\x1b[B\x1b[J\x1b[A");
-        }
-        text.push_str(above);
-        for line in &frame {
-            text.push_str(line);
-            text.push('\n');
-        }
-        self.frame = frame;
-        if !text.is_empty() {
-            let _ = self.out.write_all(text.as_bytes());
-            let _ = self.out.flush();
-        }
+            _ => format!("\x1b[{rows}A\r\x1b[K\x1b[B\x1b[J\x1b[A"),
+        };
+        self.out.write_all((erase + &text).as_bytes())?;
+        self.out.flush()
     }
 }
 

@@ -21,6 +21,7 @@ use aws_smithy_http_client::{Builder, Connector, tls};
 use tokio::sync::{Mutex, OnceCell};
 use tokio::time::Instant;
 
+use super::remote::lock;
 use super::tls::Trust;
 use crate::config::StaticCredentials;
 use crate::redact::Secrets;
@@ -39,6 +40,8 @@ pub(super) struct Keyring {
     /// Learns every credential that is loaded.
     secrets: Secrets,
     cache: Mutex<Cache>,
+    /// Where the ones in use came from.
+    source: std::sync::Mutex<Option<String>>,
 }
 
 enum Provider {
@@ -85,10 +88,12 @@ impl Keyring {
         if let Provider::Given(given) = &provider {
             remember(&secrets, given);
         }
+        let source = given.map(|_| "the spec".to_owned());
         Keyring {
             provider,
             secrets,
             cache: Mutex::default(),
+            source: std::sync::Mutex::new(source),
         }
     }
 
@@ -102,7 +107,13 @@ impl Keyring {
                 chain: OnceCell::new_with(Some(Box::new(chain))),
             },
             cache: Mutex::default(),
+            source: std::sync::Mutex::default(),
         }
+    }
+
+    /// Where the credentials in use came from, in words. `None`: none are loaded.
+    pub(super) fn source(&self) -> Option<String> {
+        lock(&self.source).clone()
     }
 
     /// The credentials to sign with now.
@@ -165,6 +176,8 @@ impl Keyring {
         match loaded.await {
             Ok(credentials) => {
                 remember(&self.secrets, &credentials);
+                let source = credentials.get_property::<Source>();
+                *lock(&self.source) = source.map(|Source(source)| source.clone());
                 cache.failed = None;
                 cache.replace_at = credentials
                     .expiry()
@@ -221,7 +234,10 @@ fn replace_at(now: SystemTime, end: SystemTime) -> SystemTime {
 async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials>> {
     // The first link of the chain. If it has credentials, skip the others: loading the system's
     // certificates and the shared files takes longer than a request.
-    let environment = EnvironmentVariableCredentialsProvider::new();
+    let environment = Sourced::new(
+        "the environment (AWS_ACCESS_KEY_ID)",
+        EnvironmentVariableCredentialsProvider::new(),
+    );
     if environment.provide_credentials().await.is_ok() {
         return Ok(Box::new(environment));
     }
@@ -258,16 +274,67 @@ async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials
         .configure(&config)
         .imds_client(metadata)
         .build();
+    let name = std::env::var("AWS_PROFILE").unwrap_or_default();
+    let name = if name.is_empty() { "default" } else { &name };
     let chain = CredentialsProviderChain::first_try("Environment", environment)
-        .or_else("Profile", Link::new(Origin::Profile, profile))
+        .or_else(
+            "Profile",
+            Sourced::new(
+                &format!("profile {name:?}"),
+                Link::new(Origin::Profile, profile),
+            ),
+        )
         .or_else(
             "WebIdentityToken",
-            Link::new(Origin::WebIdentity, web_identity),
+            Sourced::new(
+                "web identity (AWS_WEB_IDENTITY_TOKEN_FILE)",
+                Link::new(Origin::WebIdentity, web_identity),
+            ),
         )
-        .or_else("EcsContainer", Link::new(Origin::Container, container))
+        .or_else(
+            "EcsContainer",
+            Sourced::new(
+                "the container endpoint",
+                Link::new(Origin::Container, container),
+            ),
+        )
         // Not a `Link`: if this one fails, all have been tried, and the user may not have meant it.
-        .or_else("Ec2InstanceMetadata", instance);
+        .or_else(
+            "Ec2InstanceMetadata",
+            Sourced::new("EC2 instance metadata", instance),
+        );
     Ok(Box::new(chain))
+}
+
+/// Where credentials came from, in words: they carry it as a property.
+#[derive(Debug, Clone)]
+struct Source(String);
+
+/// A link of the chain whose credentials say where they came from.
+#[derive(Debug)]
+struct Sourced<P> {
+    source: Source,
+    provider: P,
+}
+
+impl<P> Sourced<P> {
+    fn new(source: &str, provider: P) -> Self {
+        let source = Source(source.to_owned());
+        Sourced { source, provider }
+    }
+}
+
+impl<P: ProvideCredentials> ProvideCredentials for Sourced<P> {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(async {
+            let mut credentials = self.provider.provide_credentials().await?;
+            credentials.set_property(self.source.clone());
+            Ok(credentials)
+        })
+    }
 }
 
 /// Where a link of the chain gets credentials.

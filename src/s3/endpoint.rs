@@ -38,6 +38,7 @@ pub(super) struct Endpoint {
     prefixed: bool,
     /// Path before the key, without a trailing slash: the endpoint's own, and in path style the bucket.
     base: String,
+    path_style: bool,
     loopback: bool,
     aws: bool,
 }
@@ -81,6 +82,7 @@ impl Endpoint {
             loopback: ip.map_or_else(|| is_localhost(&host), |ip| ip.to_canonical().is_loopback()),
             aws: config.endpoint_url.is_none(),
             authority,
+            path_style,
             prefixed: !path_style && config.endpoint_url.is_some(),
             base,
         })
@@ -112,6 +114,11 @@ impl Endpoint {
     /// Whether use_path_style would lead to another host.
     pub(super) fn is_prefixed(&self) -> bool {
         self.prefixed
+    }
+
+    /// Whether the bucket is in the path, not in the host name.
+    pub(super) fn is_path_style(&self) -> bool {
+        self.path_style
     }
 
     /// The URI of an object, or of the bucket; `query` is encoded already.

@@ -33,15 +33,18 @@ impl S3Store {
         let encoded = is_url(found.encoding_type.as_deref());
         let mut objects = Vec::new();
         for object in found.contents.unwrap_or_default() {
-            let Some(key) = object.key.and_then(|key| decode(&key, encoded)) else {
-                continue;
-            };
+            let key = object.key.and_then(|raw| {
+                let key = decode(&raw, encoded);
+                // s3s-fs says that it encodes keys, but does not.
+                match key.as_ref().is_some_and(|key| key.starts_with(prefix)) {
+                    true => key,
+                    false => Some(raw).filter(|raw| raw.starts_with(prefix)),
+                }
+            });
+            let Some(key) = key else { continue };
             let Some(size) = object.size.and_then(|size| u64::try_from(size).ok()) else {
                 continue;
             };
-            if !key.starts_with(prefix) {
-                continue;
-            }
             let info = ObjectInfo {
                 size,
                 last_modified: xml_date(object.last_modified),

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use aws_credential_types::Credentials;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use http::HeaderMap;
+use http::{HeaderMap, header};
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::credentials::Keyring;
@@ -40,6 +41,8 @@ pub(super) struct Remote {
     /// Keys to which we may have started an upload whose id we never received.
     pub(super) unanswered: Mutex<BTreeSet<String>>,
     pub(super) requests: AtomicU64,
+    /// Seconds by which the store's clock is ahead of ours.
+    pub(super) clock_ahead: Mutex<Option<i64>>,
     /// Some users turn it off for Google Cloud Storage.
     pub(super) accept_encoding: bool,
     pub(super) progress: Progress,
@@ -82,6 +85,7 @@ impl Remote {
             timing,
             unanswered: Mutex::default(),
             requests: AtomicU64::new(0),
+            clock_ahead: Mutex::default(),
             accept_encoding: !config.disable_accept_encoding,
             progress,
             secrets,
@@ -133,6 +137,13 @@ impl Remote {
         if response::is_evidence(headers) {
             self.note_genuine();
         }
+        if let Some(date) = headers
+            .get(header::DATE)
+            .and_then(|date| date.to_str().ok())
+            && let Ok(date) = httpdate::parse_http_date(date)
+        {
+            *lock(&self.clock_ahead) = Some(seconds_ahead(date, SystemTime::now()));
+        }
     }
 
     /// Warns, once, of a session token that anyone on the path can read.
@@ -148,6 +159,16 @@ impl Remote {
             ));
         }
     }
+}
+
+/// Seconds, rounded, from `here` to `there`, which the Date header has rounded down.
+fn seconds_ahead(there: SystemTime, here: SystemTime) -> i64 {
+    let there = there + Duration::from_millis(500);
+    let ahead = match there.duration_since(here) {
+        Ok(ahead) => ahead.as_secs_f64(),
+        Err(behind) => -behind.duration().as_secs_f64(),
+    };
+    ahead.round() as i64
 }
 
 /// A panic elsewhere leaves no half-done state in these locks.

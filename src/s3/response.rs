@@ -487,6 +487,10 @@ impl Refusal {
                  s3:ListBucket a missing key answers 403 too"
                     .into()
             }
+            // Garage's way to refuse keys.
+            "AccessDenied" if self.refuses_keys() => {
+                "check access_key_id and secret_access_key".into()
+            }
             _ if self.status == 403 && reads => {
                 "s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing \
                  key answers 403 too"
@@ -494,6 +498,12 @@ impl Refusal {
             }
             _ => return None,
         })
+    }
+
+    /// Whether the message of an AccessDenied is about the keys rather than a permission.
+    fn refuses_keys(&self) -> bool {
+        let message = self.message.as_deref().unwrap_or_default().to_lowercase();
+        message.contains("signature") || message.contains("no such key")
     }
 }
 

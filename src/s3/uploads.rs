@@ -164,7 +164,7 @@ impl S3Store {
         while uploads.len() < MOST {
             let request = ListMultipartUploadsRequest {
                 bucket: self.bucket(),
-                encoding_type: Some("url".into()),
+                // No encoding-type: Ceph RGW encodes the keys when asked, but does not say that it did.
                 prefix: Some(prefix.to_owned()),
                 key_marker: key_marker.clone(),
                 upload_id_marker: id_marker.clone(),

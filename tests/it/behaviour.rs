@@ -467,19 +467,20 @@ fn a_name_that_does_not_exist_is_a_warning_or_with_require_an_error() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            nothing is stored at s3://cache/manifests/first-run: nothing imported; 1 request in N s
+            no cache named 'first-run' in s3://cache yet (s3://cache/manifests/first-run): nothing imported (--require makes this an error); 1 request in N s
         "#]], expect![[r#"
             Ns reading the manifest
-            warning: there is no manifest manifests/first-run in bucket cache yet: nothing imported (--require makes this an error)
         "#]]);
     assert!(!absent.exists());
     Program::import(&server.spec("name=first-run"), &absent)
         .arg("--require")
         .run()
         .ends_with(1)
-        .prints(expect![[""]], expect![[r#"
+        .prints(expect![[r#"
+            no cache named 'first-run' in s3://cache yet (s3://cache/manifests/first-run): nothing imported; 1 request in N s
+        "#]], expect![[r#"
             Ns reading the manifest
-            error: importing from s3://cache/manifests/first-run: there is no manifest manifests/first-run in bucket cache, and --require wants one
+            error: --require: there is no cache to import
         "#]]);
 }
 

@@ -268,7 +268,6 @@ fn a_limit_on_the_size_of_files_fails_the_import_and_the_next_one_finishes() {
                     rlim_cur: 64 << 10,
                     rlim_max: 64 << 10,
                 };
-                libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
                 match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
                     0 => Ok(()),
                     _ => Err(std::io::Error::last_os_error()),

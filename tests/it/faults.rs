@@ -17,7 +17,8 @@ use layercache::cache::digest::Digest;
 use layercache::config::Task;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
-    Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload, UploadBody,
+    Connection, Kind, ObjectInfo, Page, Part, Response, Store, StoreError, StoreResult, Upload,
+    UploadBody,
 };
 use layercache::transfer::limits::Limits;
 use tempfile::TempDir;
@@ -711,6 +712,9 @@ impl Store for FaultStore {
 
     fn outside(&self, text: &str) -> String {
         self.store.outside(text)
+    }
+    fn connection(&self) -> Connection {
+        self.store.connection()
     }
     fn requests(&self) -> u64 {
         self.store.requests()

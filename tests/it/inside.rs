@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use layercache::cli::args;
+use layercache::cli::args::{self, Asked};
 use layercache::commands::{Context, perform};
 use layercache::config::{S3Config, Task};
 use layercache::interrupt::Interrupt;
@@ -115,7 +115,10 @@ pub fn runtime() -> tokio::runtime::Runtime {
 }
 
 fn task(args: &[&std::ffi::OsStr]) -> Task {
-    let args = args::parse(args).expect("the arguments can be parsed");
+    let args = match args::parse(args).expect("the arguments can be parsed") {
+        Asked::Work(args) => args,
+        Asked::Manual(manual) => panic!("{manual:?} works on no cache"),
+    };
     let (task, _) = args::resolve(args, &|_| None).expect("the arguments make sense");
     task
 }

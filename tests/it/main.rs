@@ -5,7 +5,9 @@ mod behaviour;
 mod company;
 mod crashes;
 mod credentials;
+mod damaged;
 mod disk;
+mod doctor;
 mod expired;
 mod faults;
 mod fidelity;
@@ -15,6 +17,7 @@ mod hostile;
 mod inside;
 mod output;
 mod program;
+mod races;
 mod retries;
 #[path = "../scripted/mod.rs"]
 mod scripted;
@@ -22,6 +25,7 @@ mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
 mod several;
+mod stuck;
 mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -50,7 +50,7 @@ fn a_target_that_fails_keeps_no_other_from_being_written_or_reported() {
         .without_blobs()
         .prints(expect![[r#"
             exported 10 blobs to s3://cache/manifests/a: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 22 requests in N s
-            exported 5 blobs to s3://cache/manifests/c: 0 uploaded (0 B), 5 already there, 0 refreshed; 7 requests in N s
+            exported 5 of 10 blobs (mode=min; mode=max sends all) to s3://cache/manifests/c: 0 uploaded (0 B), 5 already there, 0 refreshed; 7 requests in N s
         "#]], expect![[r#"
             Ns looking for blobs on s3
             Ns uploading (10 blobs, 62.9 KiB)
@@ -241,7 +241,7 @@ fn require_wants_one_of_the_sources_to_be_there() {
         (
             ["pr-7", "main"],
             expect![[r#"
-                nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
+                no cache named 'pr-7' in s3://cache yet (s3://cache/manifests/pr-7): nothing imported; 1 request in N s
                 imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
             "#]],
             expect![[r#"
@@ -258,14 +258,13 @@ fn require_wants_one_of_the_sources_to_be_there() {
                 Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
                 Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
                 Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
-                warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
             "#]],
         ),
         (
             ["main", "pr-7"],
             expect![[r#"
                 imported 'main' from s3://cache/manifests/main into TMP/layout as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
-                nothing is stored at s3://cache/manifests/pr-7: nothing imported; 1 request in N s
+                no cache named 'pr-7' in s3://cache yet (s3://cache/manifests/pr-7): nothing imported; 1 request in N s
             "#]],
             expect![[r#"
                 Ns reading the manifest
@@ -281,7 +280,6 @@ fn require_wants_one_of_the_sources_to_be_there() {
                 Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
                 Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
                 Ns reading the manifest
-                warning: there is no manifest manifests/pr-7 in bucket cache yet: nothing imported from there
             "#]],
         ),
     ] {
@@ -294,11 +292,13 @@ fn require_wants_one_of_the_sources_to_be_there() {
     let folder = tempfile::tempdir().expect("a temporary directory");
     import(["pr-7", "pr-8"], folder.path())
         .ends_with(1)
-        .prints(expect![[""]], expect![[r#"
+        .prints(expect![[r#"
+            no cache named 'pr-7' in s3://cache yet (s3://cache/manifests/pr-7): nothing imported; 1 request in N s
+            no cache named 'pr-8' in s3://cache yet (s3://cache/manifests/pr-8): nothing imported; 1 request in N s
+        "#]], expect![[r#"
             Ns reading the manifest
             Ns reading the manifest
-            error: importing from s3://cache/manifests/pr-7: there is no manifest manifests/pr-7 in bucket cache, and --require wants one
-            error: importing from s3://cache/manifests/pr-8: there is no manifest manifests/pr-8 in bucket cache, and --require wants one
+            error: --require: none of the caches has a usable result
         "#]]);
     for result in results(&folder.path().join("file")) {
         assert_eq!(result["notFound"], true);

@@ -1,0 +1,132 @@
+//! Shell completions and man pages, made from the same definition as `--help`.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap_complete::Shell;
+
+use crate::cli::args;
+
+/// What is made from the definition of the command line.
+#[derive(Debug, Clone, clap::Subcommand)]
+pub enum Manual {
+    /// Print a completion script for a shell
+    #[command(after_help = "\
+Example, for bash:
+  layercache completion bash > ~/.local/share/bash-completion/completions/layercache")]
+    Completion {
+        #[arg(value_name = "SHELL")]
+        shell: Shell,
+    },
+    /// Write the man pages into a directory
+    #[command(hide = true)]
+    Man {
+        #[arg(value_name = "DIRECTORY")]
+        directory: PathBuf,
+    },
+}
+
+impl Manual {
+    /// Prints the completions, or writes the man pages.
+    ///
+    /// # Errors
+    /// The file system's, or stdout's. A reader that has gone away (`| head`) is no error.
+    pub fn write(&self) -> Result<()> {
+        match self {
+            Manual::Completion { shell } => {
+                // In memory first: clap_complete panics if it cannot write.
+                let script = completions(*shell);
+                let mut stdout = std::io::stdout().lock();
+                match stdout.write_all(&script).and_then(|()| stdout.flush()) {
+                    Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                        Err(error).context("cannot write the completions to stdout")
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Manual::Man { directory } => std::fs::create_dir_all(directory)
+                .and_then(|()| clap_mangen::generate_to(args::definition(), directory))
+                .with_context(|| format!("cannot write the man pages to {}", directory.display())),
+        }
+    }
+}
+
+fn completions(shell: Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut args::definition(), "layercache", &mut script);
+    script
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use clap::ValueEnum as _;
+
+    use super::*;
+
+    #[test]
+    fn bash_completes_commands_options_and_values() {
+        let mut script = completions(Shell::Bash);
+        script.extend(
+            b"\ncomplete_words() { COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+              _layercache layercache \"${@: -1}\" \"${@: -2:1}\"; echo ${COMPREPLY[@]}; }
+              complete_words layercache exp; complete_words layercache export --verify
+              complete_words layercache import --missing ''\n",
+        );
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("script");
+        std::fs::write(&file, script).unwrap();
+        let output = Command::new("bash").arg(&file).output().unwrap();
+        assert_eq!(
+            (
+                &*String::from_utf8_lossy(&output.stdout),
+                &*String::from_utf8_lossy(&output.stderr)
+            ),
+            ("export\n--verify-remote\ndrop error\n", "")
+        );
+    }
+
+    #[test]
+    fn the_completions_of_every_shell_know_every_option() {
+        for shell in Shell::value_variants() {
+            let script = String::from_utf8(completions(*shell)).unwrap();
+            for command in args::definition().get_subcommands() {
+                let long = command
+                    .get_arguments()
+                    .filter_map(|option| option.get_long());
+                for option in long {
+                    assert!(script.contains(option), "{shell}: --{option}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn there_is_a_man_page_for_the_program_and_for_each_command_that_is_not_hidden() {
+        let directory = tempfile::tempdir().unwrap();
+        let pages = directory.path().join("share/man/man1");
+        let man = Manual::Man {
+            directory: pages.clone(),
+        };
+        man.write().unwrap();
+        let mut names: Vec<_> = std::fs::read_dir(&pages)
+            .unwrap()
+            .map(|page| page.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(
+            names,
+            [
+                "layercache-completion.1",
+                "layercache-doctor.1",
+                "layercache-export.1",
+                "layercache-import.1",
+                "layercache.1"
+            ]
+        );
+        let export = std::fs::read_to_string(pages.join("layercache-export.1")).unwrap();
+        assert!(export.contains("verify\\-remote"), "{export}");
+    }
+}

@@ -1,0 +1,345 @@
+//! `layercache doctor`: what it finds out about a bucket, and that it leaves nothing there.
+
+use std::process::Command;
+use std::time::Duration;
+
+use expect_test::expect;
+
+use crate::program::{Program, Run};
+use crate::server::{Fault, SECRET_KEY, Server};
+
+fn doctor(spec: &str) -> Program {
+    Program::new().args(["doctor", "--cache-to", spec])
+}
+
+/// The run with the scratch object's random name replaced.
+fn examine(spec: &str) -> Run {
+    let mut run = doctor(spec).run();
+    for text in [&mut run.stdout, &mut run.stderr] {
+        let mut parts = text.split("layercache-doctor-");
+        let mut lasting = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            lasting.push_str("layercache-doctor-RANDOM");
+            lasting.push_str(&part[16..]);
+        }
+        *text = lasting;
+    }
+    run
+}
+
+#[track_caller]
+fn assert_empty(server: &Server) {
+    assert_eq!(server.keys(), Vec::<String>::new());
+    assert_eq!(server.uploads(), 0);
+}
+
+#[test]
+fn a_bucket_that_allows_everything_passes_and_stays_empty() {
+    let server = Server::start();
+    examine(&server.spec("prefix=team/"))
+        .succeeds()
+        .prints(expect![[r#"
+            checked s3://cache/team/manifests/buildkit: export works, import works; 17 requests in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              round trip   N s
+              works   list objects                 speed
+              works   look for a missing object    export, import
+              works   put an object                export
+              works   look for an object           export, import
+              works   get an object                import
+              works   get a range of an object     speed
+              works   start a multipart upload     export
+              works   upload a part                export
+              works   list parts                   resuming
+              works   list multipart uploads       resuming
+              works   complete a multipart upload  export
+              works   abort a multipart upload     cleaning up
+              works   copy an object onto itself   refreshing
+              works   delete an object             pruning
+        "#]], expect![[r#"
+            Ns trying out the bucket
+        "#]]);
+    assert_empty(&server);
+    let keys = server.log().into_iter().map(|request| request.key);
+    assert!(
+        keys.filter(|key| !key.is_empty())
+            .all(|key| key.starts_with("team/blobs/layercache-doctor-"))
+    );
+}
+
+#[test]
+fn what_only_costs_comfort_is_named_with_its_permission_and_is_no_failure() {
+    let server = Server::builder()
+        .no_list()
+        .no_uploads_listing()
+        .stale_copies()
+        .refuse("ListParts", 403, "AccessDenied")
+        .start();
+    examine(&server.spec(""))
+        .succeeds()
+        .prints(expect![[r#"
+            checked s3://cache/manifests/buildkit: export works, import works; 17 requests in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              round trip   N s
+              FAILS   list objects                 speed
+                      http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), listing s3://cache
+                      without it, each blob is looked up by a request of its own
+                      allow s3:ListBucket
+              works   look for a missing object    export, import
+              works   put an object                export
+              works   look for an object           export, import
+              works   get an object                import
+              works   get a range of an object     speed
+              works   start a multipart upload     export
+              works   upload a part                export
+              FAILS   list parts                   resuming
+                      http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), listing the parts of s3://cache/blobs/layercache-doctor-RANDOM
+                      without it, an interrupted upload of a large blob starts over
+                      allow s3:ListMultipartUploadParts
+              FAILS   list multipart uploads       resuming
+                      http://127.0.0.1:PORT answered 501 NotImplemented (The test server was built to refuse this.), listing the uploads to s3://cache
+                      without it, interrupted uploads are not found: they start over, and their parts stay and cost money until a lifecycle rule aborts them
+              works   complete a multipart upload  export
+              works   abort a multipart upload     cleaning up
+              FAILS   copy an object onto itself   refreshing
+                      the copy succeeded, but LastModified has not moved: blobs/layercache-doctor-RANDOM
+                      without it, old blobs are uploaded again, or else expire although they are in use
+              works   delete an object             pruning
+        "#]], expect![[r#"
+            Ns trying out the bucket
+        "#]]);
+    assert_empty(&server);
+}
+
+#[test]
+fn a_role_that_may_not_write_fails_the_export_alone() {
+    let server = Server::builder()
+        .refuse("PutObject", 403, "AccessDenied")
+        .refuse("CreateMultipartUpload", 403, "AccessDenied")
+        .start();
+    examine(&server.spec(""))
+        .ends_with(1)
+        .prints(expect![[r#"
+            checked s3://cache/manifests/buildkit: export FAILS, import works; 9 requests in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              round trip   N s
+              works   list objects                 speed
+              works   look for a missing object    export, import
+              FAILS   put an object                export
+                      http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), uploading s3://cache/blobs/layercache-doctor-RANDOM
+                      without it, nothing can be exported
+                      allow s3:PutObject
+              works   look for an object           export, import
+              works   get an object                import
+              -       get a range of an object     speed
+                      there is no object to read
+              FAILS   start a multipart upload     export
+                      http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), starting the upload of s3://cache/blobs/layercache-doctor-RANDOM
+                      without it, large blobs cannot be exported
+                      allow s3:PutObject
+              -       upload a part                export
+                      there is no multipart upload
+              -       list parts                   resuming
+                      there is no multipart upload
+              works   list multipart uploads       resuming
+              -       complete a multipart upload  export
+                      there is no multipart upload
+              -       abort a multipart upload     cleaning up
+                      there is no multipart upload
+              -       copy an object onto itself   refreshing
+                      there is no object to copy
+              works   delete an object             pruning
+        "#]], expect![[r#"
+            Ns trying out the bucket
+            error: an export would fail at s3://cache/manifests/buildkit: cannot put an object
+        "#]]);
+    assert_empty(&server);
+}
+
+#[test]
+fn what_may_not_be_deleted_or_aborted_is_named_as_left_behind() {
+    let server = Server::builder()
+        .undeletable("")
+        .refuse("AbortMultipartUpload", 403, "AccessDenied")
+        .start();
+    examine(&server.spec(""))
+        .succeeds()
+        .prints(expect![[r#"
+            checked s3://cache/manifests/buildkit: export works, import works; 21 requests in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              round trip   N s
+              works   list objects                 speed
+              works   look for a missing object    export, import
+              works   put an object                export
+              works   look for an object           export, import
+              works   get an object                import
+              works   get a range of an object     speed
+              works   start a multipart upload     export
+              works   upload a part                export
+              works   list parts                   resuming
+              works   list multipart uploads       resuming
+              works   complete a multipart upload  export
+              FAILS   abort a multipart upload     cleaning up
+                      http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), aborting the upload of s3://cache/blobs/layercache-doctor-RANDOM
+                      without it, the parts of a failed upload stay and cost money until a lifecycle rule aborts it
+                      allow s3:AbortMultipartUpload
+              works   copy an object onto itself   refreshing
+              FAILS   delete an object             pruning
+                      http://127.0.0.1:PORT answered 403 AccessDenied, deleting s3://cache/blobs/layercache-doctor-RANDOM
+                      without it, only a lifecycle rule removes what is no longer used
+                      allow s3:DeleteObject
+        "#]], expect![[r#"
+            Ns trying out the bucket
+            warning: left behind: the object s3://cache/blobs/layercache-doctor-RANDOM
+            warning: left behind: a multipart upload of s3://cache/blobs/layercache-doctor-RANDOM
+        "#]]);
+    assert_eq!((server.keys().len(), server.uploads()), (1, 1));
+}
+
+#[test]
+fn an_upload_that_cannot_be_completed_is_removed() {
+    let server = Server::builder()
+        .refuse("CompleteMultipartUpload", 403, "AccessDenied")
+        .start();
+    examine(&server.spec("")).ends_with(1).says(
+        "an export would fail at s3://cache/manifests/buildkit: cannot complete a multipart upload",
+    );
+    assert_empty(&server);
+}
+
+#[test]
+fn with_a_wrong_secret_one_check_says_all() {
+    let server = Server::start();
+    let spec = server.spec("").replace(SECRET_KEY, "wrong");
+    examine(&spec)
+        .ends_with(1)
+        .prints(expect![[r#"
+            checked s3://cache/manifests/buildkit: export FAILS, import FAILS; 1 request in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              FAILS   list objects                 speed
+                      http://127.0.0.1:PORT answered 403 SignatureDoesNotMatch, listing s3://cache; check access_key_id and secret_access_key
+                      without it, each blob is looked up by a request of its own
+              -       look for a missing object    export, import
+              -       put an object                export
+              -       look for an object           export, import
+              -       get an object                import
+              -       get a range of an object     speed
+              -       start a multipart upload     export
+              -       upload a part                export
+              -       list parts                   resuming
+              -       list multipart uploads       resuming
+              -       complete a multipart upload  export
+              -       abort a multipart upload     cleaning up
+              -       copy an object onto itself   refreshing
+              -       delete an object             pruning
+        "#]], expect![[r#"
+            Ns trying out the bucket
+            error: both an export and an import would fail at s3://cache/manifests/buildkit: cannot list objects
+        "#]]);
+    assert_eq!(server.log().len(), 1);
+}
+
+#[test]
+fn a_missing_bucket_ends_the_checks() {
+    let server = Server::start();
+    let spec = server.spec("").replace("bucket=cache", "bucket=absent");
+    examine(&spec)
+        .ends_with(1)
+        .prints(expect![[r#"
+            checked s3://absent/manifests/buildkit: export FAILS, import FAILS; 1 request in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/absent
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              FAILS   list objects                 speed
+                      http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+                      without it, each blob is looked up by a request of its own
+              -       look for a missing object    export, import
+              -       put an object                export
+              -       look for an object           export, import
+              -       get an object                import
+              -       get a range of an object     speed
+              -       start a multipart upload     export
+              -       upload a part                export
+              -       list parts                   resuming
+              -       list multipart uploads       resuming
+              -       complete a multipart upload  export
+              -       abort a multipart upload     cleaning up
+              -       copy an object onto itself   refreshing
+              -       delete an object             pruning
+        "#]], expect![[r#"
+            Ns trying out the bucket
+            error: both an export and an import would fail at s3://absent/manifests/buildkit: cannot list objects
+        "#]]);
+    assert_eq!(server.log().len(), 1);
+}
+
+#[test]
+fn interrupted_it_leaves_nothing_behind() {
+    let server = Server::start();
+    server.fail_all("ListParts", Fault::Hang);
+    let child = doctor(&server.spec("")).spawn();
+    while server.count("ListParts") == 0 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!((server.keys().len(), server.uploads()), (1, 1));
+    let killed = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(killed.expect("kill runs").success());
+    let run = Run::from(child.wait_with_output().expect("the program ends"));
+    run.ends_with(130);
+    assert_empty(&server);
+}
+
+#[test]
+fn the_metadata_file_has_each_check() {
+    let server = Server::builder()
+        .refuse("AbortMultipartUpload", 403, "AccessDenied")
+        .start();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join("meta.json");
+    doctor(&server.spec(""))
+        .arg("--metadata-file")
+        .arg(&file)
+        .run()
+        .succeeds();
+    let text = std::fs::read_to_string(file).expect("the file is there");
+    let document: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+    let result = &document["results"][0];
+    assert_eq!(result["command"], "doctor");
+    assert_eq!(result["credentials"], "the spec");
+    assert_eq!(result["exportWorks"], true);
+    let checks = result["checks"].as_array().expect("a list");
+    assert_eq!(checks.len(), 14);
+    let failed: Vec<_> = checks
+        .iter()
+        .filter(|check| check["result"] != "works")
+        .map(|check| (&check["result"], &check["permission"]))
+        .collect();
+    assert_eq!(
+        failed,
+        [(&"fails".into(), &"s3:AbortMultipartUpload".into())]
+    );
+}
