@@ -11,13 +11,13 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::quote::one_line;
 
-/// Bytes of outside text that are looked at. What is behind them is not shown in any case.
+/// Bytes of outside text that are examined; the rest is never shown.
 const LOOKED_AT: usize = 64 << 10;
-/// A fragment of a secret this long is taken out.
+/// Fragments of a secret of at least this length are masked.
 const FRAGMENT: usize = 16;
-/// A shorter secret is a test server's, and would blot out half of an ordinary message.
+/// Shorter secrets belong to test servers, and masking them would mangle ordinary messages.
 const SHORTEST: usize = 6;
-/// Signatures that are remembered: as many as may be in flight at once. Each is of use for one request.
+/// Signatures that are remembered. Each serves one request; so many may be in flight.
 const SIGNATURES: usize = 256;
 /// What stands in place of a secret.
 const MASK: &str = "***";

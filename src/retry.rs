@@ -1,4 +1,4 @@
-//! Whether a failed try is worth another, and after how long.
+//! Whether to retry, and after how long.
 //!
 //! The scheme is that of the AWS SDKs: exponential backoff with full jitter, a budget of tokens
 //! that every request of the run draws its retries from (so that a store in trouble is not hit
@@ -16,7 +16,7 @@ use crate::config::RetryMode;
 pub const BASE: Duration = Duration::from_secs(1);
 /// Where the backoff stops growing.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(20);
-/// The longest that we let a store make us wait.
+/// The longest Retry-After that we honour.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 const BUDGET: u32 = 500;
@@ -48,7 +48,7 @@ struct Policy {
 pub struct Tries {
     policy: RetryPolicy,
     made: u32,
-    /// What the last retry cost, given back when it turns out well.
+    /// What the last retry cost; returned if it succeeds.
     cost: u32,
     /// When the connection was first refused.
     refused: Option<Instant>,
@@ -56,16 +56,16 @@ pub struct Tries {
     over_budget: bool,
 }
 
-/// What was wrong with a try that may be worth repeating.
+/// What kind of transient failure a try met.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Trouble {
     /// The store asked us to slow down.
     pub throttled: bool,
     /// The store said how long to wait.
     pub retry_after: Option<Duration>,
-    /// Nothing came for too long; such a retry costs the budget double.
+    /// A timeout; its retry costs the budget double.
     pub timed_out: bool,
-    /// Nobody listens there, perhaps not yet; such a retry is free, as it loads no store.
+    /// The connection was refused; its retry is free, as it puts no load on the store.
     pub refused: bool,
 }
 
@@ -152,8 +152,8 @@ impl Tries {
         }
     }
 
-    /// A try failed in a way that may pass, because of `why`. Reports it, waits, then true; or false
-    /// at once if the attempts or the run's budget are used up.
+    /// A try failed because of `why`. Reports it, waits and returns true; or returns false at once if
+    /// the attempts or the run's budget are used up.
     pub async fn again(&mut self, trouble: Trouble, why: &str) -> bool {
         if self.policy.0.mode == RetryMode::Adaptive {
             lock(&self.policy.0.rate).answered(Instant::now(), trouble.throttled);
@@ -197,8 +197,8 @@ impl Tries {
         true
     }
 
-    /// How much longer a refused connection is tried again. `None`: it was not refused, not for the
-    /// first time lately, or the user wants no retries.
+    /// How much longer to retry a refused connection. `None`: it was not refused, the time is up, or the
+    /// user wants no retries.
     fn patience(&mut self, trouble: Trouble) -> Option<Duration> {
         if !trouble.refused || self.policy.0.max_attempts == 1 {
             return None;
@@ -220,8 +220,7 @@ impl Tries {
         self.over_budget = false;
     }
 
-    /// What is worth saying of the tries once the last has failed: how many there were, unless it is
-    /// one of one, and why there were no more, unless it is their limit.
+    /// How many tries there were, if more than one, and whether the budget ended them.
     pub fn summary(&self) -> Option<String> {
         let tries = match self.made {
             1 => "1 try".to_owned(),
@@ -251,7 +250,7 @@ const BETA: f64 = 0.7;
 const SCALE: f64 = 0.4;
 /// How much the newest half second counts in the measured rate.
 const SMOOTH: f64 = 0.8;
-/// Requests a second that are never gone below.
+/// The rate never falls below this many requests a second.
 const SLOWEST: f64 = 0.5;
 
 /// The SDKs' client-side rate limit: a token bucket whose rate follows CUBIC, as TCP's does.
@@ -312,7 +311,7 @@ impl Rate {
         self.refilled = now;
     }
 
-    /// Takes an answer, or its absence, into account.
+    /// Adjusts the rate after a response or a failure.
     fn answered(&mut self, now: Instant, throttled: bool) {
         let now = self.seconds(now);
         self.measure(now);

@@ -1,9 +1,8 @@
 //! The store that is S3: the only place that names rusoto.
 //!
-//! rusoto_s3 (unmaintained since 2022) is kept for its typed requests and answers; `dispatch` does
-//! what it does badly or not at all, and decides what rusoto gets to see.
+//! rusoto_s3 (unmaintained since 2022) gives typed requests and responses. `dispatch` sends them, and
+//! decides which responses rusoto may parse.
 
-mod answer;
 mod call;
 mod credentials;
 mod deleting;
@@ -16,6 +15,7 @@ mod listing;
 mod objects;
 mod outgoing;
 mod remote;
+mod response;
 mod sign;
 mod timing;
 mod tls;
@@ -51,7 +51,7 @@ pub async fn connect(config: &S3Config, progress: Progress) -> Result<Arc<dyn St
     connect_with(config, progress, Timing::default()).await
 }
 
-/// As [`connect`], at another pace.
+/// As [`connect`], with other timeouts.
 pub async fn connect_with(
     config: &S3Config,
     progress: Progress,
@@ -74,8 +74,8 @@ impl S3Store {
         self.remote.bucket.clone()
     }
 
-    /// Does one operation through a client of rusoto's that is made for it: cheap, and so what is
-    /// not in rusoto's request travels beside it.
+    /// Runs one operation through a rusoto client made for it. The client is cheap, and lets the call
+    /// carry what rusoto's request has no field for.
     async fn run<T, E, F>(&self, call: Call, send: impl FnOnce(S3Client) -> F) -> StoreResult<T>
     where
         F: Future<Output = Result<T, RusotoError<E>>>,
@@ -93,7 +93,7 @@ impl S3Store {
                 endpoint: String::new(),
             },
         );
-        // What would make rusoto panic is kept from it; should something be left, it ends one call.
+        // `dispatch` withholds what would make rusoto panic. If something slips through, one call fails.
         let why = match AssertUnwindSafe(send(client)).catch_unwind().await {
             Ok(Ok(done)) => return Ok(done),
             Ok(Err(RusotoError::ParseError(why))) => self.remote.secrets.outside(&why),
@@ -106,13 +106,13 @@ impl S3Store {
             .unwrap_or_else(|| unexpected().into_error(&self.remote, &call, None)))
     }
 
-    /// An answer without something that belongs into it.
+    /// The error for a response that lacks something.
     fn lacks(&self, doing: &'static str, key: Option<&str>, what: &str) -> StoreError {
         let call = Call::new(doing, key, Expect::Nothing);
         Failure::unexpected(&self.remote, what).into_error(&self.remote, &call, None)
     }
 
-    /// Success without an ETag (Ceph RGW, rclone) is one only if the object is there.
+    /// Checks that a success without an ETag (Ceph RGW, rclone) left the object there.
     async fn confirm(&self, doing: &'static str, key: &str, size: u64) -> StoreResult<ObjectInfo> {
         match self.head(key).await? {
             Some(info) if info.size == size => Ok(info),
@@ -125,7 +125,7 @@ impl S3Store {
         }
     }
 
-    /// Does `operation` again while it succeeds in a way that the object belies.
+    /// Repeats `operation` while it reports success but the object is not as it should be.
     async fn confirmed<T, F>(&self, operation: impl Fn() -> F) -> StoreResult<T>
     where
         F: Future<Output = StoreResult<T>> + Send,
@@ -133,7 +133,7 @@ impl S3Store {
         let mut tries = self.remote.retry.tries();
         loop {
             match operation().await {
-                // With a status the dispatcher has tried it again already.
+                // An error with a status has been retried by the dispatcher.
                 Err(e) if e.kind == Kind::Nonsense && e.status.is_none() => {
                     if !tries.again(Trouble::default(), &e.message).await {
                         return Err(e);

@@ -93,20 +93,20 @@ pub struct Part {
     pub etag: String,
 }
 
-/// The distinctions between failures that a caller acts on.
+/// Kinds of failure that callers treat differently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// 403, or credentials that are missing or refused.
     Denied,
     /// The bucket is not there.
     NoBucket,
-    /// What answers at the endpoint is not S3.
+    /// The endpoint is not S3.
     NotS3,
     /// 412: the object is no longer the one that If-Match named.
     Changed,
     /// 404 NoSuchUpload (some stores: 403).
     NoSuchUpload,
-    /// The object is not there, and was when a read began; or the source of a copy is not.
+    /// The object disappeared during a read, or the source of a copy is missing.
     Missing,
     /// The object does not have the size that the reader expects.
     WrongSize { found: u64 },
@@ -114,10 +114,9 @@ pub enum Kind {
     NoRanges,
     /// 501 or 405: the store does not do this operation.
     Unsupported,
-    /// Still failing in a way that passes, after the last try.
+    /// A transient failure that outlasted the retries.
     Unavailable,
-    /// The body to send could not be read, or is not what it should be here already. The store is not
-    /// at fault.
+    /// The body to send could not be read, or is damaged.
     LocalBody,
     /// A response that no store gives: a proxy's page, or one that lacks what it must have.
     Nonsense,
@@ -125,20 +124,20 @@ pub enum Kind {
     Other,
 }
 
-/// A failed operation on a store. Displays as one lower-case clause that names the operation and
-/// the object, what the store said, and what to try where something can be tried; never a secret.
+/// A failed operation on a store. Displays as one line: the cause, the object, and what to try. Never
+/// contains a secret.
 #[derive(Debug)]
 pub struct StoreError {
     pub kind: Kind,
-    /// HTTP status, where there was an answer.
+    /// HTTP status, if there was a response.
     pub status: Option<u16>,
-    /// S3's error code, where there was one.
+    /// S3's error code, if there was one.
     pub code: Option<String>,
     pub message: String,
 }
 
 impl StoreError {
-    /// Whether what came was no answer that a store gives, rather than a refusal.
+    /// Whether the response was one that no store gives.
     pub fn is_nonsense(&self) -> bool {
         self.kind == Kind::Nonsense
     }
@@ -154,7 +153,7 @@ impl std::error::Error for StoreError {}
 
 pub type StoreResult<T> = std::result::Result<T, StoreError>;
 
-/// A bucket. Every call retries what is worth retrying before it returns; a missing key is `None`.
+/// A bucket. Every call retries transient failures before it returns; a missing key is `None`.
 #[async_trait]
 pub trait Store: Send + Sync {
     /// HEAD.
@@ -223,7 +222,7 @@ pub trait Store: Send + Sync {
     /// Makes the parts, in order of number, the object.
     async fn complete_upload(&self, key: &str, upload: &str, parts: &[Part]) -> StoreResult<()>;
 
-    /// Gives a multipart upload up. An upload that is gone already is no error.
+    /// Aborts a multipart upload. It is no error if the upload is gone.
     async fn abort_upload(&self, key: &str, upload: &str) -> StoreResult<()>;
 
     /// Unfinished multipart uploads to keys that begin with `prefix`.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 
 use crate::bucket::Bucket;
@@ -22,8 +22,10 @@ impl Bucket {
         let Some(bytes) = read.with_context(reading)? else {
             return Ok(None);
         };
+        // The error quotes what the bucket holds.
         CacheConfig::parse_s3(&bytes)
             .map(Some)
+            .map_err(|error| anyhow!(self.store.outside(&format!("{error:#}"))))
             .with_context(reading)
     }
 

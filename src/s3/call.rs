@@ -1,5 +1,4 @@
-//! One operation, beside rusoto's request for it: what rusoto has no field for, and the words for
-//! what went wrong.
+//! One operation: what rusoto's request has no field for, and the error if it fails.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -7,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::answer::Refusal;
 use super::remote::{Remote, lock};
+use super::response::Refusal;
 use crate::quote::printable;
 use crate::retry::Trouble;
 use crate::store::{Kind, StoreError, UploadBody};
@@ -22,7 +21,7 @@ pub(super) enum Expect {
     Description,
     /// An ETag, and no body.
     ETag,
-    /// No body; without an ETag the caller looks whether the object is there.
+    /// No body. If there is no ETag, the caller checks that the object is there.
     Stored,
     /// A status.
     Nothing,
@@ -40,19 +39,19 @@ pub(super) struct Call {
     /// `None`: the bucket's own.
     pub(super) key: Option<String>,
     pub(super) body: Option<Arc<dyn UploadBody>>,
-    /// In place of what rusoto makes of its request.
+    /// Sent instead of rusoto's payload.
     pub(super) payload: Option<Bytes>,
-    /// Where a body goes that rusoto is not to parse.
+    /// Receives the response body, which rusoto then does not parse.
     pub(super) kept: Option<Arc<Mutex<Bytes>>>,
     /// The bytes that are asked for.
     pub(super) range: Option<Range<u64>>,
     pub(super) expect: Expect,
-    /// The store may work for some time before it answers.
+    /// The store may need minutes before it responds.
     pub(super) slow: bool,
-    /// Done, it leaves behind what only its answer names.
+    /// It creates an upload whose id only the response gives.
     pub(super) begins_upload: bool,
     failure: Mutex<Option<StoreError>>,
-    /// Room for the answer in memory.
+    /// Room for the response in memory.
     room: Mutex<Option<OwnedSemaphorePermit>>,
 }
 
@@ -166,7 +165,7 @@ impl Failure {
         }
     }
 
-    /// What came is nothing that S3 sends.
+    /// The response is not one that S3 sends.
     pub(super) fn unexpected(remote: &Remote, what: &str) -> Self {
         let peer = remote.endpoint.name();
         Failure::passing(

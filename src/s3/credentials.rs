@@ -1,5 +1,5 @@
-//! Who we are: the spec's own credentials, else AWS's default chain, loaded when the first request
-//! is signed, kept until shortly before they expire, and never loaded twice at once.
+//! Credentials: the spec's own, else those of AWS's default chain. They are loaded when the first request
+//! is signed, cached until shortly before they expire, and never loaded twice at once.
 
 use std::error::Error;
 use std::time::{Duration, SystemTime};
@@ -26,18 +26,18 @@ use super::tls::Trust;
 use crate::config::StaticCredentials;
 use crate::redact::Secrets;
 
-/// Credentials this close to their end are replaced, or once half of what they had left has passed:
-/// some services give the same ones until shortly before the end.
+/// Credentials are replaced this long before they expire, but not before half of their remaining time
+/// has passed: some services return the same ones until shortly before they expire.
 const EARLY: Duration = Duration::from_secs(120);
-/// Many requests start at once: what the chain just failed at, it is not asked again so soon.
+/// Many requests start at once: a failure of the chain is not repeated within this time.
 const FAILURE_STANDS: Duration = Duration::from_secs(10);
-/// On a machine that is not EC2 nothing answers where the metadata service would be.
+/// Outside EC2 nothing responds at the metadata service's address.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Where credentials come from, and the ones in use.
 pub(super) struct Keyring {
     provider: Provider,
-    /// What is loaded here is a secret from then on.
+    /// Learns every credential that is loaded.
     secrets: Secrets,
     cache: Mutex<Cache>,
     /// Where the ones in use came from.
@@ -56,7 +56,7 @@ enum Provider {
 #[derive(Default)]
 struct Cache {
     current: Option<Credentials>,
-    /// When others are asked for. `None`: never.
+    /// When they are replaced. `None`: never.
     replace_at: Option<SystemTime>,
     failed: Option<(Instant, String)>,
 }
@@ -128,7 +128,7 @@ impl Keyring {
                         Ok(current.clone())
                     }
                     Some(current) if fresh_at(current, now) => {
-                        // Early is a courtesy: while these work, a failure to renew is no failure.
+                        // The old ones still work, so a failure to renew early does not matter.
                         let current = current.clone();
                         Ok(self.load(&mut cache).await.unwrap_or(current))
                     }
@@ -201,7 +201,7 @@ fn remember(secrets: &Secrets, credentials: &Credentials) {
     }
 }
 
-/// What the chain may have shown to a service, whose answer may show it to us.
+/// Learns what the chain may have sent to a service, which may echo it in an error.
 fn remember_tokens(secrets: &Secrets, env: &dyn Fn(&str) -> Option<String>) {
     for name in [
         "AWS_ACCESS_KEY_ID",
@@ -225,15 +225,15 @@ fn fresh_at(credentials: &Credentials, time: SystemTime) -> bool {
     credentials.expiry().is_none_or(|expiry| expiry > time)
 }
 
-/// When credentials that were got `now` and end at `end` are to be replaced.
+/// When to replace credentials that were loaded at `now` and expire at `end`.
 fn replace_at(now: SystemTime, end: SystemTime) -> SystemTime {
     let left = end.duration_since(now).unwrap_or_default();
     now + left.saturating_sub(EARLY).max(left / 2)
 }
 
 async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials>> {
-    // The first link of the chain. Where it holds, the others and what they need (the system's
-    // certificates, the shared files) are not looked at, which took longer than a request.
+    // The first link of the chain. If it has credentials, skip the others: loading the system's
+    // certificates and the shared files takes longer than a request.
     let environment = Sourced::new(
         "the environment (AWS_ACCESS_KEY_ID)",
         EnvironmentVariableCredentialsProvider::new(),
@@ -242,8 +242,7 @@ async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials
         return Ok(Box::new(environment));
     }
     let context = trust.context().context("cannot look for credentials")?;
-    // Sign-in endpoints may lie behind a proxy; the metadata services, which are spoken to over
-    // http on this machine's own link, never do.
+    // Sign-in endpoints may be behind a proxy; the metadata services never are.
     let http = Builder::new().build_with_connector_fn(move |settings, _| {
         let mut connector = Connector::builder()
             .tls_provider(tls::Provider::Rustls(
@@ -263,7 +262,7 @@ async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials
         .read_timeout(METADATA_TIMEOUT)
         .max_attempts(2)
         .build();
-    // The default chain, link by link, so that one that fails can be named.
+    // The default chain, link by link, so that the error can name the one that failed.
     let profile = ProfileFileCredentialsProvider::builder()
         .configure(&config)
         .build();
@@ -299,7 +298,7 @@ async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials
                 Link::new(Origin::Container, container),
             ),
         )
-        // When this one fails, all have been tried, and no one may have meant it to be asked.
+        // Not a `Link`: if this one fails, all have been tried, and the user may not have meant it.
         .or_else(
             "Ec2InstanceMetadata",
             Sourced::new("EC2 instance metadata", instance),
@@ -346,8 +345,8 @@ enum Origin {
     Container,
 }
 
-/// A link of the chain that says which it is when it fails. The chain goes on after one that has
-/// nothing set, and ends with one that fails.
+/// A link of the chain whose error names it. The chain skips a link that is not configured, and ends
+/// at one that fails.
 #[derive(Debug)]
 struct Link<P> {
     origin: Origin,
@@ -397,8 +396,8 @@ impl Error for Broken {
 }
 
 impl Broken {
-    /// What was asked, by what the environment says of it, and what to look at. A container's URI is
-    /// not shown: that of a task is as good as a key.
+    /// Names the link by its configuration, and says what to check. The container URI is left out: an
+    /// ECS task's URI is as good as a key.
     fn explain(
         &self,
         env: &dyn Fn(&str) -> Option<String>,
@@ -409,7 +408,7 @@ impl Broken {
         let (from, remedy) = match self.origin {
             Origin::Profile => {
                 let profile = set("AWS_PROFILE").unwrap_or_else(|| "default".into());
-                // Of the cached token, and of the portal that it is shown to.
+                // The errors of the cached token and of the SSO portal.
                 let ended = [
                     "SSO token",
                     "/sso/cache/",
@@ -510,7 +509,7 @@ fn explain(
             }
         },
     };
-    // The last link's own words: nothing else says what became of it.
+    // Only the last link's own error says what became of it.
     let metadata = match reasons.rsplit_once("Ec2InstanceMetadata: ") {
         Some((_, why)) => format!(": {}", secrets.outside(why)),
         None => String::new(),
@@ -521,7 +520,7 @@ fn explain(
     )
 }
 
-/// The chain tells in several lines, and at length, what it found nothing in.
+/// Shortens the chain's list of attempts, one a line, to one line.
 fn one_line(reasons: &str) -> String {
     let reasons = match reasons.split_once("Attempted:\n") {
         Some((_, attempts)) => attempts,

@@ -1,4 +1,4 @@
-//! Deleting objects: many in one request, or one by one where a store does not do that.
+//! Deleting objects: in one request, or one by one if the store does not support that.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use futures::stream::{StreamExt, TryStreamExt};
 use rusoto_s3::{Delete, DeleteObjectRequest, DeleteObjectsRequest, ObjectIdentifier, S3};
 
 use super::S3Store;
-use super::answer::Refusal;
 use super::call::{Call, Expect, Failure};
+use super::response::Refusal;
 use crate::store::{Kind, StoreResult};
 
 const DOING: &str = "deleting";
@@ -29,7 +29,7 @@ impl S3Store {
         }
         let singly = futures::stream::iter(keys.to_vec()).map(|key| async move {
             match self.delete_object(&key).await {
-                // The others would fare no better.
+                // The other keys would fail alike.
                 Err(e) if matches!(e.kind, Kind::Unavailable | Kind::NotS3 | Kind::NoBucket) => {
                     Err(e)
                 }

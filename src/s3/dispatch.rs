@@ -1,7 +1,6 @@
-//! Between rusoto's typed requests and the network: everything that rusoto does not do or does
-//! badly. A request is addressed, signed, sent with timeouts and tried again. Its answer reaches
-//! rusoto only if it is the success that was asked for; else the [`StoreError`] that the caller gets
-//! is kept beside the call.
+//! Between rusoto's typed requests and the network. A request is addressed, signed, sent with timeouts
+//! and retried. rusoto sees the response only if it is the expected success; otherwise the call keeps the
+//! [`StoreError`] for its caller.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,7 +78,7 @@ impl Ready {
 
         let mut headers = HeaderMap::new();
         for (name, values) in &request.headers {
-            // rusoto's idea of these is its own client's, or for a request with a body.
+            // rusoto sets these for its own client, or for a request with a body.
             if matches!(name.as_str(), "host" | "content-length")
                 || (name == "content-type" && !has_body)
             {
@@ -106,12 +105,12 @@ impl Ready {
             concat!("layercache/", env!("CARGO_PKG_VERSION")),
         )?;
         if remote.accept_encoding {
-            // Or a gateway might compress what is to be stored as it is.
+            // Otherwise a gateway might compress the response.
             set(header::ACCEPT_ENCODING, "identity")?;
         }
         let payload = match (&call.payload, request.payload) {
             (Some(payload), _) => {
-                // Where rusoto's would be wanted, so is its digest.
+                // The operations with such a payload want its digest.
                 let digest = BASE64.encode(Md5::digest(payload));
                 set(HeaderName::from_static("content-md5"), &digest)?;
                 payload.clone()
@@ -135,7 +134,7 @@ impl Ready {
     }
 }
 
-/// Tries until it works, or is not worth another try.
+/// Sends until it succeeds, or no retry is worthwhile.
 async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpResponse, StoreError> {
     let denied =
         |e: anyhow::Error| Failure::general(Kind::Denied, &e).into_error(remote, call, None);
@@ -153,7 +152,7 @@ async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpRespons
             Err(failure) => failure,
         };
         call.hold(None);
-        // 4xx is a refusal; after anything else it may have been done all the same.
+        // 4xx is a refusal. After any other failure the upload may exist.
         let refused = matches!(failure.status, Some(400..=499));
         if call.begins_upload
             && !refused
@@ -185,7 +184,7 @@ async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpRespons
     }
 }
 
-/// Whether this is a refusal of a HEAD, whose answer has no body to give the reason.
+/// Whether this is a refused HEAD. Its response has no body to give the reason.
 fn is_mute(call: &Call, failure: &Failure) -> bool {
     call.expect == Expect::Description
         && failure
@@ -195,7 +194,7 @@ fn is_mute(call: &Call, failure: &Failure) -> bool {
         && matches!(failure.status, Some(400..=403 | 405..=499))
 }
 
-/// Why a HEAD was refused, as the answer to one GET tells; asked once a run for each status.
+/// Why a HEAD was refused, according to one GET per status and run.
 async fn reason(
     remote: &Remote,
     call: &Call,
@@ -219,7 +218,7 @@ async fn reason(
                 Ok(_) => None,
             };
             let told = told.filter(|told| told.status == status && told.code.is_some());
-            // What new credentials may cure is not the reason for long.
+            // New credentials may remove this reason.
             if !told.as_ref().is_some_and(|told| told.verdict(true).renew) {
                 reasons.insert(status, told.clone());
             }

@@ -8,7 +8,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::config::S3Config;
 
-/// What SigV4 leaves as it is in a query: the unreserved characters of RFC 3986.
+/// What SigV4 does not encode in a query: the unreserved characters of RFC 3986.
 const QUERY: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'_')
@@ -32,12 +32,11 @@ pub(super) fn encode_query(text: &str) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Endpoint {
     https: bool,
-    /// Host and port that are connected to: value of the Host header.
+    /// Host and port: the value of the Host header.
     authority: String,
-    /// The bucket stands before the host of an endpoint_url: not every store is reached so.
+    /// Virtual-hosted style at an endpoint_url, which not every store supports.
     prefixed: bool,
-    /// Path before the key, without a slash at its end: the endpoint's own, and in path style the
-    /// bucket.
+    /// Path before the key, without a trailing slash: the endpoint's own, and in path style the bucket.
     base: String,
     path_style: bool,
     loopback: bool,
@@ -98,12 +97,12 @@ impl Endpoint {
         self.loopback
     }
 
-    /// Host and port that are connected to: what the Host header says, and what messages name.
+    /// Host and port, as in the Host header and in messages.
     pub(super) fn authority(&self) -> &str {
         &self.authority
     }
 
-    /// Who answers, for messages: S3, or the endpoint if it is not AWS's own.
+    /// The store's name in messages: S3, or the endpoint's URL if it is not AWS.
     pub(super) fn name(&self) -> String {
         let scheme = if self.https { "https" } else { "http" };
         match self.aws {
@@ -112,7 +111,7 @@ impl Endpoint {
         }
     }
 
-    /// Whether use_path_style would make another host of it, and perhaps one that is there.
+    /// Whether use_path_style would lead to another host.
     pub(super) fn is_prefixed(&self) -> bool {
         self.prefixed
     }
@@ -140,7 +139,7 @@ impl Endpoint {
     }
 }
 
-/// `localhost` and all below it is this machine (RFC 6761), whatever DNS says of it.
+/// `localhost` and its subdomains are this machine (RFC 6761), whatever DNS says.
 pub(super) fn is_localhost(host: &str) -> bool {
     let host = host.trim_end_matches('.').to_ascii_lowercase();
     host == "localhost" || host.ends_with(".localhost")

@@ -1,4 +1,4 @@
-//! One request and its answer: signed, sent, read as far as it goes into memory, and looked through.
+//! One request and its response: signed, sent, read unless it is streamed, and checked.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -15,12 +15,12 @@ use hyper_util::client::legacy::connect::capture_connection;
 use rusoto_core::request::HttpResponse;
 use tokio::time::Instant;
 
-use super::answer::{self, Content, Wanted};
 use super::call::{Call, Expect, Failure};
 use super::dispatch::Ready;
 use super::failure::Causes;
 use super::outgoing::{Fate, Outgoing};
-use super::remote::{LARGEST_ANSWER, LARGEST_LISTING, Remote, lock};
+use super::remote::{LARGEST_LISTING, LARGEST_RESPONSE, Remote, lock};
+use super::response::{self, Content, Wanted};
 use super::sign::{self, Payload};
 use super::timing::Timing;
 use super::wire;
@@ -30,7 +30,7 @@ use crate::store::{ByteStream, Kind};
 /// A download that brings less than this in [`Timing::patience`] of waiting is given up.
 const SLOWEST: u64 = 64 << 10;
 
-/// Signs and sends once, and reads the answer as far as it goes into memory.
+/// Signs and sends once, and reads the response unless it is streamed.
 pub(super) async fn attempt(
     remote: &Remote,
     call: &Call,
@@ -95,11 +95,11 @@ pub(super) async fn attempt(
     let (head, body) = response.into_parts();
     remote.note_headers(&head.headers);
     let described = call.expect == Expect::Object || ready.method == Method::HEAD;
-    if described && head.status.is_success() && answer::is_page(&head.headers) {
+    if described && head.status.is_success() && response::is_page(&head.headers) {
         let what = "a web page, which is not what S3 answers";
         let advice = match remote.is_genuine() {
             true => None,
-            false => Some(answer::MINIO.to_owned()),
+            false => Some(response::MINIO.to_owned()),
         };
         return Err(Failure {
             advice,
@@ -107,13 +107,16 @@ pub(super) async fn attempt(
         });
     }
     if call.expect == Expect::Object && matches!(head.status.as_u16(), 200 | 206) {
+        if !describes_object(&head.headers) {
+            return Err(Failure::unexpected(remote, UNDESCRIBED));
+        }
         check_range(remote, call, &head.headers)?;
         let body = rusoto_core::ByteStream::new(incoming(body, *timing, remote.secrets.clone()));
         return hand_over(remote, head.status, &head.headers, body);
     }
     let most = match call.expect {
         Expect::Listing(_) if head.status.is_success() => LARGEST_LISTING,
-        _ => LARGEST_ANSWER,
+        _ => LARGEST_RESPONSE,
     };
     call.hold(remote.room(most).await);
     let mut read = BytesMut::new();
@@ -123,8 +126,8 @@ pub(super) async fn attempt(
         Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
     };
     if !head.status.is_success() {
-        // The status alone says enough, should the rest be lost.
-        let refusal = answer::refusal(head.status, &head.headers, &read, &remote.secrets);
+        // If the body was lost, the status is enough.
+        let refusal = response::refusal(head.status, &head.headers, &read, &remote.secrets);
         return Err(Failure::refused(remote, call, refusal));
     }
     match whole {
@@ -165,13 +168,13 @@ pub(super) async fn attempt(
     hand_over(remote, head.status, &head.headers, body)
 }
 
-/// What is wrong with an answer of 2xx.
+/// What is wrong with a 2xx response.
 enum Problem {
-    Refused(Box<answer::Refusal>),
+    Refused(Box<response::Refusal>),
     Unexpected(String),
 }
 
-/// Where what rusoto is to parse begins in the body of a success.
+/// Checks a 2xx response. Returns where in the body rusoto is to start parsing.
 fn check_success(
     remote: &Remote,
     call: &Call,
@@ -180,7 +183,7 @@ fn check_success(
     body: &[u8],
 ) -> Result<usize, Problem> {
     let (status, secrets) = (status.as_u16(), &remote.secrets);
-    let examine = |wanted| answer::examine(body, wanted, status, secrets);
+    let examine = |wanted| response::examine(body, wanted, status, secrets);
     let wanted = match call.expect {
         Expect::Listing(root) | Expect::Xml(root) => Some(Wanted::Root(root)),
         Expect::XmlWith(element) => Some(Wanted::Element(element)),
@@ -196,7 +199,7 @@ fn check_success(
             Content::Nonsense(what) => Err(Problem::Unexpected(what)),
         };
     }
-    if let Some(refusal) = answer::error_in(body, status, &remote.secrets) {
+    if let Some(refusal) = response::error_in(body, status, &remote.secrets) {
         return Err(Problem::Refused(Box::new(refusal)));
     }
     let has = |name| headers.contains_key(name);
@@ -205,26 +208,33 @@ fn check_success(
             Err(Problem::Unexpected("success without an ETag".into()))
         }
         Expect::Stored if !has(header::ETAG) && !body.trim_ascii().is_empty() => {
-            let words = answer::first_words(body, &remote.secrets).unwrap_or_default();
+            let words = response::first_words(body, &remote.secrets).unwrap_or_default();
             Err(Problem::Unexpected(format!(
                 "success, but not like S3 ({words})"
             )))
         }
-        Expect::Description if !has(header::ETAG) && !has(header::LAST_MODIFIED) => Err(
-            Problem::Unexpected("an object without ETag and Last-Modified".into()),
-        ),
+        Expect::Description if !describes_object(headers) => {
+            Err(Problem::Unexpected(UNDESCRIBED.into()))
+        }
         _ => Ok(0),
     }
 }
 
-/// Whether an object's bytes are those that were asked for.
+const UNDESCRIBED: &str = "an object without ETag and Last-Modified";
+
+/// Whether these are an object's headers: every store gives one of the two, a proxy's page neither.
+fn describes_object(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::ETAG) || headers.contains_key(header::LAST_MODIFIED)
+}
+
+/// Checks that the response brings the range that was asked for.
 fn check_range(remote: &Remote, call: &Call, headers: &HeaderMap) -> Result<(), Failure> {
-    let announced = answer::content_length(headers);
+    let announced = response::content_length(headers);
     let given = headers.get(header::CONTENT_RANGE);
     let unexpected = |what: &str| Err(Failure::unexpected(remote, what));
     let given = match given {
         None => None,
-        Some(given) => match given.to_str().ok().and_then(answer::content_range) {
+        Some(given) => match given.to_str().ok().and_then(response::content_range) {
             Some(given) => Some(given),
             None => {
                 let text = String::from_utf8_lossy(given.as_bytes());
@@ -245,7 +255,7 @@ fn check_range(remote: &Remote, call: &Call, headers: &HeaderMap) -> Result<(), 
             }
             Ok(())
         }
-        // The whole object is a fine answer to a range that covers it.
+        // The whole object satisfies a range that covers it.
         (Some(range), None)
             if range.start == 0 && announced.is_some_and(|size| range.end >= size) =>
         {
@@ -258,16 +268,16 @@ fn check_range(remote: &Remote, call: &Call, headers: &HeaderMap) -> Result<(), 
     }
 }
 
-/// The success, as rusoto wants it.
+/// Converts the response to rusoto's type.
 fn hand_over(
     remote: &Remote,
     status: StatusCode,
     headers: &HeaderMap,
     body: rusoto_core::ByteStream,
 ) -> Result<HttpResponse, Failure> {
-    // rusoto has the types of an older http crate: its conversions say which.
+    // rusoto uses an older http crate.
     let kept: std::collections::HashMap<String, String> =
-        answer::kept_headers(headers).into_iter().collect();
+        response::kept_headers(headers).into_iter().collect();
     let wrong = || Failure::unexpected(remote, "malformed headers");
     Ok(HttpResponse {
         status: status.as_u16().try_into().map_err(|_| wrong())?,
@@ -306,14 +316,13 @@ async fn buffer(
     }
 }
 
-/// A download's chunks as hyper reads them, or the error that ends them: also when none come, or
-/// hardly any.
+/// A download's chunks. Ends with an error if none come for too long, or too few.
 fn incoming(body: Incoming, timing: Timing, secrets: Secrets) -> ByteStream {
     struct Download {
         body: Incoming,
-        /// Spent waiting in the present stretch. A reader that takes its time is not counted.
+        /// Time spent waiting for the network since the last check; a slow reader does not count.
         waited: Duration,
-        /// Got in the present stretch.
+        /// Bytes received since the last check.
         got: u64,
     }
     let download = Download {

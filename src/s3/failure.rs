@@ -1,20 +1,20 @@
-//! The words for a request that failed, made of what the store, the connection or the body said.
+//! Failures of a request, and how they are worded: refused, silent, broken, or without a body.
 
 use std::io;
 use std::time::Duration;
 
 use rustls::{CertificateError, InvalidMessage};
 
-use super::answer::Refusal;
 use super::call::{Call, Expect, Failure};
 use super::outgoing::Fate;
 use super::remote::Remote;
+use super::response::Refusal;
 use super::wire::{ProxyError, Unresolved};
 use crate::retry::Trouble;
 use crate::store::Kind;
 
 impl Failure {
-    /// The store said no.
+    /// The store refused.
     pub(super) fn refused(remote: &Remote, call: &Call, refusal: Refusal) -> Self {
         if refusal.code.is_some() {
             remote.note_genuine();
@@ -22,7 +22,7 @@ impl Failure {
         let reads = matches!(call.expect, Expect::Object | Expect::Description);
         let verdict = refusal.verdict(remote.is_genuine());
         let mut advice = refusal.advice(&remote.region, &remote.bucket, reads);
-        // An answer to HEAD has no body to say that the token has expired: S3 gives a bare 400.
+        // The response to a HEAD has no body to say that the token has expired: S3 sends a bare 400.
         let mute = call.expect == Expect::Description
             && refusal.status == 400
             && refusal.code.is_none()
@@ -61,7 +61,7 @@ impl Failure {
         }
     }
 
-    /// The body to send could not be read: its own words name the blob and its file.
+    /// The body to send could not be read. Its error names the blob.
     pub(super) fn local(e: &io::Error) -> Self {
         Failure {
             general: true,
@@ -69,7 +69,7 @@ impl Failure {
         }
     }
 
-    /// The request did not get an answer.
+    /// There was no response.
     pub(super) fn broken(
         remote: &Remote,
         e: &hyper_util::client::legacy::Error,
@@ -107,7 +107,7 @@ impl Failure {
                 format!("the connection to {peer} broke ({reasons})"),
             )
         };
-        // A name that only AWS would know, or vouch for. A proxy's own name is another matter.
+        // Only AWS has a host name for each bucket.
         if endpoint.is_prefixed() && causes.proxy.is_none() && causes.wrong_name {
             failure = failure.advise("the bucket is part of that name: try use_path_style=true");
         } else if causes.no_http && !endpoint.is_https() {
@@ -123,7 +123,7 @@ impl Failure {
     }
 }
 
-/// What the chain of an error's causes says.
+/// What an error and its sources say.
 #[derive(Default)]
 pub(super) struct Causes {
     /// All of it in one line.

@@ -19,7 +19,7 @@ use rusoto_s3::{
     S3Client, UploadPartCopyRequest,
 };
 
-use super::answer::{self, Content, Wanted};
+use super::response::{self, Content, Wanted};
 use crate::cache::digest::Digest;
 use crate::redact::Secrets;
 
@@ -46,7 +46,7 @@ impl DispatchSignedRequest for Canned {
         _timeout: Option<std::time::Duration>,
     ) -> DispatchSignedRequestFuture {
         let kept: HashMap<String, String> =
-            answer::kept_headers(&self.headers).into_iter().collect();
+            response::kept_headers(&self.headers).into_iter().collect();
         let body = self.body.clone();
         Box::pin(async move {
             let headers = (&kept)
@@ -95,7 +95,7 @@ fn answered(operation: usize, headers: &[(String, Vec<u8>)], body: &[u8]) -> Opt
         0..=5 => Wanted::Root(ROOTS[operation]),
         _ => Wanted::Element("ETag"),
     };
-    let Content::Good { start } = answer::examine(body, wanted, 200, &Secrets::default()) else {
+    let Content::Good { start } = response::examine(body, wanted, 200, &Secrets::default()) else {
         return None;
     };
     let body = Bytes::copy_from_slice(body.get(start..)?);
@@ -139,7 +139,7 @@ fn answered(operation: usize, headers: &[(String, Vec<u8>)], body: &[u8]) -> Opt
 fn described(headers: &[(String, Vec<u8>)]) -> bool {
     let headers = headers_of(headers);
     if let Some(range) = headers.get("content-range").and_then(|v| v.to_str().ok())
-        && let Some((first, last, total)) = answer::content_range(range)
+        && let Some((first, last, total)) = response::content_range(range)
     {
         assert!(first <= last && last < total, "{range:?} passed as a range");
     }
@@ -152,7 +152,7 @@ fn described(headers: &[(String, Vec<u8>)]) -> bool {
 fn refused(status: u16, headers: &[(String, Vec<u8>)], body: &[u8]) -> String {
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST);
     let headers = headers_of(headers);
-    let refusal = answer::refusal(status, &headers, body, &Secrets::default());
+    let refusal = response::refusal(status, &headers, body, &Secrets::default());
     let _ = refusal.verdict(false);
     let advice = refusal.advice("us-east-1", "bucket", true);
     format!("{}; {}", refusal.cause("S3"), advice.unwrap_or_default())

@@ -57,7 +57,7 @@ impl S3Store {
         let token = found
             .next_continuation_token
             .filter(|token| !token.is_empty());
-        // A token that comes again would list without end.
+        // A repeated token would list without end.
         let stuck = truncated && (token.is_none() || token.as_deref() == next);
         if stuck {
             let what = "a page that does not say where the next begins";

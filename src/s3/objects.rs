@@ -1,4 +1,4 @@
-//! Operations on whole objects, and what an answer that says "not there" is worth.
+//! Operations on whole objects, and whether to believe a 404.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,12 +13,12 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::S3Store;
-use super::answer::content_range;
 use super::call::{Call, Expect, Failure};
 use super::endpoint::encode_key;
+use super::response::content_range;
 use crate::store::{Kind, ObjectInfo, Response, StoreError, StoreResult, UploadBody};
 
-/// What a blob is, to a store that asks.
+/// The content type of all that we store.
 pub(super) const OCTETS: &str = "application/octet-stream";
 const LOOKING: &str = "looking for";
 
@@ -81,7 +81,7 @@ impl S3Store {
             Ok(found) => found,
             Err(e) => return self.absent(e, DOING, key).await.map(|()| None),
         };
-        // Whether it is the range that was asked for, the dispatcher has checked.
+        // The dispatcher has checked that it is the range that was asked for.
         let range = found.content_range.as_deref().and_then(content_range);
         let size = match range {
             Some((_, _, size)) => Some(size),
@@ -148,7 +148,7 @@ impl S3Store {
         let etag = done.copy_object_result.and_then(|result| result.e_tag);
         if printable(etag).is_none() {
             let copied = self.confirm(DOING, key, info.size).await?;
-            // As rclone does it. What a lifecycle rule goes by has to move.
+            // rclone does that; lifecycle rules go by Last-Modified, so it must move.
             if copied.last_modified.is_some() && copied.last_modified <= info.last_modified {
                 let peer = self.remote.endpoint.name();
                 let cause = format!("{peer} leaves Last-Modified as it was");
@@ -191,9 +191,9 @@ impl S3Store {
         Ok(true)
     }
 
-    /// Ok if `e` says that the object is not there, and S3 says it: to a wrong endpoint every cache
-    /// would be empty. An answer without a body could be any server's, so until something has come that
-    /// only S3 sends, the bucket itself is asked for.
+    /// Ok if S3 says, by `e`, that the object is not there. At a wrong endpoint every cache would look
+    /// empty, and a 404 without a body could be any server's: unless the endpoint has already responded
+    /// as only S3 does, list the bucket to find out.
     pub(super) async fn absent(
         &self,
         e: StoreError,
@@ -213,7 +213,7 @@ impl S3Store {
             Err(_) if self.remote.is_genuine() => return Ok(()),
             Err(_) => {}
         }
-        // Some stores know version 1 of the listing only.
+        // Some stores know only version 1 of the listing.
         let request = HeadBucketRequest {
             bucket: self.bucket(),
             ..Default::default()
@@ -247,15 +247,15 @@ pub(super) fn printable(etag: Option<String>) -> Option<String> {
     etag.filter(|etag| !etag.is_empty() && etag.bytes().all(|c| (b' '..=b'~').contains(&c)))
 }
 
-/// STANDARD is what an object gets when none is named; naming it is refused by some.
+/// STANDARD is the default, and some stores refuse to have it named.
 pub(super) fn storage_class(info: &ObjectInfo) -> Option<String> {
     info.storage_class
         .clone()
         .filter(|class| class != "STANDARD")
 }
 
-/// The metadata that BuildKit writes when it refreshes an object. Its name has no underscore, which
-/// some gateways fail at (buildkit#3444).
+/// The metadata that BuildKit writes when it refreshes an object. Some gateways fail at underscores in
+/// its name (buildkit#3444).
 pub(super) fn touched_now() -> HashMap<String, String> {
     let now = OffsetDateTime::now_utc();
     let now = now.replace_nanosecond(0).unwrap_or(now);

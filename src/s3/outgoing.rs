@@ -11,18 +11,18 @@ use http_body::{Body, Frame, SizeHint};
 
 use crate::store::{ByteStream, UploadBody};
 
-/// What became of a body that was being sent.
+/// The state of a body being sent.
 #[derive(Debug)]
 pub(super) enum Fate {
-    /// Not yet all of it handed over.
+    /// Part of it has been handed to hyper.
     Underway,
-    /// All of it was handed over.
+    /// All of it has been handed to hyper.
     Sent,
-    /// It could not be read, or was not as long as it said.
+    /// It could not be read, or had another length than announced.
     Local(io::Error),
 }
 
-/// Shared between a body that hyper owns and whoever asks what became of it.
+/// Shares the state of a body that hyper owns.
 #[derive(Clone)]
 pub(super) struct Watch(Arc<Mutex<Fate>>);
 
@@ -35,7 +35,7 @@ impl Watch {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = fate;
     }
 
-    /// What became of the body; asked once.
+    /// Takes the state; call once.
     pub(super) fn fate(&self) -> Fate {
         let mut fate = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut fate, Fate::Underway)
@@ -49,8 +49,8 @@ pub(super) enum Outgoing {
         chunks: ByteStream,
         /// Bytes not yet read.
         left: u64,
-        /// The last chunk, held back until the stream has ended without a complaint: with its last
-        /// byte the request would be complete.
+        /// The last chunk, held back until the stream has ended without an error, because its last byte
+        /// completes the request.
         last: Option<Bytes>,
         /// Bytes not yet handed over.
         unsent: u64,

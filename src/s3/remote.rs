@@ -8,12 +8,14 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use aws_credential_types::Credentials;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, header};
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
-use super::answer::{self, Refusal};
 use super::credentials::Keyring;
 use super::endpoint::Endpoint;
+use super::response::{self, Refusal};
 use super::timing::Timing;
 use super::tls::Trust;
 use super::wire::Wire;
@@ -22,12 +24,12 @@ use crate::progress::Progress;
 use crate::redact::Secrets;
 use crate::retry::RetryPolicy;
 
-/// A page of a listing is no longer than this. One of 1,000 keys is some 300 KiB.
+/// Limit for a page of a listing. One of 1,000 keys has about 300 KiB.
 pub(super) const LARGEST_LISTING: usize = 16 << 20;
-/// Nor is any other answer in memory longer than this: S3's have a few hundred bytes.
-pub(super) const LARGEST_ANSWER: usize = 64 << 10;
-/// KiB of answers in memory at once: hundreds of small ones, or two pages of the largest kind.
-const ANSWERS: u32 = 2 * (LARGEST_LISTING >> 10) as u32;
+/// Limit for any other response in memory: S3's have a few hundred bytes.
+pub(super) const LARGEST_RESPONSE: usize = 64 << 10;
+/// KiB of responses in memory at once: hundreds of small ones, or two of the largest pages.
+const RESPONSES: u32 = 2 * (LARGEST_LISTING >> 10) as u32;
 
 pub(super) struct Remote {
     pub(super) endpoint: Endpoint,
@@ -36,18 +38,18 @@ pub(super) struct Remote {
     pub(super) keyring: Keyring,
     pub(super) retry: RetryPolicy,
     pub(super) timing: Timing,
-    /// Keys at which a multipart upload may have begun that we got no answer about.
+    /// Keys to which we may have started an upload whose id we never received.
     pub(super) unanswered: Mutex<BTreeSet<String>>,
     pub(super) requests: AtomicU64,
     /// Seconds by which the store's clock is ahead of ours.
     pub(super) clock_ahead: Mutex<Option<i64>>,
-    /// Off for Google Cloud Storage's sake.
+    /// Some users turn it off for Google Cloud Storage.
     pub(super) accept_encoding: bool,
     pub(super) progress: Progress,
     pub(super) secrets: Secrets,
-    /// Why HEADs fail with a status, as far as a GET could tell.
+    /// By status, why HEADs fail, if a GET could tell.
     pub(super) reasons: tokio::sync::Mutex<BTreeMap<u16, Option<Refusal>>>,
-    /// Held while it is found out whether the endpoint is S3.
+    /// Held while finding out whether the endpoint is S3.
     pub(super) finding_out: tokio::sync::Mutex<()>,
     trust: Trust,
     wire: OnceCell<Wire>,
@@ -93,25 +95,36 @@ impl Remote {
             wire: OnceCell::new(),
             genuine: AtomicBool::new(false),
             warned: AtomicBool::new(false),
-            memory: Arc::new(Semaphore::new(ANSWERS as usize)),
+            memory: Arc::new(Semaphore::new(RESPONSES as usize)),
         })
     }
 
     /// The connections; made when the first request needs them.
     pub(super) async fn wire(&self) -> Result<&Wire> {
-        self.wire
-            .get_or_try_init(|| async { Wire::new(&self.endpoint, &self.trust, &self.timing) })
-            .await
+        let connect = || async {
+            let wire = Wire::new(&self.endpoint, &self.trust, &self.timing)?;
+            let secret = wire.proxy_secret.as_ref();
+            if let Some(basic) = secret.and_then(|secret| secret.to_str().ok()) {
+                let basic = basic.trim_start_matches("Basic ");
+                self.secrets.add(basic);
+                let decoded = BASE64.decode(basic).unwrap_or_default();
+                if let Some((_, password)) = String::from_utf8_lossy(&decoded).split_once(':') {
+                    self.secrets.add(password);
+                }
+            }
+            Ok(wire)
+        };
+        self.wire.get_or_try_init(connect).await
     }
 
-    /// Waits until an answer of up to `most` bytes may be held in memory.
+    /// Waits until a response of up to `most` bytes may be held in memory.
     pub(super) async fn room(&self, most: usize) -> Option<OwnedSemaphorePermit> {
-        let kib = u32::try_from(most.div_ceil(1024)).unwrap_or(ANSWERS);
+        let kib = u32::try_from(most.div_ceil(1024)).unwrap_or(RESPONSES);
         let memory = Arc::clone(&self.memory);
-        memory.acquire_many_owned(kib.min(ANSWERS)).await.ok()
+        memory.acquire_many_owned(kib.min(RESPONSES)).await.ok()
     }
 
-    /// Whether the endpoint has answered as only S3 does.
+    /// Whether the endpoint has responded as only S3 does.
     pub(super) fn is_genuine(&self) -> bool {
         self.genuine.load(Ordering::Relaxed)
     }
@@ -121,7 +134,7 @@ impl Remote {
     }
 
     pub(super) fn note_headers(&self, headers: &HeaderMap) {
-        if answer::is_evidence(headers) {
+        if response::is_evidence(headers) {
             self.note_genuine();
         }
         if let Some(date) = headers
@@ -133,7 +146,7 @@ impl Remote {
         }
     }
 
-    /// A session token that anyone on the way can read is worth a warning, once.
+    /// Warns, once, of a session token that anyone on the path can read.
     pub(super) fn warn_of_open_token(&self, credentials: &Credentials) {
         if credentials.session_token().is_some()
             && !self.endpoint.is_https()

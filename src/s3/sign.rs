@@ -12,16 +12,16 @@ use aws_sigv4::http_request::{
 use aws_sigv4::sign::v4;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// What stands for the payload in a signature.
+/// The payload's part of a signature.
 pub(super) enum Payload<'a> {
-    /// In memory: hashed here. Empty bodies are this.
+    /// In memory, or empty: hashed here.
     Bytes(&'a [u8]),
     /// 64 hex digits, known beforehand.
     Sha256(String),
     Unsigned,
 }
 
-/// Whether a header is part of the signature: those that SigV4 demands, and no other.
+/// Whether SigV4 demands that this header be signed.
 fn is_signed(name: &HeaderName) -> bool {
     name == http::header::HOST
         || name == http::header::CONTENT_TYPE

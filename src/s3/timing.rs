@@ -1,30 +1,29 @@
-//! How long to wait, for what.
+//! Timeouts, and the pace of retries.
 
 use std::time::Duration;
 
 use crate::retry;
 
-/// The timeouts of a store's requests and the pace of their retries. The defaults are for the
-/// network; on loopback, faults can be found out sooner.
+/// The defaults suit a network; tests on loopback shorten them.
 #[derive(Debug, Clone, Copy)]
 pub struct Timing {
-    /// For a TCP connection to come about.
+    /// For a TCP connection.
     pub connect: Duration,
-    /// For the same with DNS, proxy and TLS: until a request can be sent.
+    /// For a connection with DNS, proxy and TLS.
     pub ready: Duration,
-    /// No byte either way for so long, and a connection is given up.
+    /// Without a byte in either direction.
     pub idle: Duration,
-    /// The same where the store works before it answers: copies, and putting parts together.
+    /// The same for copies and completions, where the store works before it responds.
     pub idle_at_work: Duration,
-    /// From the last byte sent, an answer's headers take no longer than this to be complete, however
-    /// they drip. Where the store works before it answers, [`idle_at_work`](Self::idle_at_work) does.
+    /// From the last byte sent until the response's headers are complete, however they drip. For copies
+    /// and completions it is [`idle_at_work`](Self::idle_at_work).
     pub headers: Duration,
-    /// An answer in memory takes no longer than this to arrive, however it drips: as long as S3 may
-    /// send white space while it puts parts together.
+    /// For a whole response in memory, however it drips: S3 may send white space for as long while it
+    /// assembles parts.
     pub answer: Duration,
-    /// A download that brings next to nothing in so much waiting is given up.
+    /// A download that brings next to nothing in this much waiting is given up.
     pub patience: Duration,
-    /// Where the backoff between tries starts.
+    /// Where the backoff between tries begins.
     pub backoff: Duration,
 }
 

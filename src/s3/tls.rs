@@ -1,8 +1,8 @@
-//! Whom https connections trust: the system's certificates, and those of AWS_CA_BUNDLE in addition.
+//! Trusted certificates: the system's, and in addition those of AWS_CA_BUNDLE.
 //!
-//! aws-config does not read AWS_CA_BUNDLE (aws-sdk-rust#1362), so its client is given the same. The
-//! AWS CLI trusts the bundle alone; here it adds, so that a bundle of one private store does not
-//! break the sign-in endpoints of AWS.
+//! aws-config does not read AWS_CA_BUNDLE (aws-sdk-rust#1362), so its client gets the same. The AWS
+//! CLI trusts the bundle alone; here it adds to the system's certificates, so that a bundle for a private
+//! store does not break AWS's sign-in endpoints.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ impl Trust {
 
     /// For aws-config's connections.
     pub(super) fn context(&self) -> Result<TlsContext> {
-        // Asking for the system's certificates where there are none would be a panic.
+        // Without any, the client would panic.
         let mut store = TrustStore::empty().with_native_roots(!system().is_empty());
         if let Some(path) = &self.bundle {
             let pem = read(path)?;
@@ -62,7 +62,7 @@ impl Trust {
     }
 }
 
-/// The system's certificates. Some systems carry a few that no one can read: the others do.
+/// The system's certificates, except those that cannot be parsed.
 fn system() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -74,7 +74,7 @@ fn client(
     roots: RootCertStore,
     pinned: Vec<CertificateDer<'static>>,
 ) -> Result<rustls::ClientConfig> {
-    // The provider is named: which one is the process's default depends on who asked first.
+    // Named, because the process's default depends on who sets it first.
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
@@ -92,9 +92,9 @@ fn client(
     Ok(config)
 }
 
-/// Accepts a server whose own certificate is in AWS_CA_BUNDLE, even if it says that it is a CA's: what
-/// `openssl req -x509` makes is that, and clients on OpenSSL accept it. webpki looks at its dates before
-/// it says so; its names are checked here.
+/// Accepts a server certificate that is in AWS_CA_BUNDLE itself, even if it is marked as a CA's, as
+/// `openssl req -x509` makes them: OpenSSL's clients do the same. webpki has checked the dates before it
+/// objects to the mark; the name is checked here.
 #[derive(Debug)]
 struct SelfSigned {
     webpki: Arc<WebPkiServerVerifier>,

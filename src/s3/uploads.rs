@@ -16,7 +16,7 @@ use super::listing::{decode, is_url, xml_date};
 use super::objects::{OCTETS, printable, storage_class, touched_now};
 use crate::store::{Kind, ObjectInfo, Part, StoreError, StoreResult, Upload, UploadBody};
 
-/// An upload has no more parts than this, and we look at no more uploads.
+/// S3's limit for the parts of an upload, and ours for the uploads that we look at.
 const MOST: usize = 10_000;
 
 impl S3Store {
@@ -76,7 +76,7 @@ impl S3Store {
     ) -> StoreResult<String> {
         const DOING: &str = "copying part of";
         let call = Call::new(DOING, Some(key), Expect::XmlWith("ETag")).slow();
-        // The last byte is part of the range (BuildKit's own arithmetic was one off here).
+        // The range includes its last byte (BuildKit's own arithmetic was one off here).
         let last = match range.end.checked_sub(1) {
             Some(last) if range.start <= last => last,
             _ => {
@@ -253,7 +253,7 @@ impl S3Store {
     }
 }
 
-/// With 404s on the upload itself said plainly. Some gateways answer without a code.
+/// Maps 404 to [`Kind::NoSuchUpload`]: some gateways send no code.
 fn of_upload(e: StoreError) -> StoreError {
     if e.status == Some(404) && matches!(e.kind, Kind::Missing | Kind::Other) {
         return StoreError {

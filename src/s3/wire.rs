@@ -1,5 +1,5 @@
-//! The connections: hyper's pool over TCP or TLS, through a proxy where the environment names one,
-//! with timeouts, and with the moment at which a byte last moved.
+//! Connections: hyper's pool over TCP or TLS, through a proxy if the environment names one, with timeouts
+//! and the time of the last byte.
 
 use std::future::Future;
 use std::io::{self, IoSlice};
@@ -31,12 +31,11 @@ use super::outgoing::Outgoing;
 use super::timing::Timing;
 use super::tls::Trust;
 
-/// Servers close idle connections after some time (S3 after 20 s or so); we do it first.
+/// Servers close idle connections (S3 after about 20 s); we do it first.
 const POOL_IDLE: Duration = Duration::from_secs(15);
-/// Blobs move many at once, each in several ranges.
+/// Many blobs move at once, each in several ranges.
 const POOL_SIZE: usize = 256;
-/// What is read or gathered for writing at once. More costs memory on each connection and gains
-/// nothing: measured on loopback.
+/// Bytes of a connection's read and write buffers. Larger ones gained nothing, measured on loopback.
 const BUFFER: usize = 64 << 10;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -44,13 +43,15 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// The pool of connections to one endpoint.
 pub(super) struct Wire {
     pub(super) client: Client<InTime<HttpsConnector<Connector>>, Outgoing>,
-    /// For a proxy that is not tunnelled through, and asks who we are.
+    /// For a proxy that is not tunnelled through.
     pub(super) proxy_authorization: Option<HeaderValue>,
+    /// What any proxy is sent to know us by.
+    pub(super) proxy_secret: Option<HeaderValue>,
 }
 
 impl Wire {
     pub(super) fn new(endpoint: &Endpoint, trust: &Trust, timing: &Timing) -> Result<Self> {
-        // As Go does, and so BuildKit: what is on this machine needs no proxy.
+        // Loopback needs no proxy; Go, and so BuildKit, does the same.
         let proxy = match endpoint.is_loopback() {
             true => None,
             false => proxy_to(&endpoint.uri(None, "").parse()?)?,
@@ -61,10 +62,8 @@ impl Wire {
         } else {
             Trust::nobody()?
         };
-        let proxy_authorization = proxy
-            .as_ref()
-            .filter(|_| !endpoint.is_https())
-            .and_then(|proxy| proxy.basic_auth().cloned());
+        let proxy_secret = proxy.as_ref().and_then(|proxy| proxy.basic_auth().cloned());
+        let proxy_authorization = proxy_secret.clone().filter(|_| !endpoint.is_https());
         let mut tcp = HttpConnector::new_with_resolver(Resolver);
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
@@ -94,11 +93,12 @@ impl Wire {
         Ok(Wire {
             client,
             proxy_authorization,
+            proxy_secret,
         })
     }
 }
 
-/// A name that DNS does not know, or could not be asked for.
+/// A name that could not be resolved.
 #[derive(Debug)]
 pub(super) struct Unresolved(io::Error);
 
@@ -114,9 +114,8 @@ impl std::error::Error for Unresolved {
     }
 }
 
-/// A connector that is given only so long until requests can be sent. It lies around all others: a
-/// peer may as well stay silent when it is greeted over TLS, and nothing else would notice, as
-/// [`silent`] begins with a connection that is ready.
+/// A connector with a time limit. It wraps all others, as a peer may also stay silent during the TLS
+/// handshake, before [`silent`] begins.
 #[derive(Clone)]
 pub(super) struct InTime<C> {
     connector: C,
@@ -148,7 +147,7 @@ where
     }
 }
 
-/// DNS, but for `localhost` and all below it, which resolvers often do not know.
+/// DNS, except for `localhost` and its subdomains, which resolvers often do not know.
 #[derive(Clone)]
 pub(super) struct Resolver;
 
@@ -186,7 +185,7 @@ fn over_tls<C>(connector: C, tls: &rustls::ClientConfig) -> HttpsConnector<C> {
         .wrap_connector(connector)
 }
 
-/// TCP, directly or by way of a proxy.
+/// TCP, directly or through a proxy.
 #[derive(Clone)]
 pub(super) struct Connector {
     direct: HttpConnector<Resolver>,
@@ -246,7 +245,7 @@ fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
         return Ok(None);
     };
     let scheme = proxy.uri().scheme_str().unwrap_or_default();
-    // The others that the matcher knows are SOCKS.
+    // The matcher's other schemes are SOCKS.
     if !matches!(scheme, "http" | "https") {
         let own = match is_https(to) {
             true => ["HTTPS_PROXY", "https_proxy"],
@@ -259,7 +258,7 @@ fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
             .find(|name| std::env::var(name).is_ok_and(|value| value.starts_with(&start)))
             .unwrap_or("the environment");
         bail!(
-            "{variable} names a {scheme}:// proxy, and only http:// and https:// proxies are spoken to: \
+            "{variable} names a {scheme}:// proxy, but only http:// and https:// proxies are supported: \
              set another, or NO_PROXY to reach {} directly",
             to.host().unwrap_or_default()
         );
@@ -271,7 +270,7 @@ fn is_https(uri: &Uri) -> bool {
     uri.scheme() == Some(&http::uri::Scheme::HTTPS)
 }
 
-/// Where a proxy is, without the password that its URI may hold.
+/// A proxy's host and port, without the password that its URI may contain.
 fn host_and_port(uri: &Uri) -> String {
     let host = uri.host().unwrap_or("without a name");
     let port = uri
@@ -280,7 +279,7 @@ fn host_and_port(uri: &Uri) -> String {
     format!("{host}:{port}")
 }
 
-/// Why there is no way through a proxy.
+/// A failure at a proxy.
 #[derive(Debug)]
 pub(super) struct ProxyError {
     /// Host and port.
@@ -331,8 +330,8 @@ impl LastBytes {
     }
 }
 
-/// Returns once nothing has moved on the captured connection for `idle`, or the answer's headers are
-/// not complete `headers` after the last byte was sent. Says which of the two it was.
+/// Returns once nothing has moved on the captured connection for `idle`, or the response's headers are
+/// still incomplete `headers` after the last byte was sent. Returns which of the two limits it was.
 pub(super) async fn silent(
     mut capture: CaptureConnection,
     idle: Duration,
@@ -360,14 +359,13 @@ pub(super) async fn silent(
     }
 }
 
-/// A stream that notes when it moves. It is plain TCP, but for TLS to a proxy.
+/// A stream that records when bytes move. It is plain TCP, or TLS to a proxy.
 pub(super) struct Watched {
     stream: MaybeHttpsStream<TokioIo<TcpStream>>,
     last: LastBytes,
     proxied: bool,
-    /// Writing failed. A server that answers early closes before it has read our body: what it said
-    /// is still there to be read, and so writing pretends to be slow until reading has come to its
-    /// end. A closed socket always has one.
+    /// Writing failed. A server that responds early closes before it has read our body. Its response can
+    /// still be read, so writing stays pending until reading reaches the end.
     deaf: bool,
 }
 

@@ -269,6 +269,29 @@ fn runs_that_fail_show_no_secret() {
 }
 
 #[test]
+fn a_manifest_that_holds_secrets_shows_none_and_no_more_than_a_line() {
+    let server = Server::start();
+    let spec = guest(&server, "");
+    let spec = spec.trim_end_matches(',');
+    for text in [
+        SESSION_TOKEN.to_owned(),
+        format!("{}{SESSION_TOKEN}", "x".repeat(170)),
+        "x".repeat(30 << 20),
+    ] {
+        for manifest in [
+            serde_json::json!({ "layers": text }),
+            serde_json::json!({"layers": [{"blob": text, "parent": -1}]}),
+            serde_json::json!({"records": [{"layers": [{"layer": 0, "createdAt": text}]}]}),
+        ] {
+            server.put("manifests/buildkit", manifest.to_string());
+            for run in search(&server, "a manifest", import(spec), 1) {
+                assert!(run.stderr.len() < 2000, "{}", run.stderr);
+            }
+        }
+    }
+}
+
+#[test]
 fn specs_that_are_wrong_show_no_secret() {
     let server = Server::start();
     let good = server.spec("mode=max");

@@ -428,6 +428,33 @@ fn a_proxy_s_refusal_is_an_error_that_names_the_proxy_and_not_its_password() {
 }
 
 #[test]
+fn a_proxy_that_echoes_its_password_has_it_shown_nowhere() {
+    let front = Front::start(|stream| async move {
+        let mut client = BufReader::new(stream);
+        let (mut head, mut line) = (String::new(), String::new());
+        while client.read_line(&mut line).await.is_ok_and(|read| read > 2) {
+            head.push_str(&std::mem::take(&mut line));
+        }
+        let length = head.len();
+        let answer = format!("HTTP/1.1 403 Forbidden\r\ncontent-length: {length}\r\n\r\n{head}");
+        let _ = client.write_all(answer.as_bytes()).await;
+    });
+    let spec = spec("http://s3.example.test", "cache", ",retry_max_attempts=1");
+    let run = export(&spec)
+        .env(
+            "HTTP_PROXY",
+            format!("http://me:secretpass@127.0.0.1:{}", front.port),
+        )
+        .run()
+        .ends_with(1)
+        .says("answered 403");
+    // "me:secretpass" in base64.
+    for secret in ["secretpass", "bWU6c2VjcmV0cGFzcw"] {
+        assert!(!run.stderr.contains(secret), "{}", run.stderr);
+    }
+}
+
+#[test]
 fn a_proxy_that_is_not_there_is_named_with_its_port_and_the_reason() {
     let nobody = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())

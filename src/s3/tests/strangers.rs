@@ -218,3 +218,21 @@ async fn https_to_an_http_port_and_http_to_an_https_port_are_told_apart_from_oth
         "{e}"
     );
 }
+
+#[tokio::test]
+async fn what_comes_without_an_object_s_headers_is_no_object() {
+    let body = "<Error><Code>InternalError</Code></Error>";
+    let server = Server::new(vec![ok("", body), ok("", ""), ok(TAG, "hello")]).await;
+    let found = server.store().get("a", None, None).await.unwrap().unwrap();
+    assert_eq!(found.size, Some(5));
+    let server = Server::new(vec![ok("", body); 3]).await;
+    let e = server.store().get("a", None, None).await.err().unwrap();
+    assert_eq!(
+        e.message,
+        format!(
+            "unexpected response from {}: an object without ETag and Last-Modified (3 tries), reading \
+             s3://cache/a",
+            server.url
+        )
+    );
+}

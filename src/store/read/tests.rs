@@ -12,6 +12,9 @@ const DOCUMENT: Expected = Expected {
     content_addressed: false,
 };
 
+/// The headers of an object without an ETag.
+const UNTAGGED: &str = "last-modified: Thu, 01 Jan 1970 00:00:07 GMT\r\n";
+
 /// `0123456789` from `at` on, of which `body` comes before the connection closes.
 fn part(at: usize, body: &str) -> Reply {
     part_tagged(at, body, "\"abc\"")
@@ -119,7 +122,7 @@ async fn a_replaced_object_is_continued_only_if_its_key_names_its_content() {
     let read = read_all(&server, None, DOCUMENT).await;
     assert_eq!(read, ("0123".into(), Err(Kind::Changed)));
     // Without an ETag there is no telling.
-    let server = Server::new(vec![whole("0123", "")]).await;
+    let server = Server::new(vec![whole("0123", UNTAGGED)]).await;
     let read = read_all(&server, None, DOCUMENT).await;
     assert_eq!(read, ("0123".into(), Err(Kind::Changed)));
 }
@@ -216,12 +219,12 @@ async fn a_document_that_is_damaged_or_replaced_is_read_from_its_start() {
     let server = Server::new(vec![
         whole("0123", TAG),
         replaced,
-        ok("", "<html>"),
-        chunked("", &["01", "2"]),
+        ok(UNTAGGED, "<html>"),
+        chunked(UNTAGGED, &["01", "2"]),
     ])
     .await;
     assert_eq!(document(&server, 10).await.unwrap().unwrap(), "012");
-    let server = Server::new(vec![ok("", "<html>"); 3]).await;
+    let server = Server::new(vec![ok(UNTAGGED, "<html>"); 3]).await;
     assert_eq!(
         document(&server, 10).await.unwrap_err().to_string(),
         "a is damaged: it does not begin with 0 (3 tries)"

@@ -1,5 +1,5 @@
-//! What the store said: looked through before rusoto may parse it, because rusoto panics on a bad
-//! number, loops on malformed XML, and takes an error inside a 200 for success.
+//! Checks responses before rusoto parses them: rusoto panics on a bad number, loops on malformed XML, and
+//! takes an error inside a 200 for success.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,9 +10,9 @@ use crate::redact::Secrets;
 use crate::retry::Trouble;
 use crate::store::Kind;
 
-/// Nesting that no answer of S3's comes near.
+/// Far deeper than any response of S3's.
 const DEPTH: usize = 16;
-/// Elements that rusoto parses as numbers, and panics if they are none.
+/// Elements that rusoto parses as numbers; it panics if they are not.
 const NUMBERS: &[&str] = &[
     "Size",
     "PartNumber",
@@ -23,18 +23,18 @@ const NUMBERS: &[&str] = &[
     "MaxParts",
     "MaxUploads",
 ];
-/// Elements that rusoto parses as booleans, and panics if they are none.
+/// Elements that rusoto parses as booleans; it panics if they are not.
 const BOOLEANS: &[&str] = &["IsTruncated", "BucketKeyEnabled"];
-/// Characters of a body that is not S3's that a message quotes.
+/// Characters that a message quotes of a body that is not S3's.
 const FIRST_WORDS: usize = 80;
 
-/// An answer that is not success. Its texts may stand in a message.
+/// A response that is not a success. Its texts have been redacted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) status: u16,
     pub(super) code: Option<String>,
     pub(super) message: Option<String>,
-    /// The region that the bucket is in, if the answer names one.
+    /// The region that the bucket is in, if the response names one.
     pub(super) region: Option<String>,
     /// The store's clock.
     pub(super) date: Option<SystemTime>,
@@ -54,7 +54,7 @@ pub(super) enum Content {
     Nonsense(String),
 }
 
-/// What XML must have to be what was expected.
+/// What XML must contain to be the expected response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
     /// This root.
@@ -65,7 +65,7 @@ pub(super) enum Wanted {
     Any,
 }
 
-/// Looks through the body of a success that should be XML.
+/// Examines the body of a success that should be XML.
 pub(super) fn examine(body: &[u8], wanted: Wanted, status: u16, secrets: &Secrets) -> Content {
     let start = body
         .iter()
@@ -104,7 +104,7 @@ pub(super) fn examine(body: &[u8], wanted: Wanted, status: u16, secrets: &Secret
     }
 }
 
-/// What a body that was to be empty or unread says, if it is an `<Error>`.
+/// The `<Error>` that a body is, if it is one.
 pub(super) fn error_in(body: &[u8], status: u16, secrets: &Secrets) -> Option<Refusal> {
     match examine(body, Wanted::Any, status, secrets) {
         Content::Error(refusal) => Some(refusal),
@@ -112,7 +112,7 @@ pub(super) fn error_in(body: &[u8], status: u16, secrets: &Secrets) -> Option<Re
     }
 }
 
-/// Makes what can be made of an answer that is not success; the body may be anything.
+/// Interprets a response that is not a success; its body may be anything.
 pub(super) fn refusal(
     status: StatusCode,
     headers: &HeaderMap,
@@ -139,12 +139,12 @@ pub(super) fn refusal(
     }
 }
 
-/// What could be a region, and is no secret.
+/// Whether this could be a region, and is no secret.
 fn is_region(text: &str) -> bool {
     (1..=32).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-')
 }
 
-/// How a body that is not S3's begins, without its tags. `None` if it is empty.
+/// The first words of a body that is not S3's, without tags. `None` if it is empty.
 pub(super) fn first_words(body: &[u8], secrets: &Secrets) -> Option<String> {
     if body.trim_ascii().is_empty() {
         return None;
@@ -169,14 +169,14 @@ pub(super) fn first_words(body: &[u8], secrets: &Secrets) -> Option<String> {
     })
 }
 
-/// Whether an answer is a web page, which no store of ours holds.
+/// Whether a response is a web page; we store none.
 pub(super) fn is_page(headers: &HeaderMap) -> bool {
     let kind = headers.get("content-type");
     kind.and_then(|kind| kind.to_str().ok())
         .is_some_and(|kind| kind.trim_start().starts_with("text/html"))
 }
 
-/// Whether an answer has headers that only S3 gives.
+/// Whether a response has headers that only S3 sends.
 pub(super) fn is_evidence(headers: &HeaderMap) -> bool {
     headers
         .keys()
@@ -226,8 +226,8 @@ fn is_error_root(root: &str) -> bool {
 /// Reads XML to its end with the parser and the settings that rusoto uses, so that what passes here
 /// passes there. `found` holds what came before an error, too.
 fn walk(body: &[u8], found: &mut Found, secrets: &Secrets) -> Result<(), String> {
-    // S3 has no document types; with one come entities, which can expand to more than any limit on
-    // the answer's length foresees. In other encodings these bytes would look different.
+    // S3 sends no DOCTYPE. Its entities could expand beyond any limit on the response's length. In other
+    // encodings the bytes searched for would look different.
     if std::str::from_utf8(body).is_err() {
         return Err("XML that is not UTF-8".into());
     }
@@ -255,7 +255,7 @@ fn walk(body: &[u8], found: &mut Found, secrets: &Secrets) -> Result<(), String>
                 if path.last().is_some_and(|parent| is_parsed(parent)) {
                     return Err("XML with an element inside a number".into());
                 }
-                // The parser itself lets this pass.
+                // The parser accepts this.
                 if path.is_empty() && root.is_some() {
                     return Err("XML with two roots".into());
                 }
@@ -314,7 +314,7 @@ fn is_parsed(name: &str) -> bool {
     NUMBERS.contains(&name) || BOOLEANS.contains(&name)
 }
 
-/// What follows from a refusal.
+/// How to treat a refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Verdict {
     pub(super) kind: Kind,
@@ -355,8 +355,8 @@ impl Refusal {
                     | "ServiceUnavailable"
                     | "OperationAborted"
                     | "ConditionalRequestConflict"
-                    // What arrived is not what was promised. It was damaged on the way: the last
-                    // bytes of a body go out only once its digest holds here.
+                    // The body was damaged on the way: its last bytes are sent only after its
+                    // digest has been verified here.
                     | "XAmzContentSHA256Mismatch"
                     | "BadDigest"
             );
@@ -400,8 +400,8 @@ impl Refusal {
         self.verdict(true).again.is_some()
     }
 
-    /// Whether this says that the object is not there: an answer of S3's, or one to HEAD or of a
-    /// gateway that gives no reason. A web server's 404 does not.
+    /// Whether this says that the object is not there: in S3's words, or by a 404 without a body. A web
+    /// server's 404 page does not.
     pub(super) fn is_absence(&self) -> bool {
         // Some gateways are less precise than S3.
         let gone = |code: &str| {
@@ -417,7 +417,7 @@ impl Refusal {
         }
     }
 
-    /// What `peer` answered: status, code and message.
+    /// The response of `peer`: status, code and message.
     pub(super) fn cause(&self, peer: &str) -> String {
         let status = self.status;
         if let Some(words) = &self.foreign {
@@ -425,7 +425,7 @@ impl Refusal {
                 "" => String::new(),
                 words => format!(" ({words})"),
             };
-            // A load balancer speaks for itself when what is behind it is down.
+            // A load balancer responds while the store behind it is down.
             let but = match self.passes() {
                 true => "",
                 false => ", but not like S3",
@@ -507,11 +507,11 @@ impl Refusal {
     }
 }
 
-/// What to say of MinIO's web console in place of its S3.
+/// Advice if MinIO's web console responds instead of its S3.
 pub(super) const MINIO: &str =
     "check endpoint_url (MinIO's S3 is at port 9000, its console at 9001)";
 
-/// What to say of a clock that is off.
+/// Advice for a clock that is off.
 fn skew(there: Option<SystemTime>, here: SystemTime) -> String {
     let Some(there) = there else {
         return "this machine's clock is off: set it".into();
@@ -523,8 +523,8 @@ fn skew(there: Option<SystemTime>, here: SystemTime) -> String {
     format!("this machine's clock is {seconds} s {ahead} the store's: set it")
 }
 
-/// The headers that we ask rusoto for, where they make sense. Everything else is kept from it: it
-/// panics on a value that is not ASCII, and on numbers and booleans that are none.
+/// The headers that rusoto is to see, if they are well-formed. It panics on values that are not ASCII, and
+/// on bad numbers and booleans.
 pub(super) fn kept_headers(headers: &HeaderMap) -> Vec<(String, String)> {
     const KEPT: &[&str] = &[
         "content-length",
@@ -546,7 +546,7 @@ pub(super) fn kept_headers(headers: &HeaderMap) -> Vec<(String, String)> {
     kept
 }
 
-/// A Content-Length that is a length.
+/// A valid Content-Length.
 pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
     let text = headers.get("content-length")?.to_str().ok()?;
     let digits = !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
