@@ -385,14 +385,8 @@ impl ImportFrom<'_> {
                 continue;
             };
             if info.size != *size {
-                let damaged = Damaged::size(&self.bucket.blob_key(digest), info.size, *size);
-                if self.task.missing == Missing::Error {
-                    return Err(damaged.into());
-                }
-                self.progress.warn(&damaged.to_string());
-                details.damaged.insert(*digest);
-                missing.insert(*digest);
-                continue;
+                let key = self.bucket.blob_key(digest);
+                return Err(Damaged::size(&key, info.size, *size).into());
             }
             let text = progress::bytes(*size);
             self.progress

@@ -211,6 +211,8 @@ fn ignores_ranges(error: &anyhow::Error) -> bool {
 pub struct Damaged {
     key: String,
     how: String,
+    /// The size is right, so that an export does not notice.
+    pub unnoticed: bool,
 }
 
 impl Damaged {
@@ -219,6 +221,7 @@ impl Damaged {
         Damaged {
             key: key.to_owned(),
             how: format!("it has {found} bytes where the manifest says {size}"),
+            unnoticed: false,
         }
     }
 
@@ -227,16 +230,21 @@ impl Damaged {
         Damaged {
             key: key.to_owned(),
             how: format!("its bytes hash to {found}"),
+            unnoticed: true,
         }
     }
 }
 
 impl std::fmt::Display for Damaged {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Damaged { key, how } = self;
+        let Damaged { key, how, .. } = self;
+        let with = match self.unnoticed {
+            true => " with --verify-remote",
+            false => "",
+        };
         write!(
             f,
-            "blob {key} on s3 is damaged: {how}; export the cache again with --verify-remote"
+            "blob {key} on s3 is damaged: {how}; export the cache again{with}"
         )
     }
 }

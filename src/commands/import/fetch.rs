@@ -121,6 +121,8 @@ impl ImportFrom<'_> {
         if self.task.missing == Missing::Drop
             && let Err(error) = &fetched
             && let Some(damaged) = error.downcast_ref::<Damaged>()
+            // A store that answers with another size may be in trouble now; the object may be fine.
+            && damaged.unnoticed
         {
             self.progress.warn(&damaged.to_string());
             fetched = Ok(Fetched::Damaged);
