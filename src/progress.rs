@@ -5,10 +5,11 @@
 //! draws on a terminal.
 
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::cache::digest::Digest;
@@ -111,7 +112,7 @@ trait View: Send + Sync {
     fn moved(&self, blob: &Flight);
     fn message(&self, kind: Kind, text: &str);
     fn result(&self, fields: &Value);
-    /// Runs `print` while nothing of ours is on the terminal.
+    /// Runs `print` while the bars are off the terminal.
     fn suspend(&self, print: &mut dyn FnMut());
     /// Takes away what would be in the way of the output that follows.
     fn end(&self);
@@ -286,7 +287,7 @@ impl Progress {
     /// Work on a blob of `bytes` begins.
     pub fn blob(&self, verb: Verb, digest: &Digest, bytes: u64) -> Arc<Blob> {
         let now = self.hub.now();
-        let stage = lock(&self.hub.stage).clone();
+        let stage = self.hub.stage.lock().clone();
         stage.begun.fetch_add(1, Relaxed);
         stage.claimed.fetch_add(bytes, Relaxed);
         let flight = Arc::new(Flight {
@@ -387,7 +388,7 @@ impl Hub {
             last_line: AtomicU64::new(now),
             ..Tally::default()
         });
-        *lock(&self.stage) = stage.clone();
+        *self.stage.lock() = stage.clone();
         stage
     }
 
@@ -417,7 +418,7 @@ impl Blob {
         }
     }
 
-    /// So many bytes are there from an earlier run: they count as through, but not in the rate.
+    /// An earlier run left this many bytes: they count as done, but not in the rate.
     pub fn resumed(&self, bytes: u64) {
         let flight = &*self.flight;
         flight.stage.resumed.fetch_add(bytes, Relaxed);
@@ -427,7 +428,7 @@ impl Blob {
         flight.waiting.store(false, Relaxed);
     }
 
-    /// So many bytes were for nothing and come again; those of an earlier run go last.
+    /// This many bytes were wasted and must be moved again; those of an earlier run are subtracted last.
     pub fn take_back(&self, bytes: u64) {
         let flight = &*self.flight;
         let before = flight
@@ -443,7 +444,7 @@ impl Blob {
 
     /// Another process works on the same blob: nothing moves here until it has ended.
     pub fn waiting(&self) {
-        // Whoever waits may say so more than once.
+        // A waiting blob may report it more than once.
         if !self.flight.waiting.swap(true, Relaxed) {
             self.hub.blob(Step::Waiting, &self.flight);
         }
@@ -530,9 +531,4 @@ fn clock() -> Clock {
 
 fn milliseconds(clock: &Clock) -> u64 {
     u64::try_from(clock().as_millis()).unwrap_or(u64::MAX)
-}
-
-/// A panic elsewhere is no reason to stop showing.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

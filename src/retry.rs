@@ -4,9 +4,10 @@
 //! that every request of the run draws its retries from (so that a store in trouble is not hit
 //! three times as hard), and in `adaptive` mode a rate limit of our own once the store throttles.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rand::Rng;
 use tokio::time::Instant;
 
@@ -102,7 +103,7 @@ impl RetryPolicy {
 
     /// Takes `cost` from the run's budget, if it is there.
     fn spend(&self, cost: u32) -> bool {
-        let mut budget = lock(&self.0.budget);
+        let mut budget = self.0.budget.lock();
         match budget.checked_sub(cost) {
             Some(left) => {
                 *budget = left;
@@ -113,7 +114,7 @@ impl RetryPolicy {
     }
 
     fn earn(&self, tokens: u32) {
-        let mut budget = lock(&self.0.budget);
+        let mut budget = self.0.budget.lock();
         *budget = budget.saturating_add(tokens).min(BUDGET);
     }
 
@@ -126,7 +127,7 @@ impl RetryPolicy {
 
     fn report(&self, text: String) {
         {
-            let mut reported = lock(&self.0.reported);
+            let mut reported = self.0.reported.lock();
             reported.retain(|(at, _)| at.elapsed() < REPORT_STANDS);
             if reported.iter().any(|(_, said)| *said == text) {
                 return;
@@ -144,7 +145,7 @@ impl Tries {
             return;
         }
         loop {
-            let wait = lock(&self.policy.0.rate).take(Instant::now());
+            let wait = self.policy.0.rate.lock().take(Instant::now());
             if wait.is_zero() {
                 return;
             }
@@ -156,7 +157,11 @@ impl Tries {
     /// the attempts or the run's budget are used up.
     pub async fn again(&mut self, trouble: Trouble, why: &str) -> bool {
         if self.policy.0.mode == RetryMode::Adaptive {
-            lock(&self.policy.0.rate).answered(Instant::now(), trouble.throttled);
+            self.policy
+                .0
+                .rate
+                .lock()
+                .answered(Instant::now(), trouble.throttled);
         }
         let patience = self.patience(trouble);
         if self.made >= self.policy.0.max_attempts && patience.is_none() {
@@ -212,7 +217,7 @@ impl Tries {
     pub fn progressed(&mut self) {
         self.policy.earn(self.cost.max(1));
         if self.policy.0.mode == RetryMode::Adaptive {
-            lock(&self.policy.0.rate).answered(Instant::now(), false);
+            self.policy.0.rate.lock().answered(Instant::now(), false);
         }
         self.cost = 0;
         self.made = 1;
@@ -237,11 +242,6 @@ impl Tries {
     pub fn made(&self) -> u32 {
         self.made
     }
-}
-
-/// A panic elsewhere leaves no half-done state in these locks.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How far the rate falls when the store throttles.
@@ -478,7 +478,7 @@ mod tests {
         while tries.again(refused, "why").await {}
         assert!((10..=13).contains(&before.elapsed().as_secs()));
         assert!(tries.made() > 5, "{}", tries.made());
-        assert_eq!(*lock(&policy.0.budget), BUDGET);
+        assert_eq!(*policy.0.budget.lock(), BUDGET);
 
         let policy = retries(RetryMode::Standard, 1);
         assert!(!policy.tries().again(refused, "why").await);
@@ -489,7 +489,7 @@ mod tests {
         let reports: Arc<Mutex<Vec<String>>> = Arc::default();
         let log = Arc::clone(&reports);
         let policy = RetryPolicy::new(RetryMode::Standard, 3, BASE, move |text| {
-            lock(&log).push(text.to_owned());
+            log.lock().push(text.to_owned());
         });
         let why = "no answer from s3.example:443 after 30 s";
         let tries = (0..100).map(|_| async {
@@ -502,7 +502,7 @@ mod tests {
             "no answer from s3.example:443 after 30 s, trying again (2 of 3)",
             "no answer from s3.example:443 after 30 s, trying again (3 of 3)",
         ];
-        assert_eq!(*lock(&reports), expected);
+        assert_eq!(*reports.lock(), expected);
     }
 
     #[tokio::test(start_paused = true)]
@@ -548,7 +548,7 @@ mod tests {
                 "why",
             )
             .await;
-        let limited = lock(&policy.0.rate).per_second;
+        let limited = policy.0.rate.lock().per_second;
         assert!((SLOWEST..20.0).contains(&limited), "{limited}");
         let before = Instant::now();
         for _ in 0..10 {
@@ -561,7 +561,7 @@ mod tests {
             tries.permit().await;
             tries.progressed();
         }
-        assert!(lock(&policy.0.rate).per_second > limited);
+        assert!(policy.0.rate.lock().per_second > limited);
     }
 
     #[tokio::test(start_paused = true)]

@@ -36,7 +36,7 @@ use rusoto_s3::S3Client;
 
 use self::call::{Call, Expect, Failure};
 use self::dispatch::Dispatcher;
-use self::remote::{Remote, lock};
+use self::remote::Remote;
 pub use self::timing::Timing;
 use crate::config::S3Config;
 use crate::progress::Progress;
@@ -231,7 +231,7 @@ impl Store for S3Store {
     }
 
     fn may_hold_unknown_upload(&self, key: &str) -> bool {
-        lock(&self.remote.unanswered).contains(key)
+        self.remote.unanswered.lock().contains(key)
     }
 
     fn outside(&self, text: &str) -> String {
@@ -243,7 +243,7 @@ impl Store for S3Store {
             url: self.remote.endpoint.uri(None, ""),
             path_style: self.remote.endpoint.is_path_style(),
             credentials: self.remote.keyring.source(),
-            clock_ahead: *lock(&self.remote.clock_ahead),
+            clock_ahead: *self.remote.clock_ahead.lock(),
         }
     }
 

@@ -8,9 +8,8 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use layercache::cache::digest::Digest;
+use layercache::cache::digest::{Digest, Hasher};
 use serde_json::{Map, Value, json};
-use sha2::{Digest as _, Sha256};
 
 pub struct Layout {
     pub dir: PathBuf,
@@ -76,7 +75,7 @@ pub fn write(dir: &Path, layers: usize, size: u64, mtime: u64) -> Result<()> {
         let mut random = Random::new(number as u64 ^ size.rotate_left(32));
         let draft = blobs.join("draft");
         let mut file = File::create(&draft).with_context(|| format!("writing {draft:?}"))?;
-        let mut hasher = Sha256::new();
+        let mut hasher = Hasher::default();
         let mut left = size;
         while left > 0 {
             let take = left.min(buffer.len() as u64) as usize;
@@ -85,7 +84,7 @@ pub fn write(dir: &Path, layers: usize, size: u64, mtime: u64) -> Result<()> {
             file.write_all(&buffer[..take])?;
             left -= take as u64;
         }
-        let digest = Digest::from_hasher(hasher);
+        let digest = hasher.digest();
         file.set_modified(UNIX_EPOCH + Duration::from_secs(mtime))?;
         fs::rename(&draft, blobs.join(digest.hex()))?;
         digests.push(digest);

@@ -39,11 +39,6 @@ impl Digest {
         Digest(Sha256::digest(bytes).into())
     }
 
-    /// The digest that `hasher` has come to.
-    pub fn from_hasher(hasher: Sha256) -> Self {
-        Digest(hasher.finalize().into())
-    }
-
     /// The 64 hex digits, without the algorithm: a blob's file name in a layout.
     pub fn hex(&self) -> String {
         let mut hex = String::with_capacity(64);

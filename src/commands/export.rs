@@ -297,18 +297,25 @@ impl ExportTo<'_> {
 
     /// Does what the plan says, the manifests last.
     async fn execute(&self, plan: &Plan, done: &mut ExportDetails) -> Result<()> {
+        if plan.upload.is_empty() && plan.refresh.is_empty() {
+            return self.write_manifests(&plan.manifest).await;
+        }
         let mut settled = BTreeSet::new();
         let mut missing = plan.upload.clone();
         let not_refreshed = self.refresh(&plan.refresh).await;
         settled.extend(plan.refresh.iter().map(|(digest, _)| *digest));
         // Each is looked at again before the manifest is written, unless it is uploaded.
-        for (digest, size, refreshed) in not_refreshed {
-            done.refreshed -= 1;
-            if refreshed == Refreshed::Gone {
-                missing.push((digest, size));
-                done.transferred += 1;
-                done.bytes += size;
-            } else if self.renew(digest, size).await {
+        let (gone, refused): (Vec<_>, Vec<_>) = not_refreshed
+            .into_iter()
+            .partition(|(_, _, refreshed)| *refreshed == Refreshed::Gone);
+        done.refreshed -= (gone.len() + refused.len()) as u64;
+        let renewed = futures::stream::iter(refused)
+            .map(|(digest, size, _)| async move { (digest, size, self.renew(digest, size).await) })
+            .buffer_unordered(self.target.upload_parallelism)
+            .collect::<Vec<_>>()
+            .await;
+        for (digest, size, renewed) in renewed {
+            if renewed {
                 done.transferred += 1;
                 done.bytes += size;
             } else {
@@ -316,10 +323,12 @@ impl ExportTo<'_> {
                 settled.remove(&digest);
             }
         }
+        for (digest, size, _) in gone {
+            missing.push((digest, size));
+            done.transferred += 1;
+            done.bytes += size;
+        }
         for _ in 0..CHECKS {
-            if missing.is_empty() && plan.refresh.is_empty() && settled.is_empty() {
-                return self.write_manifests(&plan.manifest).await;
-            }
             self.upload(&missing).await?;
             settled.extend(missing.drain(..).map(|(digest, _)| digest));
             // Uploads take time, in which a lifecycle rule or another program may have deleted what the

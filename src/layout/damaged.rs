@@ -25,7 +25,7 @@ impl Layout {
         let Some(root) = self.existing_root()? else {
             return Ok(None);
         };
-        // Whoever replaces the blob holds this, so that what is verified is what is moved.
+        // A process that replaces the blob holds this lock, so the file that we verify is the one that we move.
         let held = Held::take(self, &root, &digest.hex(), || {})?;
         let moved = match self.blobs(&root)? {
             Some(blobs)

@@ -7,15 +7,16 @@
 
 use std::fmt::{self, Write as _};
 use std::io::{self, Write};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::lines::{message, resumed};
-use super::{Clock, Flight, Kind, Step, Tally, View, bytes, lock, milliseconds, percent, short};
+use super::{Clock, Flight, Kind, Step, Tally, View, bytes, milliseconds, percent, short};
 use crate::quote::printable;
 
 const REDRAW: Duration = Duration::from_millis(100);
@@ -114,9 +115,12 @@ impl Bars {
 
     /// Shows the numbers as they are now. False once nothing is shown any more.
     pub(super) fn draw(&self) -> bool {
-        let frame = lock(&self.state).frame(milliseconds(&self.clock), (self.size)());
+        let frame = self
+            .state
+            .lock()
+            .frame(milliseconds(&self.clock), (self.size)());
         let frame = frame.join("\n");
-        let suspended = lock(&self.suspended);
+        let suspended = self.suspended.lock();
         if *suspended == 0 && !self.bar.is_finished() && frame != self.bar.message() {
             self.bar.set_message(frame);
         }
@@ -126,11 +130,11 @@ impl Bars {
 
 impl View for Bars {
     fn stage(&self, stage: &Arc<Tally>) {
-        lock(&self.state).stage = Some((Arc::clone(stage), Rate::default()));
+        self.state.lock().stage = Some((Arc::clone(stage), Rate::default()));
     }
 
     fn blob(&self, step: Step, blob: &Arc<Flight>) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         match step {
             Step::Start => state.flights.push((Arc::clone(blob), Rate::default())),
             Step::Waiting => {}
@@ -152,14 +156,14 @@ impl View for Bars {
 
     fn suspend(&self, print: &mut dyn FnMut()) {
         {
-            let mut suspended = lock(&self.suspended);
+            let mut suspended = self.suspended.lock();
             self.bar.set_message("");
             *suspended += 1;
         }
         // Not in the bar's own `suspend`, which keeps it locked: stdout may be a pipe that no one reads,
         // and the work has its messages.
         print();
-        *lock(&self.suspended) -= 1;
+        *self.suspended.lock() -= 1;
     }
 
     fn end(&self) {
@@ -224,14 +228,14 @@ impl TermLike for Screen {
     }
 
     fn write_line(&self, line: &str) -> io::Result<()> {
-        let mut pen = lock(&self.pen);
+        let mut pen = self.pen.lock();
         pen.line.push_str(line);
         pen.end_line();
         Ok(())
     }
 
     fn write_str(&self, text: &str) -> io::Result<()> {
-        let mut pen = lock(&self.pen);
+        let mut pen = self.pen.lock();
         let padding = !text.is_empty() && text.bytes().all(|byte| byte == b' ');
         if padding {
             pen.end_line();
@@ -242,13 +246,13 @@ impl TermLike for Screen {
     }
 
     fn clear_line(&self) -> io::Result<()> {
-        lock(&self.pen).cleared += 1;
+        self.pen.lock().cleared += 1;
         Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
         let columns = (self.size)().columns.max(1);
-        lock(&self.pen).flush(columns)
+        self.pen.lock().flush(columns)
     }
 }
 

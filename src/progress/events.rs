@@ -1,16 +1,17 @@
 //! rawjson: one JSON object a line, for programs.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::{Clock, Flight, Kind, Step, Tally, View, is_due, lock, milliseconds, write_line};
+use super::{Clock, Flight, Kind, Step, Tally, View, is_due, milliseconds, write_line};
 use crate::cache::digest::Digest;
 use crate::quote::is_unprintable;
 
@@ -73,7 +74,7 @@ impl Events {
         }
         event.time = timestamp((self.clock)());
         if let Ok(json) = serde_json::to_string(&event) {
-            write_line(&mut **lock(&self.out), printable_json(json));
+            write_line(&mut **self.out.lock(), printable_json(json));
         }
     }
 }

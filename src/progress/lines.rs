@@ -2,15 +2,15 @@
 //! Warnings and errors have only their label before them, so that a log is easily searched for them.
 
 use std::io::{Stderr, Write};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
 
 use anstyle::AnsiColor;
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::{
-    Clock, Flight, Kind, Step, Tally, View, bytes, is_due, lock, milliseconds, percent, short,
-    write_line,
+    Clock, Flight, Kind, Step, Tally, View, bytes, is_due, milliseconds, percent, short, write_line,
 };
 use crate::quote::printable;
 
@@ -57,7 +57,7 @@ impl Lines {
     }
 
     fn write(&self, text: &str) {
-        self.write_to(&mut **lock(&self.out), text);
+        self.write_to(&mut **self.out.lock(), text);
     }
 
     fn write_to(&self, out: &mut dyn Write, text: &str) {
@@ -70,7 +70,7 @@ impl Lines {
     /// The line on a blob that is no longer in flight, with the count of those that have one.
     fn write_ended(&self, stage: &Tally, text: &str) {
         // Counted while no other line can be written, so that the counts come in order.
-        let mut out = lock(&self.out);
+        let mut out = self.out.lock();
         let told = stage.told.fetch_add(1, Relaxed).saturating_add(1);
         self.write_to(&mut **out, &format!("{}{text}", count(told, stage)));
     }
@@ -180,7 +180,7 @@ impl View for Lines {
     fn message(&self, kind: Kind, text: &str) {
         match kind {
             Kind::Warning | Kind::Error => {
-                write_line(&mut **lock(&self.out), message(kind, text, self.coloured));
+                write_line(&mut **self.out.lock(), message(kind, text, self.coloured));
             }
             _ if self.quiet => {}
             Kind::Debug => self.write(&format!("debug: {text}")),

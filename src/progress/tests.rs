@@ -23,7 +23,7 @@ struct Sink(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        lock(&self.0).write(bytes)
+        self.0.lock().write(bytes)
     }
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
@@ -81,7 +81,7 @@ impl Rig {
 
     /// What was written since the last call.
     fn output(&self) -> String {
-        String::from_utf8(std::mem::take(&mut *lock(&self.written))).unwrap()
+        String::from_utf8(std::mem::take(&mut *self.written.lock())).unwrap()
     }
 
     /// What drawing writes.
@@ -306,7 +306,7 @@ fn a_blob_that_another_process_fetches_is_waited_for_and_then_there() {
          0.0s waiting for another process to download sha256:e3b0c44298fc 1.00 MiB\n  \
          3.0s [1/2] another process downloaded sha256:e3b0c44298fc 1.00 MiB\n"
     );
-    let stage = lock(&rig.progress.hub.stage).clone();
+    let stage = rig.progress.hub.stage.lock().clone();
     assert_eq!((stage.bytes(), stage.moved()), (MIB, 0));
 }
 
@@ -508,7 +508,7 @@ fn a_closed_pipe_is_no_reason_to_fail() {
         progress.warn("a warning");
         progress.result(&serde_json::json!({}));
         assert_eq!(progress.suspend(|| 7), 7);
-        assert_eq!(lock(&progress.hub.stage).done.load(Relaxed), 1);
+        assert_eq!(progress.hub.stage.lock().done.load(Relaxed), 1);
         progress.end();
     }
 }

@@ -1,12 +1,13 @@
 //! One operation: what rusoto's request has no field for, and the error if it fails.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::remote::{Remote, lock};
+use super::remote::Remote;
 use super::response::Refusal;
 use crate::quote::printable;
 use crate::retry::Trouble;
@@ -104,16 +105,16 @@ impl Call {
 
     /// Keeps the room until the call is done.
     pub(super) fn hold(&self, room: Option<OwnedSemaphorePermit>) {
-        *lock(&self.room) = room;
+        *self.room.lock() = room;
     }
 
     pub(super) fn fail(&self, error: StoreError) {
-        *lock(&self.failure) = Some(error);
+        *self.failure.lock() = Some(error);
     }
 
     /// Why the dispatcher failed, if it did.
     pub(super) fn failure(&self) -> Option<StoreError> {
-        lock(&self.failure).take()
+        self.failure.lock().take()
     }
 }
 

@@ -21,7 +21,6 @@ use aws_smithy_http_client::{Builder, Connector, tls};
 use tokio::sync::{Mutex, OnceCell};
 use tokio::time::Instant;
 
-use super::remote::lock;
 use super::tls::Trust;
 use crate::config::StaticCredentials;
 use crate::redact::Secrets;
@@ -41,7 +40,7 @@ pub(super) struct Keyring {
     secrets: Secrets,
     cache: Mutex<Cache>,
     /// Where the ones in use came from.
-    source: std::sync::Mutex<Option<String>>,
+    source: parking_lot::Mutex<Option<String>>,
 }
 
 enum Provider {
@@ -93,7 +92,7 @@ impl Keyring {
             provider,
             secrets,
             cache: Mutex::default(),
-            source: std::sync::Mutex::new(source),
+            source: parking_lot::Mutex::new(source),
         }
     }
 
@@ -107,13 +106,13 @@ impl Keyring {
                 chain: OnceCell::new_with(Some(Box::new(chain))),
             },
             cache: Mutex::default(),
-            source: std::sync::Mutex::default(),
+            source: parking_lot::Mutex::default(),
         }
     }
 
     /// Where the credentials in use came from, in words. `None`: none are loaded.
     pub(super) fn source(&self) -> Option<String> {
-        lock(&self.source).clone()
+        self.source.lock().clone()
     }
 
     /// The credentials to sign with now.
@@ -177,7 +176,7 @@ impl Keyring {
             Ok(credentials) => {
                 remember(&self.secrets, &credentials);
                 let source = credentials.get_property::<Source>();
-                *lock(&self.source) = source.map(|Source(source)| source.clone());
+                *self.source.lock() = source.map(|Source(source)| source.clone());
                 cache.failed = None;
                 cache.replace_at = credentials
                     .expiry()

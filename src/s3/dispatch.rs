@@ -20,7 +20,7 @@ use rusoto_core::signature::{SignedRequest, SignedRequestPayload};
 use super::call::{Call, Expect, Failure};
 use super::endpoint::encode_query;
 use super::exchange::attempt;
-use super::remote::{Remote, lock};
+use super::remote::Remote;
 use crate::store::{Kind, StoreError};
 
 /// Sends the requests of one call.
@@ -158,7 +158,7 @@ async fn send(remote: &Remote, call: &Call, ready: &Ready) -> Result<HttpRespons
             && !refused
             && let Some(key) = &call.key
         {
-            lock(&remote.unanswered).insert(key.clone());
+            remote.unanswered.lock().insert(key.clone());
         }
         if is_mute(call, &failure)
             && let Some(told) = reason(remote, call, ready, &credentials, failure.status).await

@@ -19,7 +19,7 @@ use super::call::{Call, Expect, Failure};
 use super::dispatch::Ready;
 use super::failure::Causes;
 use super::outgoing::{Fate, Outgoing};
-use super::remote::{LARGEST_LISTING, LARGEST_RESPONSE, Remote, lock};
+use super::remote::{LARGEST_LISTING, LARGEST_RESPONSE, Remote};
 use super::response::{self, Content, Wanted};
 use super::sign::{self, Payload};
 use super::timing::Timing;
@@ -160,7 +160,7 @@ pub(super) async fn attempt(
         })?;
     let mut body = read.freeze().slice(start..);
     if let Some(kept) = &call.kept {
-        *lock(kept) = std::mem::take(&mut body);
+        *kept.lock() = std::mem::take(&mut body);
     }
     let body = rusoto_core::ByteStream::new(futures::stream::iter(
         Some(body).filter(|body| !body.is_empty()).map(Ok),

@@ -24,7 +24,7 @@ impl S3Store {
         });
         match sent.await {
             Ok(_) => {
-                let bytes = super::lock(&kept).clone();
+                let bytes = kept.lock().clone();
                 // It has been parsed, and so is UTF-8.
                 Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
             }

@@ -141,7 +141,7 @@ impl S3Store {
         );
         let done = match sent.await {
             Ok(done) => done,
-            // Whoever replaced it has refreshed it.
+            // Replacing it has refreshed it.
             Err(e) if e.kind == Kind::Changed => return Ok(true),
             Err(e) => return self.absent(e, DOING, key).await.map(|()| false),
         };

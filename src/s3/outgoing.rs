@@ -2,12 +2,13 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures::StreamExt;
 use http_body::{Body, Frame, SizeHint};
+use parking_lot::Mutex;
 
 use crate::store::{ByteStream, UploadBody};
 
@@ -32,12 +33,12 @@ impl Watch {
     }
 
     fn set(&self, fate: Fate) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = fate;
+        *self.0.lock() = fate;
     }
 
     /// Takes the state; call once.
     pub(super) fn fate(&self) -> Fate {
-        let mut fate = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fate = self.0.lock();
         std::mem::replace(&mut fate, Fate::Underway)
     }
 }

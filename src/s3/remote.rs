@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
@@ -11,6 +11,7 @@ use aws_credential_types::Credentials;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, header};
+use parking_lot::Mutex;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::credentials::Keyring;
@@ -142,7 +143,7 @@ impl Remote {
             .and_then(|date| date.to_str().ok())
             && let Ok(date) = httpdate::parse_http_date(date)
         {
-            *lock(&self.clock_ahead) = Some(seconds_ahead(date, SystemTime::now()));
+            *self.clock_ahead.lock() = Some(seconds_ahead(date, SystemTime::now()));
         }
     }
 
@@ -169,9 +170,4 @@ fn seconds_ahead(there: SystemTime, here: SystemTime) -> i64 {
         Err(behind) => -behind.duration().as_secs_f64(),
     };
     ahead.round() as i64
-}
-
-/// A panic elsewhere leaves no half-done state in these locks.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -45,6 +45,16 @@ pub(super) struct Haul {
     pub(super) bytes: u64,
 }
 
+/// What every fetch of a run works with.
+struct Means<'a> {
+    downloader: &'a Downloader,
+    /// Bounds the staging files that are being opened.
+    stagings: &'a Arc<Semaphore>,
+    verified: &'a mpsc::Sender<Staged>,
+    /// A clone is held by whatever works on the staging files on a thread that blocks.
+    busy: &'a mpsc::Sender<()>,
+}
+
 impl ImportFrom<'_> {
     /// Fetches `blobs` into the layout.
     pub(super) async fn fetch(&self, blobs: Vec<(Digest, u64)>) -> Result<Haul> {
@@ -57,16 +67,19 @@ impl ImportFrom<'_> {
         let stagings = Arc::new(Semaphore::new(STAGINGS));
         let (verified, publishing) = mpsc::channel(VERIFIED);
         let publishing = publish(self.layout.clone(), publishing);
+        let (busy, mut idle) = mpsc::channel(1);
         let fetching = async {
-            // Moved in: publishing ends when the last sender is dropped.
-            let verified = verified;
+            // Moved in: the receivers see the end when the last sender is dropped.
+            let (verified, busy) = (verified, busy);
             let mut fetches = futures::stream::iter(blobs)
                 .map(|(digest, size)| {
-                    let (downloader, stagings, verified) = (&downloader, &stagings, &verified);
-                    async move {
-                        let fetched = self.fetch_one(digest, size, downloader, stagings, verified);
-                        anyhow::Ok((digest, fetched.await?))
-                    }
+                    let means = Means {
+                        downloader: &downloader,
+                        stagings: &stagings,
+                        verified: &verified,
+                        busy: &busy,
+                    };
+                    async move { anyhow::Ok((digest, self.fetch_one(digest, size, means).await?)) }
                 })
                 .buffer_unordered(process::within_open_files(BLOBS, FILES));
             let mut haul = Haul::default();
@@ -86,6 +99,9 @@ impl ImportFrom<'_> {
         };
         // Both run to their ends: what was verified before a failure is kept for the next run.
         let (fetched, published) = tokio::join!(fetching, publishing);
+        // A fetch that is dropped does not stop what it began on a thread that blocks. Nothing may still
+        // create or remove files when the caller cleans up.
+        idle.recv().await;
         published?;
         fetched
     }
@@ -95,13 +111,12 @@ impl ImportFrom<'_> {
         &self,
         digest: Digest,
         size: u64,
-        downloader: &Downloader,
-        stagings: &Arc<Semaphore>,
-        verified: &mpsc::Sender<Staged>,
+        means: Means<'_>,
     ) -> Result<Option<Fetched>> {
         let blob = self.progress.blob(Verb::Download, &digest, size);
         // Released as soon as another process has to be waited for, so that others can go on.
-        let mut turn = Arc::clone(stagings).acquire_owned().await.ok();
+        let permit = Arc::clone(means.stagings).acquire_owned().await.ok();
+        let mut turn = Some((permit, means.busy.clone()));
         let waited_for = Arc::clone(&blob);
         let waiting = move || {
             waited_for.waiting();
@@ -117,7 +132,7 @@ impl ImportFrom<'_> {
             return Ok(None);
         };
         let key = self.bucket.blob_key(&digest);
-        let mut fetched = downloader.fetch(&key, &staged.growing, &blob).await;
+        let mut fetched = means.downloader.fetch(&key, &staged.growing, &blob).await;
         if self.task.missing == Missing::Drop
             && let Err(error) = &fetched
             && let Some(damaged) = error.downcast_ref::<Damaged>()
@@ -128,16 +143,17 @@ impl ImportFrom<'_> {
             fetched = Ok(Fetched::Damaged);
         }
         let Ok(Fetched::Whole { bytes }) = fetched else {
-            let layout = self.layout.clone();
+            let (layout, busy) = (self.layout.clone(), means.busy.clone());
             blocking(move || {
                 layout.discard_empty(staged);
+                drop(busy);
                 Ok(())
             })
             .await?;
             return fetched.map(Some);
         };
         blob.done();
-        let sent = verified.send(staged).await.ok();
+        let sent = means.verified.send(staged).await.ok();
         sent.context("the task that publishes blobs has ended")?;
         Ok(Some(Fetched::Whole { bytes }))
     }
