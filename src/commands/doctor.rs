@@ -1,6 +1,8 @@
 //! Doctor: tries out each operation that the other commands use on one scratch object beside the
 //! blobs, and says what does not work, what that costs, and which permission is missing.
 
+mod checks;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use bytes::Bytes;
 use futures::stream::TryStreamExt;
 use serde::Serialize;
 
+use self::checks::{CHECKS, Check, Need, Step};
 use crate::bucket::Bucket;
 use crate::commands::{Context, PerSpec, Work, for_each_spec};
 use crate::config::{DoctorTask, ExportConfig, S3Config};
@@ -48,156 +51,6 @@ pub async fn run(task: &DoctorTask, context: &Context<'_>) -> Outcome {
     }
     (reports, errors).into()
 }
-
-/// What depends on an operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Need {
-    Export,
-    Import,
-    /// Without it the work is done, at a cost that [`Check::without`] names.
-    Comfort(&'static str),
-}
-
-impl Need {
-    fn name(self) -> &'static str {
-        match self {
-            Need::Export => "export",
-            Need::Import => "import",
-            Need::Comfort(name) => name,
-        }
-    }
-}
-
-/// One operation that is tried out.
-struct Check {
-    step: Step,
-    name: &'static str,
-    needed_for: &'static [Need],
-    /// What follows if it does not work.
-    without: &'static str,
-    permission: &'static str,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    List,
-    Absent,
-    Put,
-    Head,
-    Get,
-    GetRange,
-    CreateUpload,
-    UploadPart,
-    ListParts,
-    ListUploads,
-    Complete,
-    Abort,
-    Copy,
-    Delete,
-}
-
-/// In the order in which they are tried.
-const CHECKS: [Check; 14] = [
-    Check {
-        step: Step::List,
-        name: "list objects",
-        needed_for: &[Need::Comfort("speed")],
-        without: "each blob is looked up by a request of its own",
-        permission: "s3:ListBucket",
-    },
-    Check {
-        step: Step::Absent,
-        name: "look for a missing object",
-        needed_for: &[Need::Export, Need::Import],
-        without: "a blob or cache that is not there yet looks like a refusal",
-        permission: "s3:ListBucket and s3:GetObject",
-    },
-    Check {
-        step: Step::Put,
-        name: "put an object",
-        needed_for: &[Need::Export],
-        without: "nothing can be exported",
-        permission: "s3:PutObject",
-    },
-    Check {
-        step: Step::Head,
-        name: "look for an object",
-        needed_for: &[Need::Export, Need::Import],
-        without: "an export cannot tell which blobs are there",
-        permission: "s3:GetObject",
-    },
-    Check {
-        step: Step::Get,
-        name: "get an object",
-        needed_for: &[Need::Import],
-        without: "nothing can be imported",
-        permission: "s3:GetObject",
-    },
-    Check {
-        step: Step::GetRange,
-        name: "get a range of an object",
-        needed_for: &[Need::Comfort("speed")],
-        without: "a large blob is fetched in one stream, and from its start if that breaks off",
-        permission: "s3:GetObject",
-    },
-    Check {
-        step: Step::CreateUpload,
-        name: "start a multipart upload",
-        needed_for: &[Need::Export],
-        without: "large blobs cannot be exported",
-        permission: "s3:PutObject",
-    },
-    Check {
-        step: Step::UploadPart,
-        name: "upload a part",
-        needed_for: &[Need::Export],
-        without: "large blobs cannot be exported",
-        permission: "s3:PutObject",
-    },
-    Check {
-        step: Step::ListParts,
-        name: "list parts",
-        needed_for: &[Need::Comfort("resuming")],
-        without: "an interrupted upload of a large blob starts over",
-        permission: "s3:ListMultipartUploadParts",
-    },
-    Check {
-        step: Step::ListUploads,
-        name: "list multipart uploads",
-        needed_for: &[Need::Comfort("resuming")],
-        without: "interrupted uploads are not found: they start over, and their parts stay and cost \
-                  money until a lifecycle rule aborts them",
-        permission: "s3:ListBucketMultipartUploads",
-    },
-    Check {
-        step: Step::Complete,
-        name: "complete a multipart upload",
-        needed_for: &[Need::Export],
-        without: "large blobs cannot be exported",
-        permission: "s3:PutObject",
-    },
-    Check {
-        step: Step::Abort,
-        name: "abort a multipart upload",
-        needed_for: &[Need::Comfort("cleaning up")],
-        without: "the parts of a failed upload stay and cost money until a lifecycle rule aborts it",
-        permission: "s3:AbortMultipartUpload",
-    },
-    Check {
-        step: Step::Copy,
-        name: "copy an object onto itself",
-        needed_for: &[Need::Comfort("refreshing")],
-        without: "old blobs are uploaded again, or else expire although they are in use",
-        permission: "s3:GetObject and s3:PutObject",
-    },
-    Check {
-        step: Step::Delete,
-        name: "delete an object",
-        needed_for: &[Need::Comfort("pruning")],
-        without: "only a lifecycle rule removes what is no longer used",
-        permission: "s3:DeleteObject",
-    },
-];
 
 /// What a target turned out to be like.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -459,7 +312,7 @@ impl PerSpec for Doctor {
         &target.s3
     }
 
-    /// Whoever asks wants to know.
+    /// `ignore-error` is about exports.
     fn ignores_errors(&self, _: &ExportConfig) -> bool {
         false
     }
@@ -754,7 +607,7 @@ impl Examination<'_> {
         }
     }
 
-    /// Removes what is left, as far as that is allowed.
+    /// Removes what is left, as far as the permissions allow.
     async fn remove(&mut self) {
         if self.creating
             && let Ok(uploads) = self.store.list_uploads(&self.key).await

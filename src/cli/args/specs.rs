@@ -1,0 +1,135 @@
+//! The specs among the arguments: typed, or taken from the environment.
+
+use std::fmt;
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::cli::args::usage;
+use crate::cli::spec::{self, Env, Parsed};
+use crate::config::{ExportConfig, S3Config};
+
+/// A spec as it was typed. It can hold credentials, so `Debug` does not show it.
+#[derive(Clone)]
+pub struct SpecText(String);
+
+impl fmt::Debug for SpecText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SpecText(redacted)")
+    }
+}
+
+impl std::str::FromStr for SpecText {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(SpecText(text.to_owned()))
+    }
+}
+
+/// Parses the specs of a command line, and collects what their author should know about them.
+pub struct Specs<'a> {
+    env: Env<'a>,
+    warnings: Vec<String>,
+}
+
+/// A flag that takes specs, and the variable that stands in for it.
+struct Flag {
+    name: &'static str,
+    variable: &'static str,
+}
+
+const CACHE_TO: Flag = Flag {
+    name: "--cache-to",
+    variable: "LAYERCACHE_CACHE_TO",
+};
+const CACHE_FROM: Flag = Flag {
+    name: "--cache-from",
+    variable: "LAYERCACHE_CACHE_FROM",
+};
+
+impl<'a> Specs<'a> {
+    pub fn new(env: Env<'a>) -> Self {
+        Specs {
+            env,
+            warnings: Vec::new(),
+        }
+    }
+
+    pub fn into_warnings(self) -> Vec<String> {
+        self.warnings
+    }
+
+    /// The values of `--cache-to`, at least one, none twice.
+    pub fn cache_to(&mut self, typed: Vec<SpecText>) -> Result<Vec<ExportConfig>> {
+        self.parse(&CACHE_TO, typed, spec::cache_to)
+    }
+
+    /// The values of `--cache-from`, at least one, none twice.
+    pub fn cache_from(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {
+        self.parse(&CACHE_FROM, typed, spec::cache_from)
+    }
+
+    fn parse<T: PartialEq>(
+        &mut self,
+        flag: &Flag,
+        typed: Vec<SpecText>,
+        parse: fn(&str, Env) -> Result<Parsed<T>>,
+    ) -> Result<Vec<T>> {
+        let (source, specs) = if typed.is_empty() {
+            let value = (self.env)(flag.variable).unwrap_or_default();
+            (flag.variable, spec::specs_from_env(&value))
+        } else {
+            let typed = typed.into_iter().map(|spec| spec.0);
+            (flag.name, typed.collect())
+        };
+        let several = specs.len() > 1;
+        let mut configs = Vec::with_capacity(specs.len());
+        for (index, spec) in specs.iter().enumerate() {
+            let label = if several {
+                format!("{source} #{}", index + 1)
+            } else {
+                source.to_owned()
+            };
+            // buildx passes over a flag whose variable was empty.
+            if spec.is_empty() {
+                self.warnings
+                    .push(format!("{label}: the spec is empty, and ignored"));
+                continue;
+            }
+            let parsed =
+                parse(spec, self.env).map_err(|error| usage(format!("{label}: {error:#}")))?;
+            self.warnings.extend(
+                parsed
+                    .warnings
+                    .iter()
+                    .map(|warning| format!("{label}: {warning}")),
+            );
+            if configs.contains(&parsed.config) {
+                self.warnings
+                    .push(format!("{label}: the same as an earlier one, and ignored"));
+            } else {
+                configs.push(parsed.config);
+            }
+        }
+        if configs.is_empty() {
+            return Err(usage(format!(
+                "no cache is given (use {flag} type=s3,region=...,bucket=..., or set {variable} to \
+                 one spec a line)",
+                flag = flag.name,
+                variable = flag.variable,
+            )));
+        }
+        Ok(configs)
+    }
+}
+
+/// A forgotten flag makes a spec the layout, and later errors would show it as a path.
+pub fn check_layout(layout: &Path, flag: &str) -> Result<()> {
+    if spec::is_spec(&layout.to_string_lossy()) {
+        return Err(usage(format!(
+            "LAYOUT looks like a spec (put {flag} before the spec, and the directory last)"
+        )));
+    }
+    Ok(())
+}
