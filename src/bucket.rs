@@ -2,6 +2,7 @@
 //! blobs are, and which of them exist.
 
 mod manifest;
+pub mod rules;
 mod survey;
 
 use std::sync::Arc;
