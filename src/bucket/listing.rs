@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use futures::stream::{BoxStream, Stream, StreamExt};
+use tokio::task::JoinSet;
 
 use crate::bucket::Bucket;
 use crate::store::{ObjectInfo, Page, Store, StoreResult};
@@ -128,12 +129,30 @@ impl Listing {
         })
     }
 
+    /// Parsing a page takes about as long as waiting for it. As a task of its own, it does not keep the
+    /// other listings waiting.
     async fn next(&self) -> StoreResult<Page> {
+        let (store, prefix) = (Arc::clone(&self.store), self.prefix.clone());
+        let mut task = JoinSet::new();
         match &self.from {
-            From::Start => self.store.list(&self.prefix, None).await,
-            From::Token(token) => self.store.list(&self.prefix, Some(token)).await,
-            From::After(key) => self.store.list_after(&self.prefix, key).await,
-            From::End => Ok(Page::default()),
+            From::Start => task.spawn(async move { store.list(&prefix, None).await }),
+            From::Token(token) => {
+                let token = token.clone();
+                task.spawn(async move { store.list(&prefix, Some(&token)).await })
+            }
+            From::After(key) => {
+                let key = key.clone();
+                task.spawn(async move { store.list_after(&prefix, &key).await })
+            }
+            From::End => return Ok(Page::default()),
+        };
+        match task.join_next().await {
+            Some(Ok(page)) => page,
+            Some(Err(error)) if error.is_panic() => {
+                std::panic::resume_unwind(error.into_panic());
+            }
+            // The runtime is shutting down, and this task with it.
+            _ => std::future::pending().await,
         }
     }
 
