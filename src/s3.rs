@@ -185,7 +185,11 @@ impl Store for S3Store {
     }
 
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
-        self.list_objects(prefix, next).await
+        self.list_objects(prefix, next, None).await
+    }
+
+    async fn list_after(&self, prefix: &str, after: &str) -> StoreResult<Page> {
+        self.list_objects(prefix, None, Some(after)).await
     }
 
     async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String> {

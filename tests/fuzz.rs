@@ -662,6 +662,9 @@ impl Store for Lister {
     async fn abort_upload(&self, _: &str, _: &str) -> StoreResult<()> {
         unsupported()
     }
+    async fn list_after(&self, _: &str, _: &str) -> StoreResult<Page> {
+        unsupported()
+    }
     async fn list_uploads(&self, _: &str) -> StoreResult<Vec<Upload>> {
         unsupported()
     }

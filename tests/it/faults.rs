@@ -662,6 +662,10 @@ impl Store for FaultStore {
         self.call(self.store.list(prefix, next)).await
     }
 
+    async fn list_after(&self, prefix: &str, after: &str) -> StoreResult<Page> {
+        self.call(self.store.list_after(prefix, after)).await
+    }
+
     async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String> {
         self.call(self.store.create_upload(key, touched)).await
     }

@@ -15,6 +15,7 @@ mod fidelity;
 mod filesystems;
 mod hostile;
 mod inside;
+mod inventory;
 mod lifecycle;
 mod output;
 mod program;
