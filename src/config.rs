@@ -105,6 +105,7 @@ pub enum Task {
     Export(ExportTask),
     Import(ImportTask),
     Doctor(DoctorTask),
+    Copy(CopyTask),
     Lifecycle(LifecycleTask),
 }
 
@@ -183,4 +184,15 @@ pub enum LifecycleAction {
     Check,
     /// Write those that fit, beside others that the bucket has.
     Apply,
+}
+
+/// From caches on S3, merged into one, to at least one cache on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyTask {
+    /// At least one, none twice.
+    pub sources: Vec<S3Config>,
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    /// Say what would be copied; write nothing.
+    pub dry_run: bool,
 }

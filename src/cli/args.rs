@@ -1,6 +1,7 @@
 //! The command line: first what was typed, as clap has it; then, with every spec parsed and every
 //! value checked, what is to be done.
 
+mod copy;
 mod doctor;
 mod export;
 mod import;
@@ -15,6 +16,7 @@ use anyhow::Result;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use self::copy::CopyArgs;
 use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
@@ -96,6 +98,8 @@ pub enum Command {
     Import(ImportArgs),
     /// Try out whether a bucket allows what an export and an import need
     Doctor(DoctorArgs),
+    /// Copy a cache to another place on S3, or merge several into one
+    Copy(CopyArgs),
     /// Choose, check or write the lifecycle rules of a bucket
     Lifecycle(LifecycleArgs),
 }
@@ -177,6 +181,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Export(export) => export.task(&mut specs)?,
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
+        Command::Copy(copy) => copy.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))
