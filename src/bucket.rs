@@ -12,6 +12,7 @@ mod inventory;
 mod listing;
 mod manifest;
 mod names;
+pub mod rules;
 mod survey;
 
 use std::sync::Arc;

@@ -4,6 +4,7 @@
 pub mod doctor;
 pub mod export;
 pub mod import;
+pub mod lifecycle;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,6 +54,7 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Export(task) => export::run(task, context).await,
         Task::Import(task) => import::run(task, context).await,
         Task::Doctor(task) => doctor::run(task, context).await,
+        Task::Lifecycle(task) => lifecycle::run(task, context).await,
     }
 }
 
@@ -121,7 +123,7 @@ async fn for_each_spec<C: PerSpec>(
         };
         report.fail(&error);
         let stopped = error.is::<Interrupted>();
-        let address = command.s3(spec).address();
+        let address = report.place.address();
         if command.ignores_errors(spec) && !context.interrupt.happened() {
             report.error_ignored = true;
             context.progress.warn(&format!(

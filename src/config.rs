@@ -105,6 +105,7 @@ pub enum Task {
     Export(ExportTask),
     Import(ImportTask),
     Doctor(DoctorTask),
+    Lifecycle(LifecycleTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -160,4 +161,26 @@ pub enum Missing {
     Drop,
     /// fail
     Error,
+}
+
+/// Choose, check or write the lifecycle rules of at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LifecycleTask {
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    /// Days that a cache stays after its last export. `None`: a default.
+    pub expire_after: Option<u32>,
+    pub action: LifecycleAction,
+}
+
+/// What is done with lifecycle rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LifecycleAction {
+    /// Print those that fit.
+    Print,
+    /// Judge those that the bucket has.
+    Check,
+    /// Write those that fit, beside others that the bucket has.
+    Apply,
 }

@@ -83,8 +83,24 @@ impl Place {
         }
     }
 
-    /// The manifests' addresses, `s3://bucket/key`.
+    /// All that the bucket has at the place that `s3` describes.
+    pub fn whole(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place::new(command, doing, s3, &[])
+    }
+
+    /// The address of the first manifest; of the bucket, if the command is about all of it.
+    pub fn address(&self) -> String {
+        match self.keys.first() {
+            Some(key) => format!("s3://{}/{key}", self.bucket),
+            None => format!("s3://{}", self.bucket),
+        }
+    }
+
+    /// The manifests' addresses, `s3://bucket/key`; the bucket's, if the command is about all of it.
     pub fn addresses(&self) -> String {
+        if self.keys.is_empty() {
+            return self.address();
+        }
         let addresses = self
             .keys
             .iter()
@@ -94,12 +110,16 @@ impl Place {
 
     /// The names, each in quotes.
     pub fn quoted_names(&self) -> String {
-        let names = self
-            .names
-            .iter()
-            .map(|name| format!("'{}'", quote::printable(name)));
-        names.collect::<Vec<_>>().join(", ")
+        quoted_names(&self.names)
     }
+}
+
+/// Names of caches, each in quotes.
+pub fn quoted_names(names: &[String]) -> String {
+    let names = names
+        .iter()
+        .map(|name| format!("'{}'", quote::printable(name)));
+    names.collect::<Vec<_>>().join(", ")
 }
 
 impl<D: Details> Report<D> {

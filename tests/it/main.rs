@@ -16,6 +16,7 @@ mod filesystems;
 mod hostile;
 mod inside;
 mod inventory;
+mod lifecycle;
 mod output;
 mod program;
 mod races;
