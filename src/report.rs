@@ -2,8 +2,10 @@
 //! command says of its own work; as text for people, and as JSON in the metadata file.
 
 pub mod metadata;
+pub mod table;
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -38,9 +40,22 @@ pub struct Place {
     #[serde(skip)]
     pub doing: &'static str,
     pub bucket: String,
+    /// Empty for a command that looks at all caches.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
     /// The keys of the names' manifests.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<String>,
+}
+
+/// A result as JSON on stdout.
+#[derive(Serialize)]
+struct Document<'a, D> {
+    version: u32,
+    #[serde(flatten)]
+    place: &'a Place,
+    #[serde(flatten)]
+    details: &'a D,
 }
 
 /// What it took.
@@ -59,6 +74,11 @@ pub trait Details: Debug + Clone + Default + Serialize + Send + Sync + 'static {
 
     /// What still holds after a failure: the arguments, but no counts.
     fn of_failure(self) -> Self;
+
+    /// Whether to print a JSON document instead of the summary.
+    fn as_json(&self) -> bool {
+        false
+    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
@@ -168,7 +188,8 @@ impl<D: Details> Report<D> {
 /// A [`Report`] of any command.
 pub trait AnyReport: Debug + Send {
     fn is_failure(&self) -> bool;
-    fn summary(&self) -> String;
+    /// What goes to stdout: the summary, or a JSON document.
+    fn printed(&self) -> String;
     fn json(&self) -> Value;
 }
 
@@ -177,8 +198,16 @@ impl<D: Details> AnyReport for Report<D> {
         self.is_failure()
     }
 
-    fn summary(&self) -> String {
-        self.summary()
+    fn printed(&self) -> String {
+        if !self.details.as_json() {
+            return self.summary();
+        }
+        let document = Document {
+            version: 1,
+            place: &self.place,
+            details: &self.details,
+        };
+        serde_json::to_string_pretty(&document).expect("a report has nothing that JSON cannot hold")
     }
 
     fn json(&self) -> Value {
@@ -212,5 +241,17 @@ pub fn count(n: u64, what: &str) -> String {
     match n {
         1 => format!("1 {what}"),
         _ => format!("{n} {what}s"),
+    }
+}
+
+/// How long ago: `42 s`, `5 min`, `3 h`, `12 d`, in whole units.
+pub fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        ..60 => format!("{seconds} s"),
+        ..3_600 => format!("{} min", seconds / 60),
+        // Up to two days, hours say more.
+        ..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
     }
 }
