@@ -88,10 +88,13 @@ impl Details for CopyDetails {
                  ({bytes}), {present} already there, would refresh {refreshed}; {cost}"
             )
         } else {
+            let on_server = match self.on_server {
+                0 => String::new(),
+                n => format!(", {n} on the server"),
+            };
             format!(
-                "copied {blobs} from {sources} to {addresses}: {transferred} copied ({bytes}, {} on the \
-                 server), {present} already there, {refreshed} refreshed; {cost}",
-                self.on_server
+                "copied {blobs} from {sources} to {addresses}: {transferred} copied ({bytes}{on_server}), \
+                 {present} already there, {refreshed} refreshed; {cost}"
             )
         };
         let dropped: Vec<String> = [

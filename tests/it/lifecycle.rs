@@ -411,8 +411,6 @@ fn the_metadata_file_holds_the_judgement() {
             {
               "command": "lifecycle",
               "bucket": "cache",
-              "names": [],
-              "keys": [],
               "action": "check",
               "rules": [
                 {

@@ -3,6 +3,7 @@
 mod aftermath;
 mod behaviour;
 mod company;
+mod copy;
 mod crashes;
 mod credentials;
 mod damaged;
