@@ -106,6 +106,7 @@ pub enum Task {
     Import(ImportTask),
     Doctor(DoctorTask),
     Lifecycle(LifecycleTask),
+    Ls(LsTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -183,4 +184,26 @@ pub enum LifecycleAction {
     Check,
     /// Write those that fit, beside others that the bucket has.
     Apply,
+}
+
+/// List the caches of at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LsTask {
+    /// At least one, none twice.
+    pub sources: Vec<S3Config>,
+    /// Only caches whose names match.
+    pub name: Option<glob::Pattern>,
+    pub sort: Sort,
+    /// Print JSON instead of a table.
+    pub json: bool,
+}
+
+/// The order of a list of caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sort {
+    Name,
+    /// the newest first
+    Written,
+    /// the largest first
+    Size,
 }

@@ -571,6 +571,7 @@ mod tests {
             bucket: "cache".into(),
             names: vec!["main".into()],
             keys: vec!["manifests/main".into()],
+            ..Place::default()
         };
         let details = ExportDetails {
             transferred: 3,

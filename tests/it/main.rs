@@ -17,6 +17,7 @@ mod hostile;
 mod inside;
 mod inventory;
 mod lifecycle;
+mod ls;
 mod output;
 mod program;
 mod races;
