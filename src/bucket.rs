@@ -12,6 +12,7 @@ mod inventory;
 mod listing;
 mod manifest;
 mod names;
+pub mod publish;
 pub mod rules;
 mod survey;
 

@@ -1,6 +1,7 @@
 //! The commands, one file each, and the frame that they share: what a command works with, and the
 //! loop over its specs.
 
+pub mod copy;
 pub mod doctor;
 pub mod export;
 pub mod import;
@@ -55,6 +56,7 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Export(task) => export::run(task, context).await,
         Task::Import(task) => import::run(task, context).await,
         Task::Doctor(task) => doctor::run(task, context).await,
+        Task::Copy(task) => copy::run(task, context).await,
         Task::Lifecycle(task) => lifecycle::run(task, context).await,
         Task::Ls(task) => ls::run(task, context).await,
     }
@@ -100,6 +102,11 @@ trait Work<D>: Send + Sync {
 
     /// Called after [`run`](Self::run), however it ended.
     async fn clean_up(&mut self) -> Result<()>;
+
+    /// Requests that it has sent to other stores than the spec's.
+    fn other_requests(&self) -> u64 {
+        0
+    }
 }
 
 /// Runs `command` for each of `specs` in turn. A spec that fails does not keep the others from being
@@ -168,7 +175,7 @@ async fn run_one<C: PerSpec>(
             let mut work = command.work(ready, spec, bucket, earlier, context);
             let ran = context.interrupt.or(work.run(&mut report)).await;
             let cleaned_up = work.clean_up().await;
-            report.cost.requests = store.requests();
+            report.cost.requests = store.requests() + work.other_requests();
             ran.and(cleaned_up)
         }
         Err(error) => Err(error),

@@ -105,8 +105,10 @@ pub enum Task {
     Export(ExportTask),
     Import(ImportTask),
     Doctor(DoctorTask),
+    Copy(CopyTask),
     Lifecycle(LifecycleTask),
     Ls(LsTask),
+    Inspect(InspectTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -206,4 +208,35 @@ pub enum Sort {
     Written,
     /// the largest first
     Size,
+}
+
+/// From caches on S3, merged into one, to at least one cache on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyTask {
+    /// At least one, none twice.
+    pub sources: Vec<S3Config>,
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    /// Say what would be copied; write nothing.
+    pub dry_run: bool,
+}
+
+/// Where the caches are that a command looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// At least one, none twice.
+    S3(Vec<S3Config>),
+    Layout(PathBuf),
+}
+
+/// Show what is in single caches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InspectTask {
+    pub origin: Origin,
+    /// Which manifest of a layout.
+    pub selection: Selection,
+    /// Show the layers' diffIDs.
+    pub diff_ids: bool,
+    /// Print JSON instead of a tree.
+    pub json: bool,
 }

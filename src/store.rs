@@ -212,10 +212,11 @@ pub trait Store: Send + Sync {
         body: Arc<dyn UploadBody>,
     ) -> StoreResult<String>;
 
-    /// Copies `range` of the object at `key` into part `number` of an upload to the same key, if
-    /// its ETag is still `etag`; the part's ETag.
+    /// Copies `range` of the object `from` (bucket and key, at the same endpoint; `None`: the object at
+    /// `key`) into part `number` of an upload to `key`, if its ETag is still `etag`; the part's ETag.
     async fn copy_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,

@@ -648,6 +648,7 @@ impl Store for Lister {
     }
     async fn copy_part(
         &self,
+        _: Option<(&str, &str)>,
         _: &str,
         _: &str,
         _: u32,

@@ -1,6 +1,7 @@
 //! The command line: first what was typed, as clap has it; then, with every spec parsed and every
 //! value checked, what is to be done.
 
+mod copy;
 mod doctor;
 mod export;
 mod format;
@@ -17,6 +18,7 @@ use anyhow::Result;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use self::copy::CopyArgs;
 use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
@@ -101,6 +103,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List the caches in a bucket, and what else is there
     Ls(LsArgs),
+    /// Copy a cache to another place on S3, or merge several into one
+    Copy(CopyArgs),
     /// Choose, check or write the lifecycle rules of a bucket
     Lifecycle(LifecycleArgs),
 }
@@ -183,6 +187,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
         Command::Ls(ls) => ls.task(&mut specs)?,
+        Command::Copy(copy) => copy.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))

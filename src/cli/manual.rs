@@ -120,6 +120,7 @@ mod tests {
             names,
             [
                 "layercache-completion.1",
+                "layercache-copy.1",
                 "layercache-doctor.1",
                 "layercache-export.1",
                 "layercache-import.1",

@@ -683,13 +683,14 @@ impl Store for FaultStore {
 
     async fn copy_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,
         range: Range<u64>,
         etag: Option<&str>,
     ) -> StoreResult<String> {
-        self.call(self.store.copy_part(key, upload, number, range, etag))
+        self.call(self.store.copy_part(from, key, upload, number, range, etag))
             .await
     }
 
