@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod export;
 pub mod import;
 pub mod lifecycle;
+pub mod ls;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -57,6 +58,7 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Doctor(task) => doctor::run(task, context).await,
         Task::Copy(task) => copy::run(task, context).await,
         Task::Lifecycle(task) => lifecycle::run(task, context).await,
+        Task::Ls(task) => ls::run(task, context).await,
     }
 }
 

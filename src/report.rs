@@ -40,6 +40,9 @@ pub struct Place {
     #[serde(skip)]
     pub doing: &'static str,
     pub bucket: String,
+    /// For a command that looks at all that is below it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub prefix: String,
     /// Empty for a command that looks at all caches.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
@@ -98,6 +101,7 @@ impl Place {
             command,
             doing,
             bucket: s3.bucket.clone(),
+            prefix: String::new(),
             names: names.to_vec(),
             keys: names.iter().map(|name| s3.manifest_key(name)).collect(),
         }
@@ -108,11 +112,20 @@ impl Place {
         Place::new(command, doing, s3, &[])
     }
 
-    /// The address of the first manifest; of the bucket, if the command is about all of it.
+    /// All that is below the prefix that `s3` has.
+    pub fn below(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place {
+            prefix: s3.prefix.clone(),
+            ..Place::whole(command, doing, s3)
+        }
+    }
+
+    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it.
     pub fn address(&self) -> String {
         match self.keys.first() {
             Some(key) => format!("s3://{}/{key}", self.bucket),
-            None => format!("s3://{}", self.bucket),
+            None if self.prefix.is_empty() => format!("s3://{}", self.bucket),
+            None => quote::printable(&format!("s3://{}/{}", self.bucket, self.prefix)).into_owned(),
         }
     }
 

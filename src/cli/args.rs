@@ -4,8 +4,10 @@
 mod copy;
 mod doctor;
 mod export;
+mod format;
 mod import;
 mod lifecycle;
+mod ls;
 mod specs;
 
 use std::ffi::OsString;
@@ -21,6 +23,7 @@ use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
 use self::lifecycle::LifecycleArgs;
+use self::ls::LsArgs;
 use self::specs::Specs;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
@@ -98,6 +101,8 @@ pub enum Command {
     Import(ImportArgs),
     /// Try out whether a bucket allows what an export and an import need
     Doctor(DoctorArgs),
+    /// List the caches in a bucket, and what else is there
+    Ls(LsArgs),
     /// Copy a cache to another place on S3, or merge several into one
     Copy(CopyArgs),
     /// Choose, check or write the lifecycle rules of a bucket
@@ -181,6 +186,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Export(export) => export.task(&mut specs)?,
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
+        Command::Ls(ls) => ls.task(&mut specs)?,
         Command::Copy(copy) => copy.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };

@@ -125,6 +125,7 @@ mod tests {
                 "layercache-export.1",
                 "layercache-import.1",
                 "layercache-lifecycle.1",
+                "layercache-ls.1",
                 "layercache.1"
             ]
         );

@@ -322,6 +322,7 @@ mod tests {
             bucket: "cache".into(),
             names: vec!["main".into()],
             keys: vec!["manifests/main".into()],
+            ..Place::default()
         };
         let details = ExportDetails {
             counts: Counts {

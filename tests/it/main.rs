@@ -18,6 +18,7 @@ mod hostile;
 mod inside;
 mod inventory;
 mod lifecycle;
+mod ls;
 mod output;
 mod program;
 mod races;
