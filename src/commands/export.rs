@@ -19,6 +19,7 @@ use crate::cache::digest::Digest;
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ExportConfig, ExportTask, Mode, Resend, S3Config};
 use crate::layout::Layout;
+use crate::process;
 use crate::progress::{self, Progress, Verb};
 use crate::report::{Details, Outcome, Place, Report, count};
 use crate::store::{ObjectInfo, Upload};
@@ -30,6 +31,9 @@ use crate::transfer::upload::Uploader;
 
 /// Refreshes in flight at once. Each is one request, and the store does the rest.
 const REFRESHES: usize = 32;
+
+/// Open files of an upload: the blob, and two connections that change over.
+const FILES: usize = 3;
 
 /// Blobs read back at once under `--verify-remote`.
 const READ_BACK: usize = 16;
@@ -311,7 +315,10 @@ impl ExportTo<'_> {
         done.refreshed -= (gone.len() + refused.len()) as u64;
         let renewed = futures::stream::iter(refused)
             .map(|(digest, size, _)| async move { (digest, size, self.renew(digest, size).await) })
-            .buffer_unordered(self.target.upload_parallelism)
+            .buffer_unordered(process::within_open_files(
+                self.target.upload_parallelism,
+                FILES,
+            ))
             .collect::<Vec<_>>()
             .await;
         for (digest, size, renewed) in renewed {
@@ -361,7 +368,7 @@ impl ExportTo<'_> {
                 let refreshed = self.uploader.refresh(&key, &digest, &info).await;
                 (digest, info.size, refreshed)
             })
-            .buffer_unordered(REFRESHES)
+            .buffer_unordered(process::within_open_files(REFRESHES, 1))
             .filter(|(_, _, refreshed)| std::future::ready(*refreshed != Refreshed::Done))
             .collect()
             .await
@@ -387,7 +394,10 @@ impl ExportTo<'_> {
         }
         futures::stream::iter(blobs.to_vec())
             .map(|(digest, size)| self.upload_one(digest, size))
-            .buffer_unordered(self.target.upload_parallelism)
+            .buffer_unordered(process::within_open_files(
+                self.target.upload_parallelism,
+                FILES,
+            ))
             .try_collect()
             .await
     }
