@@ -6,7 +6,7 @@ use std::future::{pending, poll_fn};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
@@ -55,6 +55,8 @@ pub struct Shared {
     pub store: Store,
     pub service: S3Service,
     pub port: u16,
+    /// What the clock is ahead by, which the Date headers show.
+    pub clock_ahead: Duration,
     /// Waited before each request is performed.
     pub delay: Duration,
     /// Bytes a second that a connection carries in each direction; 0 is no limit.
@@ -71,6 +73,7 @@ impl Shared {
             store,
             service,
             port,
+            clock_ahead: Duration::ZERO,
             delay: Duration::ZERO,
             rate: 0,
             tls: None,
@@ -294,6 +297,9 @@ async fn answer(
     response
         .headers_mut()
         .insert("x-amz-request-id", request_id);
+    let date = httpdate::fmt_http_date(SystemTime::now() + shared.clock_ahead);
+    let date = HeaderValue::from_str(&date).expect("a date is a header value");
+    response.headers_mut().insert(header::DATE, date);
 
     let response = match fault {
         Some(Fault::ApplyThenReset) => return Answer::Broken(Ending::Reset, in_flight),

@@ -213,6 +213,7 @@ impl Builder {
             .into_iter()
             .chain(self.buckets.iter().map(String::as_str));
         let verified = self.at_hand.is_none();
+        let clock_ahead = self.access.clock_ahead;
         let store = Store::new(buckets, self.limits, self.at_hand);
         let mut service = S3ServiceBuilder::new(store.clone());
         service.set_host(Hosts);
@@ -221,6 +222,7 @@ impl Builder {
             service.set_access(self.access);
         }
         let mut shared = Shared::new(store, service.build(), port);
+        shared.clock_ahead = clock_ahead;
         (shared.delay, shared.rate, shared.tls) = (self.delay, self.rate, self.tls);
         let shared = Arc::new(shared);
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
