@@ -13,6 +13,7 @@ mod faults;
 mod fidelity;
 #[cfg(target_os = "linux")]
 mod filesystems;
+mod hammer;
 mod hostile;
 mod inside;
 mod limits;

@@ -29,6 +29,7 @@ use super::store::Store;
 use super::{Asked, lock};
 
 type Rule = Arc<dyn Fn(&Asked) -> Option<Fault> + Send + Sync>;
+type Watcher = Arc<dyn Fn(&Logged, &Store) + Send + Sync>;
 
 #[derive(Default)]
 struct Faults {
@@ -65,6 +66,7 @@ pub struct Shared {
     pub log: Arc<Log>,
     faults: Mutex<Faults>,
     hooks: Mutex<Vec<Hook>>,
+    watcher: Mutex<Option<Watcher>>,
 }
 
 impl Shared {
@@ -80,6 +82,7 @@ impl Shared {
             log: Arc::default(),
             faults: Mutex::default(),
             hooks: Mutex::default(),
+            watcher: Mutex::default(),
         }
     }
 
@@ -103,6 +106,10 @@ impl Shared {
             matches: Box::new(matches),
             act: Box::new(act),
         });
+    }
+
+    pub fn set_watcher(&self, watcher: Watcher) {
+        *lock(&self.watcher) = Some(watcher);
     }
 
     pub fn clear_hooks(&self) {
@@ -289,6 +296,10 @@ async fn answer(
             shared.run_hooks(When::Before, &logged);
             let response = perform(shared, Request::from_parts(parts, body)).await;
             shared.run_hooks(When::After, &logged);
+            let watcher = lock(&shared.watcher).clone();
+            if let Some(watcher) = watcher {
+                watcher(&logged, &shared.store);
+            }
             response
         }
     };

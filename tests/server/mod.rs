@@ -421,6 +421,11 @@ impl Server {
     ) {
         self.shared.add_hook(When::After, nth, matches, act);
     }
+
+    /// Calls `watcher` after each request was performed and before it is answered.
+    pub fn watch(&self, watcher: impl Fn(&Logged, &Store) + Send + Sync + 'static) {
+        self.shared.set_watcher(Arc::new(watcher));
+    }
 }
 
 fn spec(attributes: &[&str]) -> String {
