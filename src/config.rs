@@ -11,7 +11,6 @@ use std::time::Duration;
 use url::Url;
 
 use crate::cache::digest::Digest;
-use crate::layout::Selection;
 
 /// Which results of a cache are kept: BuildKit's `mode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,6 +121,15 @@ pub struct ExportTask {
     pub resend: Resend,
     /// Say what would be sent; write nothing.
     pub dry_run: bool,
+}
+
+/// Which manifest of a layout to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selection {
+    /// The tag `latest`, or the only entry.
+    Default,
+    Tag(String),
+    Digest(Digest),
 }
 
 /// Which blobs that S3 has already an export sends again.

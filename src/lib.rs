@@ -124,8 +124,11 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
     process::keep_one_heap();
     process::survive_file_size_limit();
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let workers = cores.clamp(2, 4);
+    // One more for work that blocks; further ones only make it faster.
+    process::check_limits(workers + 1)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(cores.clamp(2, 4))
+        .worker_threads(workers)
         .enable_all()
         .build()
         .context("starting the runtime")?;

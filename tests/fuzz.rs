@@ -18,7 +18,8 @@ use layercache::cache::digest::Digest;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
 use layercache::config;
-use layercache::layout::{Documents, Layout, Selection, Tagged};
+use layercache::config::Selection;
+use layercache::layout::{Documents, Layout, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::bucket::{Bucket, Certainty};
 use crate::cache::digest::Digest;
+use crate::process;
 use crate::progress::{self, Progress};
 use crate::report::count;
 use crate::store::{ObjectInfo, Upload};
@@ -275,7 +276,7 @@ impl Publisher<'_> {
                 let refreshed = self.uploader.refresh(&key, &digest, &info).await;
                 (digest, info.size, refreshed)
             })
-            .buffer_unordered(REFRESHES)
+            .buffer_unordered(process::within_open_files(REFRESHES, 1))
             .filter(|(_, _, refreshed)| std::future::ready(*refreshed != Refreshed::Done))
             .collect()
             .await

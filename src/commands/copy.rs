@@ -19,6 +19,7 @@ use crate::cache::digest::Digest;
 use crate::cache::{CacheConfig, Dropped};
 use crate::commands::{Context, PerSpec, Work, for_each_spec};
 use crate::config::{CopyTask, ExportConfig, Mode, S3Config};
+use crate::process;
 use crate::progress::{self, Progress};
 use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report, count};
@@ -28,6 +29,9 @@ use crate::transfer::upload::Uploader;
 
 /// Copies on the server in flight at once. Each is one request, and the store does the rest.
 const COPIES: usize = 32;
+
+/// Open files of a blob that passes through: connections to both sides, and ones that change over.
+const FILES: usize = 4;
 
 /// How long to go on aborting uploads after a copy failed or was interrupted.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
@@ -262,7 +266,7 @@ impl Work<CopyDetails> for CopyTo<'_> {
             bucket: &self.bucket,
             uploader: &self.uploader,
             supply: &supply,
-            parallelism: COPIES,
+            parallelism: process::within_open_files(COPIES, FILES),
             progress: self.progress,
         };
         let done = publisher.execute(plan, &mut report.details.counts).await;

@@ -19,6 +19,7 @@ use crate::cache::digest::Digest;
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ExportConfig, ExportTask, Mode, Resend, S3Config};
 use crate::layout::Layout;
+use crate::process;
 use crate::progress::{self, Progress, Verb};
 use crate::report::{Details, Outcome, Place, Report, count};
 use crate::store::ObjectInfo;
@@ -26,6 +27,9 @@ use crate::transfer::body::FileSource;
 use crate::transfer::download::Downloader;
 use crate::transfer::limits::Limits;
 use crate::transfer::upload::Uploader;
+
+/// Open files of an upload: the blob, and two connections that change over.
+const FILES: usize = 3;
 
 /// Blobs read back at once under `--verify-remote`.
 const READ_BACK: usize = 16;
@@ -202,7 +206,7 @@ impl Work<ExportDetails> for ExportTo<'_> {
             bucket: &self.bucket,
             uploader: &self.uploader,
             supply: &FromLayout(&self.exported.layout),
-            parallelism: self.target.upload_parallelism,
+            parallelism: process::within_open_files(self.target.upload_parallelism, FILES),
             progress: self.progress,
         };
         publisher.execute(plan, &mut report.details.counts).await

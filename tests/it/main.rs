@@ -14,10 +14,12 @@ mod faults;
 mod fidelity;
 #[cfg(target_os = "linux")]
 mod filesystems;
+mod hammer;
 mod hostile;
 mod inside;
 mod inventory;
 mod lifecycle;
+mod limits;
 mod ls;
 mod output;
 mod program;
