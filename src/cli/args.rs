@@ -8,6 +8,7 @@ mod format;
 mod import;
 mod lifecycle;
 mod ls;
+mod prune;
 mod specs;
 
 use std::ffi::OsString;
@@ -24,6 +25,7 @@ use self::export::ExportArgs;
 use self::import::ImportArgs;
 use self::lifecycle::LifecycleArgs;
 use self::ls::LsArgs;
+use self::prune::PruneArgs;
 use self::specs::Specs;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
@@ -105,6 +107,8 @@ pub enum Command {
     Ls(LsArgs),
     /// Copy a cache to another place on S3, or merge several into one
     Copy(CopyArgs),
+    /// Remove garbage and old caches from a bucket or a local directory
+    Prune(PruneArgs),
     /// Choose, check or write the lifecycle rules of a bucket
     Lifecycle(LifecycleArgs),
 }
@@ -188,6 +192,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
         Command::Ls(ls) => ls.task(&mut specs)?,
         Command::Copy(copy) => copy.task(&mut specs)?,
+        Command::Prune(prune) => prune.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))

@@ -126,6 +126,7 @@ mod tests {
                 "layercache-import.1",
                 "layercache-lifecycle.1",
                 "layercache-ls.1",
+                "layercache-prune.1",
                 "layercache.1"
             ]
         );
