@@ -109,6 +109,7 @@ pub enum Task {
     Lifecycle(LifecycleTask),
     Ls(LsTask),
     Inspect(InspectTask),
+    Verify(VerifyTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -238,5 +239,19 @@ pub struct InspectTask {
     /// Show the layers' diffIDs.
     pub diff_ids: bool,
     /// Print JSON instead of a tree.
+    pub json: bool,
+}
+
+/// Find out whether all caches of a place are whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyTask {
+    pub origin: Origin,
+    /// Hash every blob.
+    pub deep: bool,
+    /// Make caches usable that are not whole.
+    pub repair: bool,
+    /// Where an interrupted run leaves what it has verified. `None`: nowhere.
+    pub state: Option<PathBuf>,
+    /// Print JSON instead of a table.
     pub json: bool,
 }

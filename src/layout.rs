@@ -68,6 +68,17 @@ pub enum Selection {
     Digest(Digest),
 }
 
+impl Selection {
+    /// What a tag or a digest chooses; not both.
+    pub fn new(tag: Option<String>, digest: Option<Digest>) -> Self {
+        match (tag, digest) {
+            (_, Some(digest)) => Selection::Digest(digest),
+            (Some(tag), None) => Selection::Tag(tag),
+            (None, None) => Selection::Default,
+        }
+    }
+}
+
 impl Layout {
     /// Opens an existing layout for reading. `lock_wait` is how long another process may hold its locks.
     ///
@@ -178,6 +189,17 @@ impl Layout {
         }
     }
 
+    /// The entries of `index.json`: the tag or full name of each, if it has one, and its descriptor or
+    /// why it cannot be used.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn entries(&self) -> Result<Vec<(Option<String>, Result<Descriptor, String>)>> {
+        let root = self.open_root()?;
+        let _lock = IndexLock::shared(&root, self.lock_wait)?;
+        Ok(read_index(&root)?.map_or_else(Vec::new, |index| index.named()))
+    }
+
     /// A descriptor derived from the manifest itself.
     fn unnamed_manifest(&self, root: &Dir, digest: &Digest) -> Result<Option<Descriptor>> {
         #[derive(Deserialize)]
@@ -266,7 +288,11 @@ impl Layout {
             .is_ok_and(|found| found == Some(size))
     }
 
-    fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
+    /// Bytes of the file under the blob's name. `None`: there is none.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
         let Some(root) = self.existing_root()? else {
             return Ok(None);
         };

@@ -15,6 +15,7 @@ mod fidelity;
 mod filesystems;
 mod hostile;
 mod inside;
+mod inspect;
 mod inventory;
 mod lifecycle;
 mod ls;
