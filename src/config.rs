@@ -110,6 +110,7 @@ pub enum Task {
     PruneLayout(PruneLayoutTask),
     Ls(LsTask),
     Inspect(InspectTask),
+    Verify(VerifyTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -132,6 +133,17 @@ pub enum Selection {
     Default,
     Tag(String),
     Digest(Digest),
+}
+
+impl Selection {
+    /// What a tag or a digest chooses; not both.
+    pub fn new(tag: Option<String>, digest: Option<Digest>) -> Self {
+        match (tag, digest) {
+            (_, Some(digest)) => Selection::Digest(digest),
+            (Some(tag), None) => Selection::Tag(tag),
+            (None, None) => Selection::Default,
+        }
+    }
 }
 
 /// Which blobs that S3 has already an export sends again.
@@ -305,4 +317,18 @@ pub enum Consent {
     Given,
     /// Stop after the plan.
     DryRun,
+}
+
+/// Find out whether all caches of a place are whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyTask {
+    pub origin: Origin,
+    /// Hash every blob.
+    pub deep: bool,
+    /// Make caches usable that are not whole.
+    pub repair: bool,
+    /// Where an interrupted run leaves what it has verified. `None`: nowhere.
+    pub state: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    pub json: bool,
 }

@@ -2,6 +2,7 @@
 //! were chosen. Looks, makes a plan, shows it, asks, and only then deletes.
 
 mod deletion;
+mod local;
 mod selection;
 
 use std::collections::BTreeSet;
@@ -19,8 +20,8 @@ use crate::bucket::watch::{MOST_OTHERS, Watch, Watched};
 use crate::bucket::{Bucket, Key, Tally};
 use crate::cache::Time;
 use crate::cache::digest::Digest;
-use crate::commands::{Context, PerSpec, Work, for_each_spec};
-use crate::config::{Consent, ExportConfig, PruneTask, S3Config};
+use crate::commands::{Context, PerSpec, Work, for_each_spec, on_layout};
+use crate::config::{Consent, ExportConfig, PruneLayoutTask, PruneTask, S3Config};
 use crate::progress;
 use crate::quote::printable;
 use crate::report::table::{Column, Table};
@@ -45,6 +46,15 @@ pub async fn run(task: &PruneTask, context: &Context<'_>) -> Outcome {
         errors.extend(report.details.problems.iter().map(of));
     }
     (reports, errors).into()
+}
+
+/// Prunes a layout.
+pub async fn run_local(task: &PruneLayoutTask, context: &Context<'_>) -> Outcome {
+    let place = Place::layout("prune", "pruning", &task.layout);
+    let report = Report::new(place, local::PruneLayoutDetails::default());
+    on_layout(report, local::prune(task, context), context)
+        .await
+        .into()
 }
 
 /// What was to be done at one target, and what was.
@@ -297,10 +307,7 @@ impl Work<PruneDetails> for PruneOne<'_> {
             }
             Consent::Given | Consent::DryRun => self.show(details).await?,
         }
-        if self.task.consent == Consent::DryRun {
-            return Ok(());
-        }
-        if details.is_nothing() && plan.blocked.is_none() {
+        if self.task.consent == Consent::DryRun || details.is_nothing() {
             return Ok(());
         }
         progress.stage("deleting", 0, 0);
