@@ -116,7 +116,8 @@ impl Watch {
             false => place.config.prefix.clone(),
         };
         let mut pages = place.all_but_blobs(&prefix);
-        let (mut found, mut others) = (Vec::new(), 0);
+        let mut found = Vec::new();
+        let mut others = 0;
         while let Some(objects) = pages.try_next().await? {
             for (key, info) in objects {
                 if let Some(object) = self.found(at, key, info) {
@@ -130,7 +131,6 @@ impl Watch {
                 break;
             }
         }
-        found.retain(|object| self.seen.get(&object.id) != Some(&object.info));
         Ok(found)
     }
 
@@ -146,7 +146,8 @@ impl Watch {
         Some(Found { id, info, name })
     }
 
-    async fn take_in(&mut self, found: Vec<Found>) -> Result<Vec<Watched>> {
+    async fn take_in(&mut self, mut found: Vec<Found>) -> Result<Vec<Watched>> {
+        found.retain(|object| self.seen.get(&object.id) != Some(&object.info));
         let mut reads = futures::stream::iter(found)
             .map(|found| {
                 let place = self.places[found.id.0].clone();

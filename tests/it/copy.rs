@@ -129,11 +129,46 @@ fn between_endpoints_blobs_pass_through_verified() {
     let (from, to) = (exported(), Server::start());
     let program = || copy(&[from.spec("")], &to.spec("mode=max"));
     let run = program().args(["--dry-run", "--progress", "plain"]).run();
-    prints(run, 0, &[&from, &to], expect![[""]]);
+    prints(
+        run,
+        0,
+        &[&from, &to],
+        expect![[r#"
+        dry run: would copy 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: would copy 10 (62.9 KiB), 0 already there, would refresh 0; 12 requests
+        reading the manifest
+        looking for blobs on s3
+        looking for blobs on s3
+        would copy sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
+        would copy sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
+        would copy sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
+        would copy sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
+        would copy sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
+        would copy sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
+        would copy sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
+        would copy sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
+        would copy sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
+        would copy sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+        would write manifests/buildkit
+    "#]],
+    );
     assert_eq!(to.keys().len(), 0);
-    prints(program().run(), 0, &[&from, &to], expect![[""]]);
+    prints(
+        program().run(),
+        0,
+        &[&from, &to],
+        expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: 10 copied (62.9 KiB), 0 already there, 0 refreshed; 43 requests
+    "#]],
+    );
     assert_eq!(to.objects(), from.objects());
-    prints(program().run(), 0, &[&from, &to], expect![[""]]);
+    prints(
+        program().run(),
+        0,
+        &[&from, &to],
+        expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: 0 copied (0 B), 10 already there, 0 refreshed; 23 requests
+    "#]],
+    );
 }
 
 #[test]

@@ -24,6 +24,7 @@ mod limits;
 mod ls;
 mod output;
 mod program;
+mod prune;
 mod races;
 mod retries;
 #[path = "../scripted/mod.rs"]
