@@ -34,6 +34,7 @@ mod secrets;
 mod server;
 mod several;
 mod stuck;
+mod sweep;
 mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
