@@ -111,15 +111,15 @@ fn without_options_only_garbage_goes() {
         run,
         0,
         expect![[r#"
-        name   written  size  action  reason
-        main  10 d ago   8 B  keep    no option selects it
-        pr-1  40 d ago   7 B  keep    no option selects it
-        pr-2  10 d ago   7 B  keep    no option selects it
+            name   written  size  action  reason
+            main  10 d ago   8 B  keep    no option selects it
+            pr-1  40 d ago   7 B  keep    no option selects it
+            pr-2  10 d ago   7 B  keep    no option selects it
 
-        to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
-        to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-        dry run: nothing was removed from s3://cache; 23 requests in N s
-    "#]],
+            to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
+            to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
+            dry run: nothing was removed from s3://cache; N requests in N s
+        "#]],
         expect![[""]],
     );
     assert_eq!(server.objects(), before);
@@ -140,7 +140,7 @@ fn without_options_only_garbage_goes() {
 
             to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 2 blobs (18 B), 0 unfinished uploads; 48 requests in N s
+            pruned s3://cache: removed 0 caches, 2 blobs (18 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -156,15 +156,15 @@ fn without_options_only_garbage_goes() {
         run,
         0,
         expect![[r#"
-        name   written  size  action  reason
-        main  10 d ago   8 B  keep    no option selects it
-        pr-1  40 d ago   7 B  keep    no option selects it
-        pr-2  10 d ago   7 B  keep    no option selects it
+            name   written  size  action  reason
+            main  10 d ago   8 B  keep    no option selects it
+            pr-1  40 d ago   7 B  keep    no option selects it
+            pr-2  10 d ago   7 B  keep    no option selects it
 
-        to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
-        to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-        pruned s3://cache: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; 23 requests in N s
-    "#]],
+            to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
+            to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
+            pruned s3://cache: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+        "#]],
         expect![[""]],
     );
 }
@@ -177,15 +177,15 @@ fn caches_go_that_options_choose_and_with_them_their_own_blobs() {
         run,
         0,
         expect![[r#"
-        name   written  size  action  reason
-        main  10 d ago   8 B  keep    not older than 30 d
-        pr-1  40 d ago   7 B  remove  older than 30 d
-        pr-2  10 d ago   7 B  keep    not older than 30 d
+            name   written  size  action  reason
+            main  10 d ago   8 B  keep    not older than 30 d
+            pr-1  40 d ago   7 B  remove  older than 30 d
+            pr-2  10 d ago   7 B  keep    not older than 30 d
 
-        to remove: 1 cache, 3 blobs (21 B), 0 unfinished uploads
-        to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
-        pruned s3://cache: removed 1 cache, 3 blobs (21 B), 0 unfinished uploads; 50 requests in N s
-    "#]],
+            to remove: 1 cache, 3 blobs (21 B), 0 unfinished uploads
+            to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
+            pruned s3://cache: removed 1 cache, 3 blobs (21 B), 0 unfinished uploads; N requests in N s
+        "#]],
         expect![[""]],
     );
     assert_eq!(
@@ -218,7 +218,7 @@ fn caches_go_that_options_choose_and_with_them_their_own_blobs() {
 
             to remove: 1 cache, 1 blob (4 B), 0 unfinished uploads
             to keep: 1 cache, 2 blobs (7 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 1 cache, 1 blob (4 B), 0 unfinished uploads; 48 requests in N s
+            pruned s3://cache: removed 1 cache, 1 blob (4 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -406,15 +406,15 @@ fn blobs_and_manifests_may_share_a_prefix() {
         run,
         0,
         expect![[r#"
-        name       written  size  action  reason
-        main      10 d ago   1 B  keep    not matched by --name
-        old       10 d ago   1 B  remove  matched by --name
-        sha256:0  10 d ago   1 B  keep    not matched by --name
+            name       written  size  action  reason
+            main      10 d ago   1 B  keep    not matched by --name
+            old       10 d ago   1 B  remove  matched by --name
+            sha256:0  10 d ago   1 B  keep    not matched by --name
 
-        to remove: 1 cache, 1 blob (7 B), 0 unfinished uploads
-        to keep: 2 caches, 2 blobs (2 B)
-        pruned s3://cache: removed 1 cache, 1 blob (7 B), 0 unfinished uploads; 64 requests in N s
-    "#]],
+            to remove: 1 cache, 1 blob (7 B), 0 unfinished uploads
+            to keep: 2 caches, 2 blobs (2 B)
+            pruned s3://cache: removed 1 cache, 1 blob (7 B), 0 unfinished uploads; N requests in N s
+        "#]],
         expect![[""]],
     );
     let b = format!("c/{}", Digest::of(b"b"));
@@ -442,11 +442,11 @@ fn caches_of_other_specs_over_the_same_blobs_keep_theirs() {
             main             10 d ago   8 B  keep    no option selects it
             pr-1             40 d ago   7 B  keep    no option selects it
             pr-2             10 d ago   7 B  keep    no option selects it
-            teams/x/release   1 s ago   9 B  keep    another spec's, over the same blobs
+            teams/x/release   5 d ago   9 B  keep    another spec's, over the same blobs
 
             to remove: 0 caches, 1 blob (9 B), 0 unfinished uploads
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; 48 requests in N s
+            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -483,11 +483,11 @@ fn caches_elsewhere_keep_theirs_if_they_are_named() {
             main     10 d ago   8 B  keep    no option selects it
             pr-1     40 d ago   7 B  keep    no option selects it
             pr-2     10 d ago   7 B  keep    no option selects it
-            release   0 s ago   9 B  keep    another spec's, over the same blobs
+            release   5 d ago   9 B  keep    another spec's, over the same blobs
 
             to remove: 0 caches, 1 blob (9 B), 0 unfinished uploads
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; 52 requests in N s
+            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -505,15 +505,15 @@ fn among_more_than_ten_thousand_unknown_objects_no_blob_goes() {
         run,
         1,
         expect![[r#"
-        name   written  size  action  reason
-        main  10 d ago   8 B  keep    not matched by --name
-        pr-1  40 d ago   7 B  remove  matched by --name
-        pr-2  10 d ago   7 B  keep    not matched by --name
+            name   written  size  action  reason
+            main  10 d ago   8 B  keep    not matched by --name
+            pr-1  40 d ago   7 B  remove  matched by --name
+            pr-2  10 d ago   7 B  keep    not matched by --name
 
-        to remove: 1 cache, 0 blobs (0 B), 0 unfinished uploads
-        to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
-        pruned s3://cache: removed 1 cache, 0 blobs (0 B), 0 unfinished uploads; 33 requests in N s
-    "#]],
+            to remove: 1 cache, 0 blobs (0 B), 0 unfinished uploads
+            to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
+            pruned s3://cache: removed 1 cache, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+        "#]],
         expect![[r#"
         error: pruning s3://cache: no blob is deleted, because more than 10000 objects below the prefix are neither blobs nor manifests, and any may be a cache of another spec: --assume-no-others says that none is
     "#]],
@@ -554,15 +554,15 @@ fn while_a_cache_cannot_be_read_no_blob_goes() {
         run,
         1,
         expect![[r#"
-        name   written  size  action  reason
-        main  10 d ago   0 B  keep    its manifest cannot be read
-        pr-1  40 d ago   7 B  keep    no option selects it
-        pr-2  10 d ago   7 B  keep    no option selects it
+            name   written  size  action  reason
+            main  10 d ago   0 B  keep    its manifest cannot be read
+            pr-1  40 d ago   7 B  keep    no option selects it
+            pr-2  10 d ago   7 B  keep    no option selects it
 
-        to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
-        to keep: 3 caches, 3 blobs (10 B), and 1 blob that no cache needs but that may be part of an export under way
-        pruned s3://cache: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; 23 requests in N s
-    "#]],
+            to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
+            to keep: 3 caches, 3 blobs (10 B), and 1 blob that no cache needs but that may be part of an export under way
+            pruned s3://cache: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+        "#]],
         expect![[r#"
         error: pruning s3://cache: no blob is deleted, because a cache cannot be read: s3://cache/manifests/main (http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/main; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too)
     "#]],
@@ -586,7 +586,7 @@ fn what_cannot_be_deleted_is_reported_and_the_rest_goes() {
 
             to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; 47 requests in N s
+            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[r#"
         error: pruning s3://cache: 1 object could not be deleted: http://127.0.0.1:PORT answered 200 AccessDenied (The test server was told to refuse this.), deleting s3://cache/blobs/sha256:24a453ff47846cf5e1b661da836243b70ccf27ccaad0cb0ecfefa6a807278ecb
