@@ -163,14 +163,14 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
     }
 }
 
-/// Prints the summaries of successful results as they arrive. A reader that has gone away (`| head`) is
+/// Prints successful results as they arrive. A reader that has gone away (`| head`) is
 /// no error.
 fn print(results: mpsc::Receiver<Box<dyn AnyReport>>, progress: &Progress) -> io::Result<()> {
     let mut printed = Ok(());
     for report in results.iter().filter(|report| !report.is_failure()) {
         let written = progress.suspend(|| {
             let mut stdout = io::stdout().lock();
-            writeln!(stdout, "{}", report.summary()).and_then(|()| stdout.flush())
+            writeln!(stdout, "{}", report.printed()).and_then(|()| stdout.flush())
         });
         match written {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => printed = Err(error),

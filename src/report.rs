@@ -2,8 +2,10 @@
 //! command says of its own work; as text for people, and as JSON in the metadata file.
 
 pub mod metadata;
+pub mod table;
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -38,9 +40,25 @@ pub struct Place {
     #[serde(skip)]
     pub doing: &'static str,
     pub bucket: String,
+    /// For a command that looks at all that is below it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub prefix: String,
+    /// Empty for a command that looks at all caches.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
     /// The keys of the names' manifests.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<String>,
+}
+
+/// A result as JSON on stdout.
+#[derive(Serialize)]
+struct Document<'a, D> {
+    version: u32,
+    #[serde(flatten)]
+    place: &'a Place,
+    #[serde(flatten)]
+    details: &'a D,
 }
 
 /// What it took.
@@ -59,6 +77,11 @@ pub trait Details: Debug + Clone + Default + Serialize + Send + Sync + 'static {
 
     /// What still holds after a failure: the arguments, but no counts.
     fn of_failure(self) -> Self;
+
+    /// Whether to print a JSON document instead of the summary.
+    fn as_json(&self) -> bool {
+        false
+    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
@@ -78,13 +101,39 @@ impl Place {
             command,
             doing,
             bucket: s3.bucket.clone(),
+            prefix: String::new(),
             names: names.to_vec(),
             keys: names.iter().map(|name| s3.manifest_key(name)).collect(),
         }
     }
 
-    /// The manifests' addresses, `s3://bucket/key`.
+    /// All that the bucket has at the place that `s3` describes.
+    pub fn whole(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place::new(command, doing, s3, &[])
+    }
+
+    /// All that is below the prefix that `s3` has.
+    pub fn below(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place {
+            prefix: s3.prefix.clone(),
+            ..Place::whole(command, doing, s3)
+        }
+    }
+
+    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it.
+    pub fn address(&self) -> String {
+        match self.keys.first() {
+            Some(key) => format!("s3://{}/{key}", self.bucket),
+            None if self.prefix.is_empty() => format!("s3://{}", self.bucket),
+            None => quote::printable(&format!("s3://{}/{}", self.bucket, self.prefix)).into_owned(),
+        }
+    }
+
+    /// The manifests' addresses, `s3://bucket/key`; the bucket's, if the command is about all of it.
     pub fn addresses(&self) -> String {
+        if self.keys.is_empty() {
+            return self.address();
+        }
         let addresses = self
             .keys
             .iter()
@@ -94,12 +143,16 @@ impl Place {
 
     /// The names, each in quotes.
     pub fn quoted_names(&self) -> String {
-        let names = self
-            .names
-            .iter()
-            .map(|name| format!("'{}'", quote::printable(name)));
-        names.collect::<Vec<_>>().join(", ")
+        quoted_names(&self.names)
     }
+}
+
+/// Names of caches, each in quotes.
+pub fn quoted_names(names: &[String]) -> String {
+    let names = names
+        .iter()
+        .map(|name| format!("'{}'", quote::printable(name)));
+    names.collect::<Vec<_>>().join(", ")
 }
 
 impl<D: Details> Report<D> {
@@ -148,7 +201,8 @@ impl<D: Details> Report<D> {
 /// A [`Report`] of any command.
 pub trait AnyReport: Debug + Send {
     fn is_failure(&self) -> bool;
-    fn summary(&self) -> String;
+    /// What goes to stdout: the summary, or a JSON document.
+    fn printed(&self) -> String;
     fn json(&self) -> Value;
 }
 
@@ -157,8 +211,16 @@ impl<D: Details> AnyReport for Report<D> {
         self.is_failure()
     }
 
-    fn summary(&self) -> String {
-        self.summary()
+    fn printed(&self) -> String {
+        if !self.details.as_json() {
+            return self.summary();
+        }
+        let document = Document {
+            version: 1,
+            place: &self.place,
+            details: &self.details,
+        };
+        serde_json::to_string_pretty(&document).expect("a report has nothing that JSON cannot hold")
     }
 
     fn json(&self) -> Value {
@@ -192,5 +254,17 @@ pub fn count(n: u64, what: &str) -> String {
     match n {
         1 => format!("1 {what}"),
         _ => format!("{n} {what}s"),
+    }
+}
+
+/// How long ago: `42 s`, `5 min`, `3 h`, `12 d`, in whole units.
+pub fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        ..60 => format!("{seconds} s"),
+        ..3_600 => format!("{} min", seconds / 60),
+        // Up to two days, hours say more.
+        ..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
     }
 }

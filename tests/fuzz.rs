@@ -649,6 +649,7 @@ impl Store for Lister {
     }
     async fn copy_part(
         &self,
+        _: Option<(&str, &str)>,
         _: &str,
         _: &str,
         _: u32,
@@ -661,6 +662,9 @@ impl Store for Lister {
         unsupported()
     }
     async fn abort_upload(&self, _: &str, _: &str) -> StoreResult<()> {
+        unsupported()
+    }
+    async fn list_after(&self, _: &str, _: &str) -> StoreResult<Page> {
         unsupported()
     }
     async fn list_uploads(&self, _: &str) -> StoreResult<Vec<Upload>> {

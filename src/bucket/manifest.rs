@@ -7,8 +7,16 @@ use bytes::Bytes;
 
 use crate::bucket::Bucket;
 use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
-use crate::store;
+use crate::store::{self, Kind, StoreError};
 use crate::transfer::body::InMemory;
+
+/// Why a manifest was not read.
+pub(super) enum Unread {
+    /// The store does not answer, or refuses every request.
+    Store(StoreError),
+    /// This object cannot be read, or is not a manifest that BuildKit could read.
+    Invalid(String),
+}
 
 impl Bucket {
     /// The cache called `name`; `None` if there is none.
@@ -16,17 +24,32 @@ impl Bucket {
     /// # Errors
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
+        let read = self
+            .read_manifest(name)
+            .await
+            .map_err(|unread| match unread {
+                Unread::Store(error) => anyhow::Error::new(error),
+                Unread::Invalid(reason) => anyhow!(reason),
+            });
+        read.with_context(|| self.reading(name))
+    }
+
+    pub(super) async fn read_manifest(&self, name: &str) -> Result<Option<CacheConfig>, Unread> {
         let key = self.config.manifest_key(name);
-        let reading = || format!("reading the manifest {key} on s3");
         let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
-        let Some(bytes) = read.with_context(reading)? else {
+        let Some(bytes) = read.map_err(Unread::from)? else {
             return Ok(None);
         };
-        // The error quotes what the bucket holds.
         CacheConfig::parse_s3(&bytes)
             .map(Some)
-            .map_err(|error| anyhow!(self.store.outside(&format!("{error:#}"))))
-            .with_context(reading)
+            // The error quotes what the bucket holds.
+            .map_err(|error| Unread::Invalid(self.store.outside(&format!("{error:#}"))))
+    }
+
+    /// What goes on, for an error.
+    pub(super) fn reading(&self, name: &str) -> String {
+        let key = self.config.manifest_key(name);
+        format!("reading the manifest {key} on s3")
     }
 
     /// Writes the manifest called `name`. Every blob that it names must be there.
@@ -41,6 +64,17 @@ impl Bucket {
             .with_context(|| format!("writing the manifest {key}"))?;
         self.progress.note(&format!("wrote {key}"));
         Ok(())
+    }
+}
+
+impl From<StoreError> for Unread {
+    fn from(error: StoreError) -> Self {
+        match error.kind {
+            Kind::Unavailable | Kind::NoBucket | Kind::NotS3 | Kind::Missing => {
+                Unread::Store(error)
+            }
+            _ => Unread::Invalid(error.message),
+        }
     }
 }
 

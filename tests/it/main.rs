@@ -3,6 +3,7 @@
 mod aftermath;
 mod behaviour;
 mod company;
+mod copy;
 mod crashes;
 mod credentials;
 mod damaged;
@@ -16,7 +17,10 @@ mod filesystems;
 mod hammer;
 mod hostile;
 mod inside;
+mod inventory;
+mod lifecycle;
 mod limits;
+mod ls;
 mod output;
 mod program;
 mod races;

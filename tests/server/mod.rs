@@ -114,6 +114,12 @@ impl Builder {
         self
     }
 
+    /// Listings begin at the start, whatever key they are to begin after.
+    pub fn ignore_start_after(mut self) -> Self {
+        self.limits.ignore_start_after = true;
+        self
+    }
+
     /// A missing key is 403 instead of 404, as on S3 without the permission to list.
     pub fn hide_missing(mut self) -> Self {
         self.limits.hide_missing = true;
