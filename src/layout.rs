@@ -12,6 +12,7 @@ mod lock;
 mod prune;
 mod reachable;
 mod read;
+mod space;
 mod staging;
 mod tag;
 #[cfg(test)]

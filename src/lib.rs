@@ -57,7 +57,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let env = |name: &str| std::env::var(name).ok();
     let progress = match args.global.progress(&env) {
-        Ok(display) => Progress::new(display, i8::from(args.global.verbose)),
+        Ok(display) => Progress::new(display, i8::from(args.global.verbose > 0)),
         Err(error) => {
             return end(&Progress::new(progress::Display::Quiet, 0), &[error]);
         }

@@ -1,6 +1,8 @@
 //! Export: uploads what the layout's manifest refers to and S3 lacks, refreshes what is old, and writes
 //! the S3 manifest last.
 
+mod build_context;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -146,6 +148,9 @@ impl PerSpec for Export<'_> {
         let progress = context.progress.clone();
         blocking(move || {
             let layout = Layout::open(&root, LOCK_WAIT)?;
+            if let Some(warning) = build_context::warning(&root) {
+                progress.warn(&warning);
+            }
             let entry = layout.select(&selection)?;
             let cache = layout.read_cache(&entry, &progress).with_context(|| {
                 format!("reading manifest {} of {}", entry.digest, root.display())

@@ -280,6 +280,7 @@ impl Work<ImportDetails> for ImportFrom<'_> {
             return Ok(());
         };
         plan.count(details);
+        self.warn_of_little_space(&plan).await?;
         if self.task.dry_run {
             self.show(&plan, details).await?;
         } else {
@@ -370,6 +371,23 @@ impl ImportFrom<'_> {
             .try_collect()
             .await?;
         Ok(wrong.into_iter().flatten().collect())
+    }
+
+    /// Other programs may make room in time, so this is no error.
+    async fn warn_of_little_space(&self, plan: &Plan) -> Result<()> {
+        let sizes = plan.fetch.iter().map(|(_, size)| *size);
+        let needed = sizes.fold(0, u64::saturating_add);
+        let layout = self.layout.clone();
+        let free = blocking(move || Ok(layout.free_space())).await?;
+        if let Some(free) = free.filter(|free| *free < needed) {
+            self.progress.warn(&format!(
+                "too little disk space for {}: {} to fetch, {} free",
+                printable(&self.task.layout.display().to_string()),
+                progress::bytes(needed),
+                progress::bytes(free)
+            ));
+        }
+        Ok(())
     }
 
     /// Says what would be fetched, after a look at what S3 has.

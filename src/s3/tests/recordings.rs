@@ -153,7 +153,7 @@ impl Recording {
         } else if is("put-object") {
             told(store.put(&key, Blob::new("hello")).await)
         } else if is("upload-part-copy") {
-            told(store.copy_part(&key, &id, 3, 0..5, None).await)
+            told(store.copy_part(None, &key, &id, 3, 0..5, None).await)
         } else {
             panic!("no operation is called {}", self.name)
         };
