@@ -2,6 +2,7 @@
 
 mod aftermath;
 mod behaviour;
+mod claims;
 mod company;
 mod copy;
 mod crashes;
