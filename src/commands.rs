@@ -5,8 +5,10 @@ pub mod copy;
 pub mod doctor;
 pub mod export;
 pub mod import;
+pub mod inspect;
 pub mod lifecycle;
 pub mod ls;
+pub mod verify;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -59,7 +61,8 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Copy(task) => copy::run(task, context).await,
         Task::Lifecycle(task) => lifecycle::run(task, context).await,
         Task::Ls(task) => ls::run(task, context).await,
-        Task::Inspect(_) => Outcome::default(),
+        Task::Inspect(task) => inspect::run(task, context).await,
+        Task::Verify(task) => verify::run(task, context).await,
     }
 }
 
@@ -183,6 +186,31 @@ async fn run_one<C: PerSpec>(
     };
     report.cost.seconds = began.elapsed().as_secs_f64();
     (report, done)
+}
+
+/// Runs `work` on a layout in place of a spec. There is one report, which begins as `report`.
+async fn on_layout<D: Details>(
+    mut report: Report<D>,
+    work: impl Future<Output = Result<D>>,
+    context: &Context<'_>,
+) -> (Vec<Report<D>>, Vec<anyhow::Error>) {
+    let began = Instant::now();
+    let done = context.interrupt.or(work).await;
+    report.cost.seconds = began.elapsed().as_secs_f64();
+    let mut errors = Vec::new();
+    match done {
+        Ok(details) => report.details = details,
+        Err(error) => {
+            report.fail(&error);
+            errors.push(error.context(format!(
+                "{} {}",
+                report.place.doing,
+                report.place.address()
+            )));
+        }
+    }
+    context.finish(&report);
+    (vec![report], errors)
 }
 
 /// If the preparation fails, no spec can be tried. That is one error, and every report has it.

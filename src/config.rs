@@ -108,6 +108,7 @@ pub enum Task {
     Lifecycle(LifecycleTask),
     Ls(LsTask),
     Inspect(InspectTask),
+    Verify(VerifyTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -130,6 +131,17 @@ pub enum Selection {
     Default,
     Tag(String),
     Digest(Digest),
+}
+
+impl Selection {
+    /// What a tag or a digest chooses; not both.
+    pub fn new(tag: Option<String>, digest: Option<Digest>) -> Self {
+        match (tag, digest) {
+            (_, Some(digest)) => Selection::Digest(digest),
+            (Some(tag), None) => Selection::Tag(tag),
+            (None, None) => Selection::Default,
+        }
+    }
 }
 
 /// Which blobs that S3 has already an export sends again.
@@ -246,5 +258,19 @@ pub struct InspectTask {
     /// Show the layers' diffIDs.
     pub diff_ids: bool,
     /// Print JSON instead of a tree.
+    pub json: bool,
+}
+
+/// Find out whether all caches of a place are whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyTask {
+    pub origin: Origin,
+    /// Hash every blob.
+    pub deep: bool,
+    /// Make caches usable that are not whole.
+    pub repair: bool,
+    /// Where an interrupted run leaves what it has verified. `None`: nowhere.
+    pub state: Option<PathBuf>,
+    /// Print JSON instead of a table.
     pub json: bool,
 }

@@ -5,6 +5,7 @@ pub mod metadata;
 pub mod table;
 
 use std::fmt::Debug;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -39,7 +40,11 @@ pub struct Place {
     /// What it did there, as in "exporting to s3://…".
     #[serde(skip)]
     pub doing: &'static str,
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub bucket: String,
+    /// The directory, for a command that works on a layout instead of a bucket.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub layout: String,
     /// For a command that looks at all that is below it.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub prefix: String,
@@ -101,6 +106,7 @@ impl Place {
             command,
             doing,
             bucket: s3.bucket.clone(),
+            layout: String::new(),
             prefix: String::new(),
             names: names.to_vec(),
             keys: names.iter().map(|name| s3.manifest_key(name)).collect(),
@@ -120,8 +126,22 @@ impl Place {
         }
     }
 
-    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it.
+    /// The layout in this directory.
+    pub fn layout(command: &'static str, doing: &'static str, root: &Path) -> Self {
+        Place {
+            command,
+            doing,
+            layout: root.display().to_string(),
+            ..Place::default()
+        }
+    }
+
+    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it; or
+    /// the layout's directory.
     pub fn address(&self) -> String {
+        if !self.layout.is_empty() {
+            return quote::printable(&self.layout).into_owned();
+        }
         match self.keys.first() {
             Some(key) => format!("s3://{}/{key}", self.bucket),
             None if self.prefix.is_empty() => format!("s3://{}", self.bucket),
@@ -177,11 +197,11 @@ impl<D: Details> Report<D> {
 
     /// The closing summary for people.
     pub fn summary(&self) -> String {
-        let cost = format!(
-            "{} in {:.1} s",
-            count(self.cost.requests, "request"),
-            self.cost.seconds
-        );
+        let requests = count(self.cost.requests, "request");
+        let cost = match self.place.layout.is_empty() {
+            true => format!("{requests} in {:.1} s", self.cost.seconds),
+            false => format!("{:.1} s", self.cost.seconds),
+        };
         let Some(error) = &self.error else {
             return self.details.summary(&self.place, &cost);
         };

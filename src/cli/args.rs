@@ -6,9 +6,11 @@ mod doctor;
 mod export;
 mod format;
 mod import;
+mod inspect;
 mod lifecycle;
 mod ls;
 mod specs;
+mod verify;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -22,9 +24,11 @@ use self::copy::CopyArgs;
 use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
+use self::inspect::InspectArgs;
 use self::lifecycle::LifecycleArgs;
 use self::ls::LsArgs;
 use self::specs::Specs;
+use self::verify::VerifyArgs;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
 use crate::config::Task;
@@ -109,6 +113,10 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List the caches in a bucket, and what else is there
     Ls(LsArgs),
+    /// Show the layers of one cache, and how much of it others share
+    Inspect(InspectArgs),
+    /// Check that every cache is whole, and make those usable that are not
+    Verify(VerifyArgs),
     /// Copy a cache to another place on S3, or merge several into one
     Copy(CopyArgs),
     /// Choose, check or write the lifecycle rules of a bucket
@@ -196,6 +204,8 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
         Command::Ls(ls) => ls.task(&mut specs)?,
+        Command::Verify(verify) => verify.task(&mut specs)?,
+        Command::Inspect(inspect) => inspect.task(&mut specs, args.global.verbose > 0)?,
         Command::Copy(copy) => copy.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };

@@ -18,6 +18,7 @@ mod filesystems;
 mod hammer;
 mod hostile;
 mod inside;
+mod inspect;
 mod inventory;
 mod lifecycle;
 mod limits;

@@ -56,6 +56,11 @@ impl<'a> Specs<'a> {
         }
     }
 
+    /// A variable of the environment; an empty one counts as none.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        (self.env)(name).filter(|value| !value.is_empty())
+    }
+
     pub fn into_warnings(self) -> Vec<String> {
         self.warnings
     }
