@@ -597,6 +597,9 @@ impl Store for Lister {
     async fn delete(&self, _: &[String]) -> StoreResult<Vec<StoreResult<()>>> {
         unsupported()
     }
+    async fn delete_unchanged(&self, _: &[(String, String)]) -> StoreResult<Vec<StoreResult<()>>> {
+        unsupported()
+    }
     async fn lifecycle(&self) -> StoreResult<Option<String>> {
         unsupported()
     }

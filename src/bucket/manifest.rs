@@ -35,8 +35,12 @@ impl Bucket {
     }
 
     pub(super) async fn read_manifest(&self, name: &str) -> Result<Option<CacheConfig>, Unread> {
-        let key = self.config.manifest_key(name);
-        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
+        self.read_manifest_at(&self.config.manifest_key(name)).await
+    }
+
+    /// The manifest at `key`, wherever that is.
+    pub(super) async fn read_manifest_at(&self, key: &str) -> Result<Option<CacheConfig>, Unread> {
+        let read = store::read_whole(&self.store, key, DOCUMENT_LIMIT, check_json).await;
         let Some(bytes) = read.map_err(Unread::from)? else {
             return Ok(None);
         };

@@ -9,6 +9,7 @@ mod import;
 mod inspect;
 mod lifecycle;
 mod ls;
+mod prune;
 mod specs;
 mod verify;
 
@@ -27,6 +28,7 @@ use self::import::ImportArgs;
 use self::inspect::InspectArgs;
 use self::lifecycle::LifecycleArgs;
 use self::ls::LsArgs;
+use self::prune::PruneArgs;
 use self::specs::Specs;
 use self::verify::VerifyArgs;
 use crate::cli::manual::Manual;
@@ -119,6 +121,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Copy a cache to another place on S3, or merge several into one
     Copy(CopyArgs),
+    /// Remove garbage and old caches from a bucket or a local directory
+    Prune(PruneArgs),
     /// Choose, check or write the lifecycle rules of a bucket
     Lifecycle(LifecycleArgs),
 }
@@ -207,6 +211,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Verify(verify) => verify.task(&mut specs)?,
         Command::Inspect(inspect) => inspect.task(&mut specs, args.global.verbose > 0)?,
         Command::Copy(copy) => copy.task(&mut specs)?,
+        Command::Prune(prune) => prune.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))

@@ -131,6 +131,7 @@ mod tests {
                 "layercache-inspect.1",
                 "layercache-lifecycle.1",
                 "layercache-ls.1",
+                "layercache-prune.1",
                 "layercache-verify.1",
                 "layercache-version.1",
                 "layercache.1"
