@@ -97,8 +97,7 @@ fn run_command(args: Args, env: cli::spec::Env, progress: &Progress) -> Result<V
     }
     // After hours of work it would be too late.
     if let Some(file) = &metadata_file {
-        report::metadata::check(file)
-            .map_err(|error| args::usage(format!("--metadata-file: {error:#}")))?;
+        report::metadata::check(file).map_err(|error| args::usage(format!("{error:#}")))?;
     }
     let (outcome, printed) = perform(task, progress)?;
     let Outcome {
@@ -164,7 +163,7 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
 /// no error.
 fn print(results: mpsc::Receiver<Box<dyn AnyReport>>, progress: &Progress) -> io::Result<()> {
     let mut printed = Ok(());
-    for report in results.iter().filter(|report| !report.is_failure()) {
+    for report in results.iter().filter(|report| !report.has_failed()) {
         let written = progress.suspend(|| {
             let mut stdout = io::stdout().lock();
             writeln!(stdout, "{}", report.summary()).and_then(|()| stdout.flush())

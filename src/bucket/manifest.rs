@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use bytes::Bytes;
 
 use crate::bucket::Bucket;
@@ -17,16 +17,15 @@ impl Bucket {
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
         let key = self.config.manifest_key(name);
-        let reading = || format!("reading the manifest {key} on s3");
-        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
-        let Some(bytes) = read.with_context(reading)? else {
+        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await?;
+        let Some(bytes) = read else {
             return Ok(None);
         };
         // The error quotes what the bucket holds.
-        CacheConfig::parse_s3(&bytes)
-            .map(Some)
-            .map_err(|error| anyhow!(self.store.outside(&format!("{error:#}"))))
-            .with_context(reading)
+        CacheConfig::parse_s3(&bytes).map(Some).map_err(|error| {
+            let why = self.store.outside(&format!("{error:#}"));
+            anyhow!("the manifest {key} is damaged: {why}")
+        })
     }
 
     /// Writes the manifest called `name`. Every blob that it names must be there.
@@ -35,10 +34,7 @@ impl Bucket {
     /// The store's.
     pub async fn write_manifest(&self, name: &str, manifest: Bytes) -> Result<()> {
         let key = self.config.manifest_key(name);
-        self.store
-            .put(&key, Arc::new(InMemory(manifest)))
-            .await
-            .with_context(|| format!("writing the manifest {key}"))?;
+        self.store.put(&key, Arc::new(InMemory(manifest))).await?;
         self.progress.note(&format!("wrote {key}"));
         Ok(())
     }

@@ -360,7 +360,11 @@ fn check_keys(config: &S3Config, warnings: &mut Vec<String>) -> Result<()> {
     let blobs = format!("{}{}", config.prefix, config.blobs_prefix);
     for (attribute, prefix, start) in [
         ("prefix", &config.prefix, blobs.clone()),
-        ("blobs_prefix", &config.blobs_prefix, format!("{blobs}sha256:")),
+        (
+            "blobs_prefix",
+            &config.blobs_prefix,
+            format!("{blobs}sha256:"),
+        ),
         (
             "manifests_prefix",
             &config.manifests_prefix,

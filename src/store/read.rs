@@ -335,6 +335,7 @@ fn error(kind: Kind, message: String) -> StoreError {
         status: None,
         code: None,
         message,
+        located: false,
     }
 }
 

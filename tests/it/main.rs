@@ -15,6 +15,7 @@ mod fidelity;
 mod filesystems;
 mod hostile;
 mod inside;
+mod mistakes;
 mod output;
 mod program;
 mod races;

@@ -99,7 +99,15 @@ mod tests {
         ] {
             assert!(!warned(Some(rules), "cache"), "{rules:?}");
         }
-        for rules in ["", "#cache", "cach", "*\n!cache", "build/cache", "cache/blobs", "["] {
+        for rules in [
+            "",
+            "#cache",
+            "cach",
+            "*\n!cache",
+            "build/cache",
+            "cache/blobs",
+            "[",
+        ] {
             assert!(warned(Some(rules), "cache"), "{rules:?}");
         }
         assert!(!warned(Some("build"), "build/cache"));
