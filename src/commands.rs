@@ -1,9 +1,12 @@
 //! The commands, one file each, and the frame that they share: what a command works with, and the
 //! loop over its specs.
 
+pub mod copy;
 pub mod doctor;
 pub mod export;
 pub mod import;
+pub mod lifecycle;
+pub mod ls;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,6 +56,10 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Export(task) => export::run(task, context).await,
         Task::Import(task) => import::run(task, context).await,
         Task::Doctor(task) => doctor::run(task, context).await,
+        Task::Copy(task) => copy::run(task, context).await,
+        Task::Lifecycle(task) => lifecycle::run(task, context).await,
+        Task::Ls(task) => ls::run(task, context).await,
+        Task::Inspect(_) => Outcome::default(),
     }
 }
 
@@ -96,6 +103,11 @@ trait Work<D>: Send + Sync {
 
     /// Called after [`run`](Self::run), however it ended.
     async fn clean_up(&mut self) -> Result<()>;
+
+    /// Requests that it has sent to other stores than the spec's.
+    fn other_requests(&self) -> u64 {
+        0
+    }
 }
 
 /// Runs `command` for each of `specs` in turn. A spec that fails does not keep the others from being
@@ -194,7 +206,7 @@ async fn run_one<C: PerSpec>(
             let mut work = command.work(ready, spec, bucket, earlier, context);
             let ran = context.interrupt.or(work.run(&mut report)).await;
             let cleaned_up = work.clean_up().await;
-            report.cost.requests = store.requests();
+            report.cost.requests = store.requests() + work.other_requests();
             ran.and(cleaned_up)
         }
         Err(error) => Err(error),

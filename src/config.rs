@@ -11,7 +11,6 @@ use std::time::Duration;
 use url::Url;
 
 use crate::cache::digest::Digest;
-use crate::layout::Selection;
 
 /// Which results of a cache are kept: BuildKit's `mode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +104,10 @@ pub enum Task {
     Export(ExportTask),
     Import(ImportTask),
     Doctor(DoctorTask),
+    Copy(CopyTask),
+    Lifecycle(LifecycleTask),
+    Ls(LsTask),
+    Inspect(InspectTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -118,6 +121,15 @@ pub struct ExportTask {
     pub resend: Resend,
     /// Say what would be sent; write nothing.
     pub dry_run: bool,
+}
+
+/// Which manifest of a layout to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selection {
+    /// The tag `latest`, or the only entry.
+    Default,
+    Tag(String),
+    Digest(Digest),
 }
 
 /// Which blobs that S3 has already an export sends again.
@@ -160,4 +172,79 @@ pub enum Missing {
     Drop,
     /// fail
     Error,
+}
+
+/// Choose, check or write the lifecycle rules of at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LifecycleTask {
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    /// Days that a cache stays after its last export. `None`: a default.
+    pub expire_after: Option<u32>,
+    pub action: LifecycleAction,
+}
+
+/// What is done with lifecycle rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LifecycleAction {
+    /// Print those that fit.
+    Print,
+    /// Judge those that the bucket has.
+    Check,
+    /// Write those that fit, beside others that the bucket has.
+    Apply,
+}
+
+/// List the caches of at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LsTask {
+    /// At least one, none twice.
+    pub sources: Vec<S3Config>,
+    /// Only caches whose names match.
+    pub name: Option<glob::Pattern>,
+    pub sort: Sort,
+    /// Print JSON instead of a table.
+    pub json: bool,
+}
+
+/// The order of a list of caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sort {
+    Name,
+    /// the newest first
+    Written,
+    /// the largest first
+    Size,
+}
+
+/// From caches on S3, merged into one, to at least one cache on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyTask {
+    /// At least one, none twice.
+    pub sources: Vec<S3Config>,
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    /// Say what would be copied; write nothing.
+    pub dry_run: bool,
+}
+
+/// Where the caches are that a command looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// At least one, none twice.
+    S3(Vec<S3Config>),
+    Layout(PathBuf),
+}
+
+/// Show what is in single caches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InspectTask {
+    pub origin: Origin,
+    /// Which manifest of a layout.
+    pub selection: Selection,
+    /// Show the layers' diffIDs.
+    pub diff_ids: bool,
+    /// Print JSON instead of a tree.
+    pub json: bool,
 }

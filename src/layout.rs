@@ -38,6 +38,7 @@ pub use self::write::{Documents, Published};
 use crate::cache::DOCUMENT_LIMIT;
 use crate::cache::digest::{Digest, Hasher};
 use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
+use crate::config::Selection;
 use crate::quote::quoted;
 
 const INDEX: &str = "index.json";
@@ -58,15 +59,6 @@ const UNFINISHED: [&str; 6] = [BLOBS, "ingest", STAGING, INDEX, INDEX_LOCK, OCI_
 pub struct Layout {
     root: PathBuf,
     lock_wait: Duration,
-}
-
-/// Which manifest of a layout to use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Selection {
-    /// The tag `latest`, or the only entry.
-    Default,
-    Tag(String),
-    Digest(Digest),
 }
 
 impl Layout {

@@ -123,8 +123,11 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
     process::keep_one_heap();
     process::survive_file_size_limit();
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let workers = cores.clamp(2, 4);
+    // One more for work that blocks; further ones only make it faster.
+    process::check_limits(workers + 1)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(cores.clamp(2, 4))
+        .worker_threads(workers)
         .enable_all()
         .build()
         .context("starting the runtime")?;
@@ -159,14 +162,14 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
     }
 }
 
-/// Prints the summaries of successful results as they arrive. A reader that has gone away (`| head`) is
+/// Prints successful results as they arrive. A reader that has gone away (`| head`) is
 /// no error.
 fn print(results: mpsc::Receiver<Box<dyn AnyReport>>, progress: &Progress) -> io::Result<()> {
     let mut printed = Ok(());
     for report in results.iter().filter(|report| !report.has_failed()) {
         let written = progress.suspend(|| {
             let mut stdout = io::stdout().lock();
-            writeln!(stdout, "{}", report.summary()).and_then(|()| stdout.flush())
+            writeln!(stdout, "{}", report.printed()).and_then(|()| stdout.flush())
         });
         match written {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => printed = Err(error),

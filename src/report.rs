@@ -2,8 +2,10 @@
 //! command says of its own work; as text for people, and as JSON in the metadata file.
 
 pub mod metadata;
+pub mod table;
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -41,9 +43,25 @@ pub struct Place {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
     pub bucket: String,
+    /// For a command that looks at all that is below it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub prefix: String,
+    /// Empty for a command that looks at all caches.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
     /// The keys of the names' manifests.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<String>,
+}
+
+/// A result as JSON on stdout.
+#[derive(Serialize)]
+struct Document<'a, D> {
+    version: u32,
+    #[serde(flatten)]
+    place: &'a Place,
+    #[serde(flatten)]
+    details: &'a D,
 }
 
 /// What it took.
@@ -62,6 +80,11 @@ pub trait Details: Debug + Clone + Default + Serialize + Send + Sync + 'static {
 
     /// What still holds after a failure: the arguments, but no counts.
     fn of_failure(self) -> Self;
+
+    /// Whether to print a JSON document instead of the summary.
+    fn as_json(&self) -> bool {
+        false
+    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
@@ -85,18 +108,44 @@ impl Place {
                 .as_ref()
                 .map(|url| url.as_str().trim_end_matches('/').to_owned()),
             bucket: s3.bucket.clone(),
+            prefix: String::new(),
             names: names.to_vec(),
             keys: names.iter().map(|name| s3.manifest_key(name)).collect(),
         }
     }
 
-    /// The manifests' addresses, and the endpoint if it is not AWS.
+    /// All that the bucket has at the place that `s3` describes.
+    pub fn whole(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place::new(command, doing, s3, &[])
+    }
+
+    /// All that is below the prefix that `s3` has.
+    pub fn below(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place {
+            prefix: s3.prefix.clone(),
+            ..Place::whole(command, doing, s3)
+        }
+    }
+
+    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it.
+    pub fn address(&self) -> String {
+        match self.keys.first() {
+            Some(key) => format!("s3://{}/{key}", self.bucket),
+            None if self.prefix.is_empty() => format!("s3://{}", self.bucket),
+            None => quote::printable(&format!("s3://{}/{}", self.bucket, self.prefix)).into_owned(),
+        }
+    }
+
+    /// What the command is about, as [`manifests`](Self::manifests), and the endpoint if it is not AWS.
     pub fn addresses(&self) -> String {
         format!("{}{}", self.manifests(), self.at_endpoint())
     }
 
-    /// The manifests' addresses, `s3://bucket/key`.
+    /// The manifests' addresses, `s3://bucket/key`; the bucket's, if the command is about all of it.
     pub fn manifests(&self) -> String {
+        if self.keys.is_empty() {
+            return self.address();
+        }
         let addresses = self
             .keys
             .iter()
@@ -119,6 +168,9 @@ impl Place {
 
     /// What was done, as in "exporting 'app' to s3://ci-cache".
     pub fn work(&self) -> String {
+        if self.names.is_empty() {
+            return format!("{} {}", self.doing, self.addresses());
+        }
         let (names, bucket) = (self.quoted_names(), self.bucket());
         match self.doing.rsplit_once(' ') {
             Some((doing, preposition)) => format!("{doing} {names} {preposition} {bucket}"),
@@ -128,12 +180,16 @@ impl Place {
 
     /// The names, each in quotes.
     pub fn quoted_names(&self) -> String {
-        let names = self
-            .names
-            .iter()
-            .map(|name| format!("'{}'", quote::printable(name)));
-        names.collect::<Vec<_>>().join(", ")
+        quoted_names(&self.names)
     }
+}
+
+/// Names of caches, each in quotes.
+pub fn quoted_names(names: &[String]) -> String {
+    let names = names
+        .iter()
+        .map(|name| format!("'{}'", quote::printable(name)));
+    names.collect::<Vec<_>>().join(", ")
 }
 
 impl<D: Details> Report<D> {
@@ -171,7 +227,8 @@ impl<D: Details> Report<D> {
 pub trait AnyReport: Debug + Send {
     /// It failed, whether or not that is ignored.
     fn has_failed(&self) -> bool;
-    fn summary(&self) -> String;
+    /// What goes to stdout: the summary, or a JSON document.
+    fn printed(&self) -> String;
     fn json(&self) -> Value;
 }
 
@@ -180,8 +237,16 @@ impl<D: Details> AnyReport for Report<D> {
         self.error.is_some()
     }
 
-    fn summary(&self) -> String {
-        self.summary()
+    fn printed(&self) -> String {
+        if !self.details.as_json() {
+            return self.summary();
+        }
+        let document = Document {
+            version: 1,
+            place: &self.place,
+            details: &self.details,
+        };
+        serde_json::to_string_pretty(&document).expect("a report has nothing that JSON cannot hold")
     }
 
     fn json(&self) -> Value {
@@ -215,5 +280,17 @@ pub fn count(n: u64, what: &str) -> String {
     match n {
         1 => format!("1 {what}"),
         _ => format!("{n} {what}s"),
+    }
+}
+
+/// How long ago: `42 s`, `5 min`, `3 h`, `12 d`, in whole units.
+pub fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        ..60 => format!("{seconds} s"),
+        ..3_600 => format!("{} min", seconds / 60),
+        // Up to two days, hours say more.
+        ..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
     }
 }

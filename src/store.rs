@@ -197,6 +197,10 @@ pub trait Store: Send + Sync {
     /// One page, at most 1,000 keys, of those that begin with `prefix`; `next` is the last page's.
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page>;
 
+    /// As [`list`](Self::list), the first page of the keys that sort after `after`. Stores exist that
+    /// ignore `after`.
+    async fn list_after(&self, prefix: &str, after: &str) -> StoreResult<Page>;
+
     /// Starts a multipart upload. `touched`: of an object being refreshed by copying; its
     /// storage class is kept and metadata `updated-at` set.
     async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String>;
@@ -210,10 +214,11 @@ pub trait Store: Send + Sync {
         body: Arc<dyn UploadBody>,
     ) -> StoreResult<String>;
 
-    /// Copies `range` of the object at `key` into part `number` of an upload to the same key, if
-    /// its ETag is still `etag`; the part's ETag.
+    /// Copies `range` of the object `from` (bucket and key, at the same endpoint; `None`: the object at
+    /// `key`) into part `number` of an upload to `key`, if its ETag is still `etag`; the part's ETag.
     async fn copy_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,

@@ -2,10 +2,12 @@
 
 pub mod body;
 pub mod buffers;
+mod copy;
 pub mod download;
 pub mod hashing;
 pub mod limits;
 mod multipart;
+pub mod object;
 mod piece;
 pub mod refresh;
 mod unfinished;

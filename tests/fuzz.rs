@@ -18,7 +18,8 @@ use layercache::cache::digest::Digest;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
 use layercache::config;
-use layercache::layout::{Documents, Layout, Selection, Tagged};
+use layercache::config::Selection;
+use layercache::layout::{Documents, Layout, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
@@ -649,6 +650,7 @@ impl Store for Lister {
     }
     async fn copy_part(
         &self,
+        _: Option<(&str, &str)>,
         _: &str,
         _: &str,
         _: u32,
@@ -661,6 +663,9 @@ impl Store for Lister {
         unsupported()
     }
     async fn abort_upload(&self, _: &str, _: &str) -> StoreResult<()> {
+        unsupported()
+    }
+    async fn list_after(&self, _: &str, _: &str) -> StoreResult<Page> {
         unsupported()
     }
     async fn list_uploads(&self, _: &str) -> StoreResult<Vec<Upload>> {

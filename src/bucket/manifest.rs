@@ -7,8 +7,15 @@ use bytes::Bytes;
 
 use crate::bucket::Bucket;
 use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
-use crate::store;
+use crate::store::{self, StoreError};
 use crate::transfer::body::InMemory;
+
+/// Why a manifest was not read.
+pub(super) enum Unread {
+    Store(StoreError),
+    /// The object is not a manifest that BuildKit could read.
+    Damaged(String),
+}
 
 impl Bucket {
     /// The cache called `name`; `None` if there is none.
@@ -16,16 +23,26 @@ impl Bucket {
     /// # Errors
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
+        let read = self.read_manifest(name).await;
+        read.map_err(|unread| match unread {
+            Unread::Store(error) => anyhow::Error::new(error),
+            Unread::Damaged(reason) => {
+                let key = self.config.manifest_key(name);
+                anyhow!("the manifest {key} is damaged: {reason}")
+            }
+        })
+    }
+
+    pub(super) async fn read_manifest(&self, name: &str) -> Result<Option<CacheConfig>, Unread> {
         let key = self.config.manifest_key(name);
-        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await?;
-        let Some(bytes) = read else {
+        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
+        let Some(bytes) = read.map_err(Unread::Store)? else {
             return Ok(None);
         };
-        // The error quotes what the bucket holds.
-        CacheConfig::parse_s3(&bytes).map(Some).map_err(|error| {
-            let why = self.store.outside(&format!("{error:#}"));
-            anyhow!("the manifest {key} is damaged: {why}")
-        })
+        CacheConfig::parse_s3(&bytes)
+            .map(Some)
+            // The error quotes what the bucket holds.
+            .map_err(|error| Unread::Damaged(self.store.outside(&format!("{error:#}"))))
     }
 
     /// Writes the manifest called `name`. Every blob that it names must be there.

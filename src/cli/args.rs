@@ -1,9 +1,13 @@
 //! The command line: first what was typed, as clap has it; then, with every spec parsed and every
 //! value checked, what is to be done.
 
+mod copy;
 mod doctor;
 mod export;
+mod format;
 mod import;
+mod lifecycle;
+mod ls;
 mod specs;
 
 use std::ffi::OsString;
@@ -14,9 +18,12 @@ use anyhow::Result;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use self::copy::CopyArgs;
 use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
+use self::lifecycle::LifecycleArgs;
+use self::ls::LsArgs;
 use self::specs::Specs;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
@@ -100,6 +107,12 @@ pub enum Command {
     Import(ImportArgs),
     /// Try out whether a bucket allows what an export and an import need
     Doctor(DoctorArgs),
+    /// List the caches in a bucket, and what else is there
+    Ls(LsArgs),
+    /// Copy a cache to another place on S3, or merge several into one
+    Copy(CopyArgs),
+    /// Choose, check or write the lifecycle rules of a bucket
+    Lifecycle(LifecycleArgs),
 }
 
 /// Something is wrong with the command line, a spec, or a variable in their stead: exit status 2.
@@ -182,6 +195,9 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Export(export) => export.task(&mut specs)?,
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
+        Command::Ls(ls) => ls.task(&mut specs)?,
+        Command::Copy(copy) => copy.task(&mut specs)?,
+        Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))
 }

@@ -124,9 +124,12 @@ mod tests {
             names,
             [
                 "layercache-completion.1",
+                "layercache-copy.1",
                 "layercache-doctor.1",
                 "layercache-export.1",
                 "layercache-import.1",
+                "layercache-lifecycle.1",
+                "layercache-ls.1",
                 "layercache-version.1",
                 "layercache.1"
             ]

@@ -557,6 +557,7 @@ mod tests {
             bucket: "cache".into(),
             names: vec!["main".into()],
             keys: vec!["manifests/main".into()],
+            ..Place::default()
         };
         let details = ImportDetails {
             layout: "build/cache".into(),

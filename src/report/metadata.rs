@@ -132,6 +132,7 @@ mod tests {
             bucket: "cache".into(),
             names: vec!["main".into()],
             keys: vec!["manifests/main".into()],
+            ..Place::default()
         };
         let bytes = 1_258_291;
         let dry_run = false;

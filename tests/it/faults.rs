@@ -663,6 +663,10 @@ impl Store for FaultStore {
         self.call(self.store.list(prefix, next)).await
     }
 
+    async fn list_after(&self, prefix: &str, after: &str) -> StoreResult<Page> {
+        self.call(self.store.list_after(prefix, after)).await
+    }
+
     async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String> {
         self.call(self.store.create_upload(key, touched)).await
     }
@@ -680,13 +684,14 @@ impl Store for FaultStore {
 
     async fn copy_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,
         range: Range<u64>,
         etag: Option<&str>,
     ) -> StoreResult<String> {
-        self.call(self.store.copy_part(key, upload, number, range, etag))
+        self.call(self.store.copy_part(from, key, upload, number, range, etag))
             .await
     }
 

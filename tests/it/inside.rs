@@ -144,3 +144,14 @@ pub fn import(spec: &str, layout: &Path) -> Task {
         layout,
     ])
 }
+
+pub fn copy(from: &str, to: &str) -> Task {
+    task(&[
+        "layercache".as_ref(),
+        "copy".as_ref(),
+        "--cache-from".as_ref(),
+        from.as_ref(),
+        "--cache-to".as_ref(),
+        to.as_ref(),
+    ])
+}

@@ -3,6 +3,7 @@
 mod aftermath;
 mod behaviour;
 mod company;
+mod copy;
 mod crashes;
 mod credentials;
 mod damaged;
@@ -13,8 +14,13 @@ mod faults;
 mod fidelity;
 #[cfg(target_os = "linux")]
 mod filesystems;
+mod hammer;
 mod hostile;
 mod inside;
+mod inventory;
+mod lifecycle;
+mod limits;
+mod ls;
 mod mistakes;
 mod output;
 mod program;

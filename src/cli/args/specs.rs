@@ -70,6 +70,25 @@ impl<'a> Specs<'a> {
         self.parse(&CACHE_FROM, typed, spec::cache_from)
     }
 
+    /// The values of `--cache-from` for a command that looks at all caches of a place: each place once,
+    /// whatever names the specs have.
+    pub fn places_from(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {
+        let mut places: Vec<S3Config> = Vec::new();
+        for source in self.cache_from(typed)? {
+            let is_known = |known: &S3Config| {
+                let names = source.names.clone();
+                S3Config {
+                    names,
+                    ..known.clone()
+                } == source
+            };
+            if !places.iter().any(is_known) {
+                places.push(source);
+            }
+        }
+        Ok(places)
+    }
+
     fn parse<T: PartialEq>(
         &mut self,
         flag: &Flag,

@@ -1,8 +1,8 @@
 use super::*;
 use crate::cache::digest::Digest;
 use crate::cli::spec::tests::{env_of, no_env};
+use crate::config::Selection;
 use crate::config::{ExportTask, ImportTask, Missing, Resend};
-use crate::layout::Selection;
 
 const SPEC: &str = "type=s3,region=us-east-1,bucket=cache";
 

@@ -1,0 +1,16 @@
+//! `--format`: a result for people, or for programs.
+
+/// Of a command that shows a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TableFormat {
+    /// for people
+    Table,
+    /// for programs; docs/output.md describes the fields
+    Json,
+}
+
+impl TableFormat {
+    pub fn is_json(self) -> bool {
+        self == TableFormat::Json
+    }
+}
