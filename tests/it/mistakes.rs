@@ -133,8 +133,8 @@ fn words_that_make_no_command() {
     says(
         export(SPEC).args(["--metadata-file", "/nonexistent/file"]),
         expect![[r#"
-            [2]
-            error: cannot write the metadata file /nonexistent/file: there is no directory /nonexistent
+            [1]
+            error: no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the job a role (tried: environment, profile, web identity, container endpoint, EC2 metadata service: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`) (exporting 'buildkit' to s3://cache)
         "#]],
     );
 }
@@ -609,16 +609,16 @@ fn a_clock_that_is_wrong() {
     says(
         export(&server.spec("")),
         expect![[r#"
-        [1]
-        error: http://127.0.0.1:PORT answered 403 RequestTimeTooSkewed, looking for s3://cache/blobs/sha256:DIGEST; this machine's clock is off: set it
-    "#]],
+            [1]
+            error: http://127.0.0.1:PORT answered 403 RequestTimeTooSkewed, looking for s3://cache/blobs/sha256:DIGEST; this machine's clock is 3599 s behind the store's: set it
+        "#]],
     );
     says(
         import(&server.spec("")),
         expect![[r#"
-        [1]
-        error: http://127.0.0.1:PORT answered 403 RequestTimeTooSkewed, reading s3://cache/manifests/buildkit; this machine's clock is off: set it
-    "#]],
+            [1]
+            error: http://127.0.0.1:PORT answered 403 RequestTimeTooSkewed, reading s3://cache/manifests/buildkit; this machine's clock is 3599 s behind the store's: set it
+        "#]],
     );
 }
 
