@@ -583,6 +583,7 @@ fn unsupported<T>() -> StoreResult<T> {
         status: None,
         code: None,
         message: "not done here".into(),
+        located: false,
     })
 }
 

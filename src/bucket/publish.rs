@@ -257,11 +257,11 @@ impl Publisher<'_> {
             counts.transferred += missing.len() as u64;
             counts.bytes += bytes;
             self.progress.note(&format!(
-                "{} disappeared from s3 during the {run}; {sending} again",
+                "{} disappeared from S3 during the {run}; {sending} again",
                 count(missing.len() as u64, "blob")
             ));
         }
-        bail!("something keeps deleting blobs of this cache from s3 while they are {done}")
+        bail!("something keeps deleting blobs of this cache from S3 while they are {done}")
     }
 
     /// Refreshes old blobs; returns those that still are.

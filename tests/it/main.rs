@@ -23,6 +23,7 @@ mod inventory;
 mod lifecycle;
 mod limits;
 mod ls;
+mod mistakes;
 mod output;
 mod program;
 mod races;

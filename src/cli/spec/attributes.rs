@@ -127,8 +127,12 @@ impl Attributes {
         if let Some((_, value)) = types.next()
             && value != "s3"
         {
+            let hint = match value.starts_with("s3") && value.contains('=') {
+                true => "; fields are separated by commas alone",
+                false => "",
+            };
             bail!(
-                "type: {} is not supported (accepted: s3)",
+                "type: {} is not supported (accepted: s3{hint})",
                 quoted(value.as_str())
             );
         }
