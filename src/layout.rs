@@ -12,6 +12,7 @@ mod lock;
 mod prune;
 mod reachable;
 mod read;
+mod space;
 mod staging;
 mod tag;
 #[cfg(test)]
@@ -255,11 +256,16 @@ impl Layout {
             .len();
         if length != size {
             bail!(
-                "blob {digest} of {} is damaged: it has {length} bytes where its descriptor says {size}",
-                self.root.display()
+                "{} is damaged: it has {length} bytes where its descriptor says {size}",
+                self.blob_path(digest).display()
             );
         }
         Ok(file)
+    }
+
+    /// Where a blob is or would be, for messages.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join(BLOBS).join(SHA256).join(digest.hex())
     }
 
     /// Whether the blob is there: a file under its name, which files get only once verified, with this

@@ -59,7 +59,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let env = |name: &str| std::env::var(name).ok();
     let progress = match args.global.progress(&env) {
-        Ok(display) => Progress::new(display, i8::from(args.global.verbose)),
+        Ok(display) => Progress::new(display, i8::from(args.global.verbose > 0)),
         Err(error) => {
             return end(&Progress::new(progress::Display::Quiet, 0), &[error]);
         }
@@ -102,8 +102,7 @@ fn run_command(args: Args, env: cli::spec::Env, progress: &Progress) -> Result<V
     }
     // After hours of work it would be too late.
     if let Some(file) = &metadata_file {
-        report::metadata::check(file)
-            .map_err(|error| args::usage(format!("--metadata-file: {error:#}")))?;
+        report::metadata::check(file).map_err(|error| args::usage(format!("{error:#}")))?;
     }
     let (outcome, printed) = perform(task, progress)?;
     let Outcome {
@@ -178,7 +177,7 @@ fn print(printed: mpsc::Receiver<Printed>, progress: &Progress) -> io::Result<()
     let mut done = Ok(());
     for printed in printed {
         match printed {
-            Printed::Report(report) if report.is_failure() => {}
+            Printed::Report(report) if report.has_failed() => {}
             Printed::Report(report) => match print_line(&report.printed(), progress) {
                 Ok(()) => {}
                 Err(error) => done = Err(error),

@@ -134,6 +134,8 @@ pub struct StoreError {
     /// S3's error code, if there was one.
     pub code: Option<String>,
     pub message: String,
+    /// The message says where on S3, by the address of the object or the bucket.
+    pub located: bool,
 }
 
 impl StoreError {

@@ -252,7 +252,7 @@ impl Publisher<'_> {
             }
             self.count_vanished(plan, &missing, counts);
         }
-        bail!("something keeps deleting blobs of this cache from s3 while they are {done}")
+        bail!("something keeps deleting blobs of this cache from S3 while they are {done}")
     }
 
     /// A prune that listed a blob before it was refreshed may delete it once this run has looked for it
@@ -275,7 +275,7 @@ impl Publisher<'_> {
     fn count_vanished(&self, plan: &Plan, missing: &[(Digest, u64)], counts: &mut Counts) {
         let Words { sending, run, .. } = self.supply.words();
         self.progress.note(&format!(
-            "{} disappeared from s3 during the {run}; {sending} again",
+            "{} disappeared from S3 during the {run}; {sending} again",
             count(missing.len() as u64, "blob")
         ));
         for (digest, size) in missing {

@@ -222,7 +222,7 @@ async fn read_one(place: &Bucket, found: &Found) -> Result<Option<Watched>> {
         Err(Unread::Invalid(reason)) => Err(reason),
         Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
         Err(Unread::Store(error)) => {
-            return Err(anyhow!(error).context(format!("reading the manifest {key} on s3")));
+            return Err(anyhow!(error).context(format!("reading the manifest {key} on S3")));
         }
     };
     Ok(Some(watched(contents)))

@@ -224,7 +224,7 @@ async fn read(source: &S3Config, context: &Context<'_>) -> Result<Option<Origina
     let Some(cache) = bucket.manifest(&source.names[0]).await? else {
         return Ok(None);
     };
-    context.progress.stage("looking for blobs on s3", 0, 0);
+    context.progress.stage("looking for blobs on S3", 0, 0);
     let digests = cache.blobs()?.into_keys();
     let found = bucket.survey(digests, Certainty::Known).await?;
     Ok(Some(Original {
@@ -292,7 +292,7 @@ impl CopyTo<'_> {
         for original in self.originals {
             all.extend(original.cache.blobs()?);
         }
-        self.progress.stage("looking for blobs on s3", 0, 0);
+        self.progress.stage("looking for blobs on S3", 0, 0);
         let surveyed = publish::survey(&self.bucket, &all, self.task.dry_run);
         let (found, uploads) = surveyed.await?;
         let mut dropped = Dropped::default();

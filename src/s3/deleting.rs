@@ -129,6 +129,7 @@ impl S3Store {
                     status: Some(412),
                     code: refusal.code,
                     message: format!("{key} is no longer the same object"),
+                    located: true,
                 })
             }
             Some(Some(refusal)) => {

@@ -68,7 +68,7 @@ impl Remote {
             config.retry_mode,
             config.retry_max_attempts,
             timing.backoff,
-            move |text| reports.note(text),
+            move |text| reports.retry(text),
         );
         let trust = Trust::new(config.ca_bundle.as_deref().map(PathBuf::from));
         let secrets = Secrets::default();

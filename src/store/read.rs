@@ -336,6 +336,7 @@ fn error(kind: Kind, message: String) -> StoreError {
         status: None,
         code: None,
         message,
+        located: false,
     }
 }
 

@@ -159,6 +159,7 @@ impl Uploader {
                 status: None,
                 code: None,
                 message: format!("creating a multipart upload: {panic}"),
+                located: false,
             })
         })
     }

@@ -71,8 +71,8 @@ fn another_name_beside_the_cache_costs_a_manifest() {
         0,
         &[&server],
         expect![[r#"
-        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/a, s3://cache/manifests/b: 0 copied (0 B), 10 already there, 0 refreshed; 24 requests
-    "#]],
+            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/a, s3://cache/manifests/b at http://server: 0 copied (0 B), 10 already there, 0 refreshed; 24 requests
+        "#]],
     );
     for name in ["a", "b"] {
         let manifest = &server.objects()[&format!("manifests/{name}")];
@@ -93,8 +93,8 @@ fn at_one_endpoint_the_server_copies_and_no_blob_travels() {
         0,
         &[&server],
         expect![[r#"
-        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/release/manifests/buildkit: 10 copied (62.9 KiB, 10 on the server), 0 already there, 0 refreshed; 33 requests
-    "#]],
+            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/release/manifests/buildkit at http://server: 10 copied (62.9 KiB, 10 on the server), 0 already there, 0 refreshed; 33 requests
+        "#]],
     );
     assert_eq!(
         (server.count("GetObject"), server.count("PutObject")),
@@ -117,8 +117,8 @@ fn at_one_endpoint_the_server_copies_and_no_blob_travels() {
         0,
         &[&server],
         expect![[r#"
-        copied 5 of 10 blobs (mode=min; mode=max copies all) from s3://cache/manifests/buildkit to s3://other/manifests/buildkit: 5 copied (30.1 KiB, 5 on the server), 0 already there, 0 refreshed; 28 requests
-    "#]],
+            copied 5 of 10 blobs (mode=min; mode=max copies all) from s3://cache/manifests/buildkit to s3://other/manifests/buildkit at http://server: 5 copied (30.1 KiB, 5 on the server), 0 already there, 0 refreshed; 28 requests
+        "#]],
     );
     let manifest = &server.objects_in(OTHER_BUCKET)["manifests/buildkit"];
     assert_eq!(*manifest, s3_manifest("min.json"));
@@ -134,10 +134,10 @@ fn between_endpoints_blobs_pass_through_verified() {
         0,
         &[&from, &to],
         expect![[r#"
-        dry run: would copy 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: would copy 10 (62.9 KiB), 0 already there, would refresh 0; 12 requests
+        dry run: would copy 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: would copy 10 (62.9 KiB), 0 already there, would refresh 0; 12 requests
         reading the manifest
-        looking for blobs on s3
-        looking for blobs on s3
+        looking for blobs on S3
+        looking for blobs on S3
         would copy sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
         would copy sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
         would copy sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
@@ -157,7 +157,7 @@ fn between_endpoints_blobs_pass_through_verified() {
         0,
         &[&from, &to],
         expect![[r#"
-        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: 10 copied (62.9 KiB), 0 already there, 0 refreshed; 43 requests
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 10 copied (62.9 KiB), 0 already there, 0 refreshed; 43 requests
     "#]],
     );
     assert_eq!(to.objects(), from.objects());
@@ -166,7 +166,7 @@ fn between_endpoints_blobs_pass_through_verified() {
         0,
         &[&from, &to],
         expect![[r#"
-        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: 0 copied (0 B), 10 already there, 0 refreshed; 23 requests
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 0 copied (0 B), 10 already there, 0 refreshed; 23 requests
     "#]],
     );
 }
@@ -203,8 +203,8 @@ fn blobs_that_are_there_stay_and_old_ones_are_refreshed() {
         0,
         &[&from, &to],
         expect![[r#"
-        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: 0 copied (0 B), 0 already there, 10 refreshed; 33 requests
-    "#]],
+            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 0 copied (0 B), 0 already there, 10 refreshed; 33 requests
+        "#]],
     );
     assert_eq!(to.count("PutObject"), 1);
     assert_eq!(to.objects(), from.objects());
@@ -238,9 +238,9 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
         0,
         &[&from, &to],
         expect![[r#"
-        copied 5 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit: 5 copied (30.1 KiB), 0 already there, 0 refreshed; 33 requests
-        left out 5 layers and 5 results because blobs are missing
-    "#]],
+            copied 5 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 5 copied (30.1 KiB), 0 already there, 0 refreshed; 33 requests
+            left out 5 layers and 5 results because blobs are missing
+        "#]],
     );
     assert_store_is_sound(&to, "after the copy");
 
@@ -252,7 +252,7 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
     let run = copy(&[from.spec("")], &empty.spec("mode=max")).run();
     let run = run
         .ends_with(1)
-        .says(&format!("blob {key} on s3 is damaged"));
+        .says(&format!("blob {key} on S3 is damaged"));
     assert_eq!(run.stdout, "");
     assert!(
         !empty
@@ -356,8 +356,8 @@ fn several_caches_become_one_as_buildkit_would_have_written_it() {
         0,
         &[&server],
         expect![[r#"
-        copied 3 blobs from s3://cache/manifests/main and s3://cache/manifests/branch to s3://cache/manifests/all: 0 copied (0 B), 3 already there, 0 refreshed; 11 requests
-    "#]],
+            copied 3 blobs from s3://cache/manifests/main and s3://cache/manifests/branch to s3://cache/manifests/all at http://server: 0 copied (0 B), 3 already there, 0 refreshed; 11 requests
+        "#]],
     );
     let names = [
         "source",
@@ -564,12 +564,14 @@ fn the_metadata_file_says_what_was_copied_how() {
         .succeeds();
     let mut document = json_of(&file);
     document["results"][0]["seconds"] = 0.into();
+    document["results"][0]["endpoint"] = "URL".into();
     expect![[r#"
         {
           "version": 1,
           "results": [
             {
               "command": "copy",
+              "endpoint": "URL",
               "bucket": "cache",
               "names": [
                 "buildkit"

@@ -273,7 +273,7 @@ fn a_missing_bucket_ends_the_checks() {
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
               FAILS   list objects                 speed
-                      http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+                      http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; check bucket, region and endpoint_url
                       without it, each blob is looked up by a request of its own
               -       look for a missing object    export, import
               -       put an object                export

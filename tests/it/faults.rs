@@ -545,6 +545,7 @@ fn error(kind: Kind) -> StoreError {
         status: None,
         code: None,
         message: format!("the test's store was told to fail ({kind:?})"),
+        located: false,
     }
 }
 

@@ -5,10 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use futures::future::BoxFuture;
 use layercache::cli::args::{self, Asked};
-use layercache::commands::{Context, Person, perform};
+use layercache::commands::{Context, Nobody, perform};
 use layercache::config::{S3Config, Task};
 use layercache::interrupt::Interrupt;
 use layercache::progress::Progress;
@@ -96,20 +95,6 @@ impl Inside {
                 .join("\n")),
             Err(_) => panic!("the run hangs"),
         }
-    }
-}
-
-/// Reads no plan, and agrees to none.
-struct Nobody;
-
-#[async_trait]
-impl Person for Nobody {
-    async fn show(&self, _: &str) -> std::io::Result<()> {
-        Ok(())
-    }
-
-    async fn confirm(&self, _: &str) -> std::io::Result<Option<bool>> {
-        Ok(None)
     }
 }
 

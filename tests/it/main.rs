@@ -2,6 +2,7 @@
 
 mod aftermath;
 mod behaviour;
+mod claims;
 mod company;
 mod copy;
 mod crashes;
@@ -22,6 +23,7 @@ mod inventory;
 mod lifecycle;
 mod limits;
 mod ls;
+mod mistakes;
 mod output;
 mod program;
 mod prune;
