@@ -118,7 +118,7 @@ fn without_options_only_garbage_goes() {
 
             to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            dry run: nothing was removed from s3://cache; N requests in N s
+            dry run: nothing was removed from s3://cache at http://127.0.0.1:PORT; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -140,7 +140,7 @@ fn without_options_only_garbage_goes() {
 
             to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 2 blobs (18 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 2 blobs (18 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -163,7 +163,7 @@ fn without_options_only_garbage_goes() {
 
             to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -184,7 +184,7 @@ fn caches_go_that_options_choose_and_with_them_their_own_blobs() {
 
             to remove: 1 cache, 3 blobs (21 B), 0 unfinished uploads
             to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 1 cache, 3 blobs (21 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 3 blobs (21 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -218,7 +218,7 @@ fn caches_go_that_options_choose_and_with_them_their_own_blobs() {
 
             to remove: 1 cache, 1 blob (4 B), 0 unfinished uploads
             to keep: 1 cache, 2 blobs (7 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 1 cache, 1 blob (4 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 1 blob (4 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -238,8 +238,8 @@ fn the_last_cache_goes_only_with_allow_empty() {
         1,
         expect![[""]],
         expect![[r#"
-        error: pruning s3://cache: this would remove every cache ('main', 'pr-1', 'pr-2'): --allow-empty allows it
-    "#]],
+            error: this would remove every cache ('main', 'pr-1', 'pr-2'): --allow-empty allows it (pruning s3://cache at http://127.0.0.1:PORT)
+        "#]],
     );
     assert_eq!(caches(&server), "main, pr-1, pr-2");
     prune(&server, "", &[&all[..], &["--allow-empty"]].concat())
@@ -260,10 +260,12 @@ fn json_has_the_whole_plan_and_what_was_done() {
     for cache in document["caches"].as_array_mut().expect("caches") {
         cache["written"] = json!("…");
     }
+    document["endpoint"] = json!("…");
     expect![[r#"
         {
           "version": 1,
           "command": "prune",
+          "endpoint": "…",
           "bucket": "cache",
           "dryRun": false,
           "caches": [
@@ -339,8 +341,8 @@ fn without_a_terminal_and_without_yes_nothing_goes() {
         to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
     "#]],
         expect![[r#"
-        error: pruning s3://cache: nothing was removed: there is no terminal to ask at (--yes does not ask)
-    "#]],
+            error: nothing was removed: there is no terminal to ask at (--yes does not ask)
+        "#]],
     );
     assert_eq!(server.objects(), before);
 }
@@ -413,7 +415,7 @@ fn blobs_and_manifests_may_share_a_prefix() {
 
             to remove: 1 cache, 1 blob (7 B), 0 unfinished uploads
             to keep: 2 caches, 2 blobs (2 B)
-            pruned s3://cache: removed 1 cache, 1 blob (7 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 1 blob (7 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -446,7 +448,7 @@ fn caches_of_other_specs_over_the_same_blobs_keep_theirs() {
 
             to remove: 0 caches, 1 blob (9 B), 0 unfinished uploads
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -487,7 +489,7 @@ fn caches_elsewhere_keep_theirs_if_they_are_named() {
 
             to remove: 0 caches, 1 blob (9 B), 0 unfinished uploads
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -512,11 +514,11 @@ fn among_more_than_ten_thousand_unknown_objects_no_blob_goes() {
 
             to remove: 1 cache, 0 blobs (0 B), 0 unfinished uploads
             to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 1 cache, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[r#"
-        error: pruning s3://cache: no blob is deleted, because more than 10000 objects below the prefix are neither blobs nor manifests, and any may be a cache of another spec: --assume-no-others says that none is
-    "#]],
+            error: no blob is deleted, because more than 10000 objects below the prefix are neither blobs nor manifests, and any may be a cache of another spec: --assume-no-others says that none is (pruning s3://cache at http://127.0.0.1:PORT)
+        "#]],
     );
     assert_eq!(server.count("GetObject"), 3);
     assert_eq!(
@@ -561,11 +563,11 @@ fn while_a_cache_cannot_be_read_no_blob_goes() {
 
             to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
             to keep: 3 caches, 3 blobs (10 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[r#"
-        error: pruning s3://cache: no blob is deleted, because a cache cannot be read: s3://cache/manifests/main (http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/main; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too)
-    "#]],
+            error: no blob is deleted, because a cache cannot be read: s3://cache/manifests/main (http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/main; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too) (pruning s3://cache at http://127.0.0.1:PORT)
+        "#]],
     );
     assert!(texts(&server).contains("garbage 1, garbage 2"));
 }
@@ -586,11 +588,11 @@ fn what_cannot_be_deleted_is_reported_and_the_rest_goes() {
 
             to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
         "#]],
         expect![[r#"
-        error: pruning s3://cache: 1 object could not be deleted: http://127.0.0.1:PORT answered 200 AccessDenied (The test server was told to refuse this.), deleting s3://cache/blobs/sha256:24a453ff47846cf5e1b661da836243b70ccf27ccaad0cb0ecfefa6a807278ecb
-    "#]],
+            error: 1 object could not be deleted: http://127.0.0.1:PORT answered 200 AccessDenied (The test server was told to refuse this.), deleting s3://cache/blobs/sha256:24a453ff47846cf5e1b661da836243b70ccf27ccaad0cb0ecfefa6a807278ecb (pruning s3://cache at http://127.0.0.1:PORT)
+        "#]],
     );
     assert_eq!(texts(&server), "base, garbage 1, main, one, two, young");
 
