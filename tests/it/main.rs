@@ -26,6 +26,7 @@ mod ls;
 mod mistakes;
 mod output;
 mod program;
+mod prune;
 mod races;
 mod retries;
 #[path = "../scripted/mod.rs"]
@@ -35,6 +36,7 @@ mod secrets;
 mod server;
 mod several;
 mod stuck;
+mod sweep;
 mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
