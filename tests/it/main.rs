@@ -34,3 +34,4 @@ mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;
+mod verify;
