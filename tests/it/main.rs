@@ -22,6 +22,7 @@ mod ls;
 mod output;
 mod program;
 mod races;
+mod refresh;
 mod retries;
 #[path = "../scripted/mod.rs"]
 mod scripted;
