@@ -12,6 +12,7 @@ mod lock;
 mod prune;
 mod reachable;
 mod read;
+mod space;
 mod staging;
 mod tag;
 #[cfg(test)]
@@ -37,6 +38,7 @@ pub use self::write::{Documents, Published};
 use crate::cache::DOCUMENT_LIMIT;
 use crate::cache::digest::{Digest, Hasher};
 use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
+use crate::config::Selection;
 use crate::quote::quoted;
 
 const INDEX: &str = "index.json";
@@ -57,26 +59,6 @@ const UNFINISHED: [&str; 6] = [BLOBS, "ingest", STAGING, INDEX, INDEX_LOCK, OCI_
 pub struct Layout {
     root: PathBuf,
     lock_wait: Duration,
-}
-
-/// Which manifest of a layout to use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Selection {
-    /// The tag `latest`, or the only entry.
-    Default,
-    Tag(String),
-    Digest(Digest),
-}
-
-impl Selection {
-    /// What a tag or a digest chooses; not both.
-    pub fn new(tag: Option<String>, digest: Option<Digest>) -> Self {
-        match (tag, digest) {
-            (_, Some(digest)) => Selection::Digest(digest),
-            (Some(tag), None) => Selection::Tag(tag),
-            (None, None) => Selection::Default,
-        }
-    }
 }
 
 impl Layout {
@@ -274,11 +256,16 @@ impl Layout {
             .len();
         if length != size {
             bail!(
-                "blob {digest} of {} is damaged: it has {length} bytes where its descriptor says {size}",
-                self.root.display()
+                "{} is damaged: it has {length} bytes where its descriptor says {size}",
+                self.blob_path(digest).display()
             );
         }
         Ok(file)
+    }
+
+    /// Where a blob is or would be, for messages.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join(BLOBS).join(SHA256).join(digest.hex())
     }
 
     /// Whether the blob is there: a file under its name, which files get only once verified, with this

@@ -1,9 +1,19 @@
 //! Settings of the whole process that many transfers at once need.
 
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The open files that we ask for.
 const OPEN_FILES: u64 = 8_192;
+
+/// Open files that a run needs apart from its transfers: standard streams, the runtime's and the
+/// signals' pipes, the layout's directories and lock, files that a DNS look-up reads.
+const BASE_FILES: usize = 32;
+
+/// Fewer open files than this are not enough for one transfer.
+const LEAST_FILES: usize = BASE_FILES + 8;
 
 /// Raises the soft limit on open files: many blobs at once are many files and connections. The usual
 /// soft limits (1,024, or 256 on macOS) exist for programs that use select(2).
@@ -27,9 +37,39 @@ pub(crate) fn allow_many_files() {
 
 /// `wanted`, or as many as fit when each takes `files` of the open files that are allowed; at least 1.
 pub(crate) fn within_open_files(wanted: usize, files: usize) -> usize {
+    open_files().map_or(wanted, |limit| {
+        (limit.saturating_sub(BASE_FILES) / files).clamp(1, wanted)
+    })
+}
+
+/// The limit on open files; `None`: there is none.
+fn open_files() -> Option<usize> {
     let limit = getrlimit(Resource::Nofile).current;
-    let limit = limit.and_then(|limit| usize::try_from(limit).ok());
-    limit.map_or(wanted, |limit| (limit / files).clamp(1, wanted))
+    limit.and_then(|limit| usize::try_from(limit).ok())
+}
+
+/// Checks that the process may open enough files, and start `threads` threads. The runtime would panic.
+///
+/// # Errors
+/// A limit is too low; the text names it.
+pub(crate) fn check_limits(threads: usize) -> Result<()> {
+    if let Some(files) = open_files() {
+        ensure!(
+            files >= LEAST_FILES,
+            "only {files} open files are allowed, and at least {LEAST_FILES} are needed: raise the \
+             limit (ulimit -n)"
+        );
+    }
+    let gate = parking_lot::Mutex::new(());
+    thread::scope(|scope| {
+        // They wait until the last one was started.
+        let _closed = gate.lock();
+        for _ in 0..threads {
+            thread::Builder::new().spawn_scoped(scope, || drop(gate.lock()))?;
+        }
+        std::io::Result::Ok(())
+    })
+    .context("cannot start threads: raise the limit (ulimit -u, or the container's limit on pids)")
 }
 
 /// Makes a write beyond `ulimit -f` an error, which names the file. By default a signal ends the process

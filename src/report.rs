@@ -37,9 +37,12 @@ pub struct Report<D> {
 pub struct Place {
     /// The command's name.
     pub command: &'static str,
-    /// What it did there, as in "exporting to s3://…".
+    /// What it did there, as in "exporting to".
     #[serde(skip)]
     pub doing: &'static str,
+    /// Where the bucket is, if it is not at AWS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub bucket: String,
     /// The directory, for a command that works on a layout instead of a bucket.
@@ -105,6 +108,10 @@ impl Place {
         Place {
             command,
             doing,
+            endpoint: s3
+                .endpoint_url
+                .as_ref()
+                .map(|url| url.as_str().trim_end_matches('/').to_owned()),
             bucket: s3.bucket.clone(),
             layout: String::new(),
             prefix: String::new(),
@@ -149,8 +156,13 @@ impl Place {
         }
     }
 
-    /// The manifests' addresses, `s3://bucket/key`; the bucket's, if the command is about all of it.
+    /// What the command is about, as [`manifests`](Self::manifests), and the endpoint if it is not AWS.
     pub fn addresses(&self) -> String {
+        format!("{}{}", self.manifests(), self.at_endpoint())
+    }
+
+    /// The manifests' addresses, `s3://bucket/key`; the bucket's, if the command is about all of it.
+    pub fn manifests(&self) -> String {
         if self.keys.is_empty() {
             return self.address();
         }
@@ -159,6 +171,31 @@ impl Place {
             .iter()
             .map(|key| quote::printable(&format!("s3://{}/{key}", self.bucket)).into_owned());
         addresses.collect::<Vec<_>>().join(", ")
+    }
+
+    /// The bucket, and the endpoint if it is not AWS.
+    pub fn bucket(&self) -> String {
+        let bucket = quote::printable(&self.bucket);
+        format!("s3://{bucket}{}", self.at_endpoint())
+    }
+
+    fn at_endpoint(&self) -> String {
+        self.endpoint
+            .as_ref()
+            .map(|endpoint| format!(" at {}", quote::printable(endpoint)))
+            .unwrap_or_default()
+    }
+
+    /// What was done, as in "exporting 'app' to s3://ci-cache".
+    pub fn work(&self) -> String {
+        if self.names.is_empty() {
+            return format!("{} {}", self.doing, self.addresses());
+        }
+        let (names, bucket) = (self.quoted_names(), self.bucket());
+        match self.doing.rsplit_once(' ') {
+            Some((doing, preposition)) => format!("{doing} {names} {preposition} {bucket}"),
+            None => format!("{} {names} in {bucket}", self.doing),
+        }
     }
 
     /// The names, each in quotes.
@@ -195,40 +232,29 @@ impl<D: Details> Report<D> {
         self.error.is_some() && !self.error_ignored
     }
 
-    /// The closing summary for people.
+    /// The closing summary for people, of work that succeeded.
     pub fn summary(&self) -> String {
         let requests = count(self.cost.requests, "request");
         let cost = match self.place.layout.is_empty() {
             true => format!("{requests} in {:.1} s", self.cost.seconds),
             false => format!("{:.1} s", self.cost.seconds),
         };
-        let Some(error) = &self.error else {
-            return self.details.summary(&self.place, &cost);
-        };
-        let ignored = match self.error_ignored {
-            true => ", which is ignored",
-            false => "",
-        };
-        format!(
-            "{} {} failed{ignored}: {}; {cost}",
-            self.place.doing,
-            self.place.addresses(),
-            quote::printable(error)
-        )
+        self.details.summary(&self.place, &cost)
     }
 }
 
 /// A [`Report`] of any command.
 pub trait AnyReport: Debug + Send {
-    fn is_failure(&self) -> bool;
+    /// It failed, whether or not that is ignored.
+    fn has_failed(&self) -> bool;
     /// What goes to stdout: the summary, or a JSON document.
     fn printed(&self) -> String;
     fn json(&self) -> Value;
 }
 
 impl<D: Details> AnyReport for Report<D> {
-    fn is_failure(&self) -> bool {
-        self.is_failure()
+    fn has_failed(&self) -> bool {
+        self.error.is_some()
     }
 
     fn printed(&self) -> String {

@@ -134,6 +134,8 @@ pub struct StoreError {
     /// S3's error code, if there was one.
     pub code: Option<String>,
     pub message: String,
+    /// The message says where on S3, by the address of the object or the bucket.
+    pub located: bool,
 }
 
 impl StoreError {
@@ -185,6 +187,13 @@ pub trait Store: Send + Sync {
     /// Deletes at most 1,000 objects; what became of each key, in their order. A key that is not there
     /// is no error.
     async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>>;
+
+    /// Deletes at most 1,000 objects, each only if its ETag is still the one given, as far as the store
+    /// can compare; what became of each key, in their order. [`Kind::Changed`]: it is another object.
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>>;
 
     /// The bucket's lifecycle rules: S3's XML, under `LifecycleConfiguration`. `None`: it has none.
     async fn lifecycle(&self) -> StoreResult<Option<String>>;

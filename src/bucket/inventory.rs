@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use futures::stream::TryStreamExt;
 use tokio::sync::Semaphore;
 
@@ -157,9 +157,7 @@ impl Bucket {
             Ok(Some(cache)) => Contents::of(&cache).map_err(|error| format!("{error:#}")),
             Err(Unread::Invalid(reason)) => Err(reason),
             Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
-            Err(Unread::Store(error)) => {
-                return Err(anyhow!(error).context(self.reading(&named.name)));
-            }
+            Err(Unread::Store(error)) => return Err(error.into()),
         };
         Ok(Some(Cache { named, contents }))
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use bytes::Bytes;
 
 use crate::bucket::Bucket;
@@ -24,19 +24,23 @@ impl Bucket {
     /// # Errors
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
-        let read = self
-            .read_manifest(name)
-            .await
-            .map_err(|unread| match unread {
-                Unread::Store(error) => anyhow::Error::new(error),
-                Unread::Invalid(reason) => anyhow!(reason),
-            });
-        read.with_context(|| self.reading(name))
+        let read = self.read_manifest(name).await;
+        read.map_err(|unread| match unread {
+            Unread::Store(error) => anyhow::Error::new(error),
+            Unread::Invalid(reason) => {
+                let key = self.config.manifest_key(name);
+                anyhow!("the manifest {key} is damaged: {reason}")
+            }
+        })
     }
 
     pub(super) async fn read_manifest(&self, name: &str) -> Result<Option<CacheConfig>, Unread> {
-        let key = self.config.manifest_key(name);
-        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
+        self.read_manifest_at(&self.config.manifest_key(name)).await
+    }
+
+    /// The manifest at `key`, wherever that is.
+    pub(super) async fn read_manifest_at(&self, key: &str) -> Result<Option<CacheConfig>, Unread> {
+        let read = store::read_whole(&self.store, key, DOCUMENT_LIMIT, check_json).await;
         let Some(bytes) = read.map_err(Unread::from)? else {
             return Ok(None);
         };
@@ -46,22 +50,13 @@ impl Bucket {
             .map_err(|error| Unread::Invalid(self.store.outside(&format!("{error:#}"))))
     }
 
-    /// What goes on, for an error.
-    pub(super) fn reading(&self, name: &str) -> String {
-        let key = self.config.manifest_key(name);
-        format!("reading the manifest {key} on s3")
-    }
-
     /// Writes the manifest called `name`. Every blob that it names must be there.
     ///
     /// # Errors
     /// The store's.
     pub async fn write_manifest(&self, name: &str, manifest: Bytes) -> Result<()> {
         let key = self.config.manifest_key(name);
-        self.store
-            .put(&key, Arc::new(InMemory(manifest)))
-            .await
-            .with_context(|| format!("writing the manifest {key}"))?;
+        self.store.put(&key, Arc::new(InMemory(manifest))).await?;
         self.progress.note(&format!("wrote {key}"));
         Ok(())
     }

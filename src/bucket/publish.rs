@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::bucket::{Bucket, Certainty};
 use crate::cache::digest::Digest;
+use crate::process;
 use crate::progress::{self, Progress};
 use crate::report::count;
 use crate::store::{ObjectInfo, Upload};
@@ -256,11 +257,11 @@ impl Publisher<'_> {
             counts.transferred += missing.len() as u64;
             counts.bytes += bytes;
             self.progress.note(&format!(
-                "{} disappeared from s3 during the {run}; {sending} again",
+                "{} disappeared from S3 during the {run}; {sending} again",
                 count(missing.len() as u64, "blob")
             ));
         }
-        bail!("something keeps deleting blobs of this cache from s3 while they are {done}")
+        bail!("something keeps deleting blobs of this cache from S3 while they are {done}")
     }
 
     /// Refreshes old blobs; returns those that still are.
@@ -275,7 +276,7 @@ impl Publisher<'_> {
                 let refreshed = self.uploader.refresh(&key, &digest, &info).await;
                 (digest, info.size, refreshed)
             })
-            .buffer_unordered(REFRESHES)
+            .buffer_unordered(process::within_open_files(REFRESHES, 1))
             .filter(|(_, _, refreshed)| std::future::ready(*refreshed != Refreshed::Done))
             .collect()
             .await

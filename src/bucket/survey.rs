@@ -8,6 +8,7 @@ use futures::stream::{StreamExt, TryStreamExt};
 use crate::bucket::Bucket;
 use crate::bucket::listing::LISTINGS;
 use crate::cache::digest::Digest;
+use crate::process;
 use crate::store::{Kind, ObjectInfo};
 
 /// HEADs in flight at once.
@@ -55,7 +56,7 @@ impl Bucket {
         }
         let mut heads = futures::stream::iter(wanted)
             .map(|digest| async move { anyhow::Ok((digest, self.blob(&digest).await?)) })
-            .buffer_unordered(HEADS);
+            .buffer_unordered(process::within_open_files(HEADS, 1));
         while let Some((digest, info)) = heads.try_next().await? {
             found.extend(info.map(|info| (digest, info)));
         }

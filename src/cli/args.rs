@@ -9,6 +9,7 @@ mod import;
 mod inspect;
 mod lifecycle;
 mod ls;
+mod prune;
 mod specs;
 mod verify;
 
@@ -18,7 +19,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::error::ErrorKind;
-use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use self::copy::CopyArgs;
 use self::doctor::DoctorArgs;
@@ -27,6 +28,7 @@ use self::import::ImportArgs;
 use self::inspect::InspectArgs;
 use self::lifecycle::LifecycleArgs;
 use self::ls::LsArgs;
+use self::prune::PruneArgs;
 use self::specs::Specs;
 use self::verify::VerifyArgs;
 use crate::cli::manual::Manual;
@@ -41,6 +43,8 @@ use crate::progress::Display;
     name = "layercache",
     version,
     propagate_version = true,
+    // Scripts append flags to those that they are given: the last one wins.
+    args_override_self = true,
     after_help = "\
 Exit status: 0 done, 1 failed, 2 wrong usage, 129, 130 or 143 interrupted.
 
@@ -83,18 +87,22 @@ pub struct Args {
 /// What every subcommand takes.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct Global {
-    /// How progress is shown [default: auto, or BUILDKIT_PROGRESS]
+    /// How to show progress [default: BUILDKIT_PROGRESS, else auto]
     // The variable is read by `Global::progress`: an empty one counts as none, unlike with clap.
     #[arg(long, global = true, value_enum, value_name = "MODE")]
     pub progress: Option<Display>,
+
+    /// Print only the results, warnings and errors: --progress=quiet
+    #[arg(short, long, global = true, overrides_with_all = ["progress", "verbose"])]
+    pub quiet: bool,
 
     /// Write the summary to this file, as JSON
     #[arg(long, global = true, value_name = "FILE")]
     pub metadata_file: Option<PathBuf>,
 
     /// Say more about what is done and why
-    #[arg(short, long, global = true)]
-    pub verbose: bool,
+    #[arg(short, long, global = true, action = ArgAction::Count, overrides_with = "quiet")]
+    pub verbose: u8,
 }
 
 #[derive(Debug, Clone, Subcommand)]
@@ -113,6 +121,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Copy a cache to another place on S3, or merge several into one
     Copy(CopyArgs),
+    /// Remove garbage and old caches from a bucket or a local directory
+    Prune(PruneArgs),
     /// Choose, check or write the lifecycle rules of a bucket
     Lifecycle(LifecycleArgs),
 }
@@ -169,6 +179,9 @@ impl Global {
     /// # Errors
     /// A [`UsageError`] if the variable holds something else.
     pub fn progress(&self, env: Env) -> Result<Display> {
+        if self.quiet {
+            return Ok(Display::Quiet);
+        }
         if let Some(display) = self.progress {
             return Ok(display);
         }
@@ -196,8 +209,9 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
         Command::Ls(ls) => ls.task(&mut specs)?,
         Command::Verify(verify) => verify.task(&mut specs)?,
-        Command::Inspect(inspect) => inspect.task(&mut specs, args.global.verbose)?,
+        Command::Inspect(inspect) => inspect.task(&mut specs, args.global.verbose > 0)?,
         Command::Copy(copy) => copy.task(&mut specs)?,
+        Command::Prune(prune) => prune.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))

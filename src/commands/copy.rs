@@ -19,6 +19,7 @@ use crate::cache::digest::Digest;
 use crate::cache::{CacheConfig, Dropped};
 use crate::commands::{Context, PerSpec, Work, for_each_spec};
 use crate::config::{CopyTask, ExportConfig, Mode, S3Config};
+use crate::process;
 use crate::progress::{self, Progress};
 use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report, count};
@@ -28,6 +29,9 @@ use crate::transfer::upload::Uploader;
 
 /// Copies on the server in flight at once. Each is one request, and the store does the rest.
 const COPIES: usize = 32;
+
+/// Open files of a blob that passes through: connections to both sides, and ones that change over.
+const FILES: usize = 4;
 
 /// How long to go on aborting uploads after a copy failed or was interrupted.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
@@ -88,10 +92,13 @@ impl Details for CopyDetails {
                  ({bytes}), {present} already there, would refresh {refreshed}; {cost}"
             )
         } else {
+            let on_server = match self.on_server {
+                0 => String::new(),
+                n => format!(", {n} on the server"),
+            };
             format!(
-                "copied {blobs} from {sources} to {addresses}: {transferred} copied ({bytes}, {} on the \
-                 server), {present} already there, {refreshed} refreshed; {cost}",
-                self.on_server
+                "copied {blobs} from {sources} to {addresses}: {transferred} copied ({bytes}{on_server}), \
+                 {present} already there, {refreshed} refreshed; {cost}"
             )
         };
         let dropped: Vec<String> = [
@@ -217,7 +224,7 @@ async fn read(source: &S3Config, context: &Context<'_>) -> Result<Option<Origina
     let Some(cache) = bucket.manifest(&source.names[0]).await? else {
         return Ok(None);
     };
-    context.progress.stage("looking for blobs on s3", 0, 0);
+    context.progress.stage("looking for blobs on S3", 0, 0);
     let digests = cache.blobs()?.into_keys();
     let found = bucket.survey(digests, Certainty::Known).await?;
     Ok(Some(Original {
@@ -259,7 +266,7 @@ impl Work<CopyDetails> for CopyTo<'_> {
             bucket: &self.bucket,
             uploader: &self.uploader,
             supply: &supply,
-            parallelism: COPIES,
+            parallelism: process::within_open_files(COPIES, FILES),
             progress: self.progress,
         };
         let done = publisher.execute(plan, &mut report.details.counts).await;
@@ -285,7 +292,7 @@ impl CopyTo<'_> {
         for original in self.originals {
             all.extend(original.cache.blobs()?);
         }
-        self.progress.stage("looking for blobs on s3", 0, 0);
+        self.progress.stage("looking for blobs on S3", 0, 0);
         let surveyed = publish::survey(&self.bucket, &all, self.task.dry_run);
         let (found, uploads) = surveyed.await?;
         let mut dropped = Dropped::default();

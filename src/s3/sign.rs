@@ -1,9 +1,9 @@
 //! SigV4, over as few headers as it allows: proxies rewrite others after signing (Google Cloud
 //! Storage rewrites Accept-Encoding, buildkit#3749).
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use aws_credential_types::Credentials;
 use aws_sigv4::http_request::{
     PayloadChecksumKind, PercentEncodingMode, SignableBody, SignableRequest, SigningSettings,
@@ -11,6 +11,9 @@ use aws_sigv4::http_request::{
 };
 use aws_sigv4::sign::v4;
 use http::{HeaderMap, HeaderName, HeaderValue};
+
+/// 10000-01-01T00:00:00Z, since 1970.
+const YEAR_10000: Duration = Duration::from_secs(253_402_300_800);
 
 /// The payload's part of a signature.
 pub(super) enum Payload<'a> {
@@ -38,6 +41,11 @@ pub(super) fn sign(
     headers: &mut HeaderMap,
     payload: Payload<'_>,
 ) -> Result<String> {
+    // aws-sigv4 would panic: SigV4's dates have four digits for the year.
+    ensure!(
+        now < SystemTime::UNIX_EPOCH + YEAR_10000,
+        "the clock of this machine is past the year 9999: set it"
+    );
     let mut settings = SigningSettings::default();
     // The path is encoded already, and a key may hold what a URI would normalise away.
     settings.percent_encoding_mode = PercentEncodingMode::Single;
@@ -80,8 +88,6 @@ pub(super) fn sign(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn example(uri: &str, extra: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -111,6 +117,21 @@ mod tests {
         )
         .unwrap();
         headers
+    }
+
+    #[test]
+    fn a_clock_past_the_year_9999_is_an_error_that_names_the_clock() {
+        let credentials = Credentials::new("id", "secret", None, None, "test");
+        let (uri, payload) = ("http://h/", Payload::Unsigned);
+        let now = SystemTime::UNIX_EPOCH + YEAR_10000;
+        let headers = &mut HeaderMap::from_iter([(http::header::HOST, "h".parse().unwrap())]);
+        let error = sign(&credentials, "r", now, "GET", uri, headers, payload).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the clock of this machine is past the year 9999: set it"
+        );
+        let (now, payload) = (now - Duration::from_secs(1), Payload::Unsigned);
+        sign(&credentials, "r", now, "GET", uri, headers, payload).unwrap();
     }
 
     // The two examples of AWS's page on the authorization header that sign nothing but the host

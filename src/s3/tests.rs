@@ -18,6 +18,7 @@ use crate::config::{RetryMode, StaticCredentials};
 use crate::store::{ByteStream, Kind};
 
 mod floods;
+mod recordings;
 mod secrets;
 mod stores;
 mod strangers;

@@ -79,7 +79,7 @@ impl ObjectSource {
     }
 
     fn gone(&self) -> anyhow::Error {
-        anyhow!("blob {} is no longer on s3", self.key)
+        anyhow!("blob {} is no longer on S3", self.key)
     }
 
     fn explain(&self, error: StoreError) -> anyhow::Error {

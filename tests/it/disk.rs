@@ -255,38 +255,6 @@ fn a_file_that_has_grown_before_fails_the_export() {
     assert_eq!(server.objects().len(), 0);
 }
 
-#[test]
-fn a_limit_on_the_size_of_files_fails_the_import_and_the_next_one_finishes() {
-    let server = Server::start();
-    for (name, size) in [("small", 70_000), ("large", 9 * MIB)] {
-        put_cache(&server, name, &[size, 300]);
-        let spec = server.spec(&format!("name={name}"));
-        let layout = tempfile::tempdir().expect("a temporary directory");
-        let mut command: Command = Program::import(&spec, layout.path()).into();
-        unsafe {
-            command.pre_exec(|| {
-                let limit = libc::rlimit {
-                    rlim_cur: 64 << 10,
-                    rlim_max: 64 << 10,
-                };
-                match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
-                    0 => Ok(()),
-                    _ => Err(std::io::Error::last_os_error()),
-                }
-            });
-        }
-        Run::from(command.output().expect("the program starts"))
-            .ends_with(1)
-            .says("writing blob sha256:")
-            .says("File too large");
-        assert_layout_is_sound(layout.path(), name);
-        assert!(!layout.path().join("index.json").exists());
-        Program::import(&spec, layout.path()).run().succeeds();
-        assert_layout_is_sound(layout.path(), name);
-        assert!(!layout.path().join(".layercache").exists());
-    }
-}
-
 /// Mounts (or, with `remount`, resizes) a file system in memory, visible only to this thread and its
 /// children. False where that is not allowed.
 #[cfg(target_os = "linux")]
@@ -373,7 +341,7 @@ fn a_metadata_file_that_has_no_place_is_found_out_before_any_request() {
             .arg(file)
             .run()
             .ends_with(2)
-            .says("--metadata-file: cannot write metadata file")
+            .says("error: cannot write the metadata file ")
             .says(&file.display().to_string());
     }
     assert_eq!(server.log().len(), 0);

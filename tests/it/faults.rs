@@ -545,6 +545,7 @@ fn error(kind: Kind) -> StoreError {
         status: None,
         code: None,
         message: format!("the test's store was told to fail ({kind:?})"),
+        located: false,
     }
 }
 
@@ -648,6 +649,13 @@ impl Store for FaultStore {
 
     async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>> {
         self.call(self.store.delete(keys)).await
+    }
+
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>> {
+        self.call(self.store.delete_unchanged(objects)).await
     }
 
     async fn lifecycle(&self) -> StoreResult<Option<String>> {

@@ -8,6 +8,7 @@ use s3s::dto::{
     TransitionStorageClass,
 };
 
+use crate::output::lasting;
 use crate::program::{Program, Run};
 use crate::server::Server;
 
@@ -63,7 +64,7 @@ fn printed(run: &Run) -> String {
         text.push_str(line);
         text.push('\n');
     }
-    text
+    lasting(&text)
 }
 
 #[track_caller]
@@ -228,8 +229,8 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
         lifecycle(&server, "", &["--check"]),
         0,
         expect![[r#"
-        s3://cache has 0 lifecycle rules; 1 request
-    "#]],
+            s3://cache at http://127.0.0.1:PORT has 0 lifecycle rules; 1 request
+        "#]],
     );
 
     let disabled = LifecycleRule {
@@ -256,16 +257,16 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
         lifecycle(&server, "", &["--check"]),
         0,
         expect![[r#"
-        s3://cache has 4 lifecycle rules; 1 request
-          ok      off (prefix "")
-                  it is disabled
-          ok      tagged (prefix "")
-                  it is about tagged objects, and caches have no tags
-          ok      logs (prefix "logs/")
-                  it is about other objects
-          ok      all (prefix "")
-                  deletes blobs and manifests 30 d after they were written or refreshed; a cache that is not exported for 29 d loses blobs up to 24 h before its manifest
-    "#]],
+            s3://cache at http://127.0.0.1:PORT has 4 lifecycle rules; 1 request
+              ok      off (prefix "")
+                      it is disabled
+              ok      tagged (prefix "")
+                      it is about tagged objects, and caches have no tags
+              ok      logs (prefix "logs/")
+                      it is about other objects
+              ok      all (prefix "")
+                      deletes blobs and manifests 30 d after they were written or refreshed; a cache that is not exported for 29 d loses blobs up to 24 h before its manifest
+        "#]],
     );
 
     server.set_lifecycle(vec![expire("too-soon", "", 1), archive("cold", "blobs/")]);
@@ -273,12 +274,12 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
         lifecycle(&server, "", &["--check"]),
         1,
         expect![[r#"
-            s3://cache has 2 lifecycle rules; 1 request
+            s3://cache at http://127.0.0.1:PORT has 2 lifecycle rules; 1 request
               BREAKS  too-soon (prefix "")
                       deletes blobs 1 d after they were written, but exports rely on those younger than touch_refresh (24 h)
               BREAKS  cold (prefix "blobs/")
                       moves blobs to GLACIER, where a build cannot read them
-            error: 2 lifecycle rules of s3://cache can break builds
+            error: 2 lifecycle rules of s3://cache at http://127.0.0.1:PORT can break builds
         "#]],
     );
 
@@ -287,11 +288,11 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
         lifecycle(&server, "", &["--check"]),
         1,
         expect![[r#"
-        s3://cache has 1 lifecycle rule; 1 request
-          BREAKS  blobs (prefix "blobs/")
-                  deletes blobs after 30 d, but no rule deletes manifests: a cache that is not exported for 29 d names blobs that are gone
-        error: 1 lifecycle rule of s3://cache can break builds
-    "#]],
+            s3://cache at http://127.0.0.1:PORT has 1 lifecycle rule; 1 request
+              BREAKS  blobs (prefix "blobs/")
+                      deletes blobs after 30 d, but no rule deletes manifests: a cache that is not exported for 29 d names blobs that are gone
+            error: 1 lifecycle rule of s3://cache at http://127.0.0.1:PORT can break builds
+        "#]],
     );
 
     server.set_lifecycle(vec![expire("manifests", "manifests/", 30)]);
@@ -299,11 +300,11 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
         lifecycle(&server, "", &["--check"]),
         1,
         expect![[r#"
-        s3://cache has 1 lifecycle rule; 1 request
-          BREAKS  manifests (prefix "manifests/")
-                  deletes manifests 30 d after the last export, but no rule deletes their blobs: builds lose the cache, and its space is not freed
-        error: 1 lifecycle rule of s3://cache can break builds
-    "#]],
+            s3://cache at http://127.0.0.1:PORT has 1 lifecycle rule; 1 request
+              BREAKS  manifests (prefix "manifests/")
+                      deletes manifests 30 d after the last export, but no rule deletes their blobs: builds lose the cache, and its space is not freed
+            error: 1 lifecycle rule of s3://cache at http://127.0.0.1:PORT can break builds
+        "#]],
     );
 
     server.set_lifecycle(vec![
@@ -314,13 +315,13 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
         lifecycle(&server, "", &["--check"]),
         1,
         expect![[r#"
-        s3://cache has 2 lifecycle rules; 1 request
-          BREAKS  blobs (prefix "blobs/")
-                  deletes blobs after 10 d, but manifests only after 30 d: a cache that is not exported for 9 d names blobs that are gone
-          ok      manifests (prefix "manifests/")
-                  deletes manifests 30 d after the last export
-        error: 1 lifecycle rule of s3://cache can break builds
-    "#]],
+            s3://cache at http://127.0.0.1:PORT has 2 lifecycle rules; 1 request
+              BREAKS  blobs (prefix "blobs/")
+                      deletes blobs after 10 d, but manifests only after 30 d: a cache that is not exported for 9 d names blobs that are gone
+              ok      manifests (prefix "manifests/")
+                      deletes manifests 30 d after the last export
+            error: 1 lifecycle rule of s3://cache at http://127.0.0.1:PORT can break builds
+        "#]],
     );
 }
 
@@ -333,8 +334,8 @@ fn the_rules_are_written_beside_those_of_others_once_and_pass_the_check() {
         lifecycle(&server, "", &["--apply"]),
         0,
         expect![[r#"
-        wrote 3 lifecycle rules to s3://cache, beside 1 rule of others; 2 requests
-    "#]],
+            wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests
+        "#]],
     );
     let rules = server.lifecycle();
     assert_eq!((rules.len(), &rules[0]), (4, &logs));
@@ -342,24 +343,24 @@ fn the_rules_are_written_beside_those_of_others_once_and_pass_the_check() {
         lifecycle(&server, "", &["--apply"]),
         0,
         expect![[r#"
-        s3://cache has these 3 lifecycle rules already; 1 request
-    "#]],
+            s3://cache at http://127.0.0.1:PORT has these 3 lifecycle rules already; 1 request
+        "#]],
     );
     assert_eq!(server.count("PutBucketLifecycleConfiguration"), 1);
     prints(
         lifecycle(&server, "", &["--check"]),
         0,
         expect![[r#"
-        s3://cache has 4 lifecycle rules; 1 request
-          ok      logs (prefix "logs/")
-                  it is about other objects
-          ok      layercache-manifests-4085145e (prefix "manifests/")
-                  deletes manifests 14 d after the last export
-          ok      layercache-blobs-80771c33 (prefix "blobs/sha256:")
-                  deletes blobs 16 d after they were written or refreshed
-          ok      layercache-uploads-80771c33 (prefix "blobs/sha256:")
-                  aborts multipart uploads 2 d after they began
-    "#]],
+            s3://cache at http://127.0.0.1:PORT has 4 lifecycle rules; 1 request
+              ok      logs (prefix "logs/")
+                      it is about other objects
+              ok      layercache-manifests-4085145e (prefix "manifests/")
+                      deletes manifests 14 d after the last export
+              ok      layercache-blobs-80771c33 (prefix "blobs/sha256:")
+                      deletes blobs 16 d after they were written or refreshed
+              ok      layercache-uploads-80771c33 (prefix "blobs/sha256:")
+                      aborts multipart uploads 2 d after they began
+        "#]],
     );
 
     // Other days replace ours, another prefix stands beside it.
@@ -377,9 +378,9 @@ fn writing_rules_warns_of_a_rule_of_others_that_breaks_builds() {
         lifecycle(&server, "", &["--apply"]),
         0,
         expect![[r#"
-        wrote 3 lifecycle rules to s3://cache, beside 1 rule of others; 2 requests
-        warning: the rule "cold" moves blobs and manifests to GLACIER, where a build cannot read them
-    "#]],
+            wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests
+            warning: the rule "cold" moves blobs and manifests to GLACIER, where a build cannot read them
+        "#]],
     );
 }
 
@@ -404,15 +405,15 @@ fn the_metadata_file_holds_the_judgement() {
     lifecycle(&server, "", &["--check", "--metadata-file", path]).ends_with(1);
     let mut document = json_of(&file);
     document["results"][0]["seconds"] = 0.into();
+    document["results"][0]["endpoint"] = "URL".into();
     expect![[r#"
         {
           "version": 1,
           "results": [
             {
               "command": "lifecycle",
+              "endpoint": "URL",
               "bucket": "cache",
-              "names": [],
-              "keys": [],
               "action": "check",
               "rules": [
                 {

@@ -47,7 +47,7 @@ fn a_table_shows_all_caches_and_what_else_there_is() {
             gone           2 d ago      10  62.9 KiB  62.9 KiB            -       10
             main           3 h ago       2  3.05 MiB       0 B      6 d ago        0
 
-            3 caches of 13 blobs (3.12 MiB) in s3://cache; 6 requests in N s
+            3 caches of 13 blobs (3.12 MiB) in s3://cache at http://127.0.0.1:PORT; 6 requests in N s
             no cache needs 1 blob (6 B)
             neither blob nor manifest: 1 object (5 B)
             unreadable: manifests/broken: reading the cache manifest: invalid type: string "none", expected a sequence at line 1 column 17
@@ -64,14 +64,14 @@ fn caches_are_chosen_by_name_and_sorted() {
         .succeeds()
         .prints(
             expect![[r#"
-            name           written  layers      size    unique  oldest blob  missing
-            main           3 h ago       2  3.05 MiB       0 B      6 d ago        0
-            feature/login  2 d ago       3  3.06 MiB  4.88 KiB      6 d ago        0
+                name           written  layers      size    unique  oldest blob  missing
+                main           3 h ago       2  3.05 MiB       0 B      6 d ago        0
+                feature/login  2 d ago       3  3.06 MiB  4.88 KiB      6 d ago        0
 
-            2 caches of 3 blobs (3.06 MiB) in s3://cache; 6 requests in N s
-            no cache needs 1 blob (6 B)
-            neither blob nor manifest: 1 object (5 B)
-        "#]],
+                2 caches of 3 blobs (3.06 MiB) in s3://cache at http://127.0.0.1:PORT; 6 requests in N s
+                no cache needs 1 blob (6 B)
+                neither blob nor manifest: 1 object (5 B)
+            "#]],
             expect![[r#"
             Ns looking at the bucket
         "#]],
@@ -84,7 +84,7 @@ fn caches_are_chosen_by_name_and_sorted() {
             main           3 h ago       2  3.05 MiB       0 B      6 d ago        0
             gone           2 d ago      10  62.9 KiB  62.9 KiB            -       10
 
-            3 caches of 13 blobs (3.12 MiB) in s3://cache; 6 requests in N s
+            3 caches of 13 blobs (3.12 MiB) in s3://cache at http://127.0.0.1:PORT; 6 requests in N s
             no cache needs 1 blob (6 B)
             neither blob nor manifest: 1 object (5 B)
             unreadable: manifests/broken: reading the cache manifest: invalid type: string "none", expected a sequence at line 1 column 17
@@ -93,7 +93,7 @@ fn caches_are_chosen_by_name_and_sorted() {
         "#]]);
     ls(&spec, &["--name", "nothing/*"]).succeeds().prints(
         expect![[r#"
-            no cache in s3://cache matches 'nothing/*'; 6 requests in N s
+            no cache in s3://cache at http://127.0.0.1:PORT matches 'nothing/*'; 6 requests in N s
             no cache needs 1 blob (6 B)
             neither blob nor manifest: 1 object (5 B)
         "#]],
@@ -126,6 +126,7 @@ fn json_has_the_same_and_more() {
             {
               "version": 1,
               "command": "ls",
+              "endpoint": "http://127.0.0.1:PORT",
               "bucket": "cache",
               "caches": [
                 {
@@ -178,16 +179,18 @@ fn each_place_is_listed_once_whatever_names_its_specs_have() {
         .run();
     run.succeeds().prints(
         expect![[r#"
-        name  written  layers   size  unique  oldest blob  missing
-        main  1 h ago       1  300 B   300 B      1 h ago        0
+            name  written  layers   size  unique  oldest blob  missing
+            main  1 h ago       1  300 B   300 B      1 h ago        0
 
-        1 cache of 1 blob (300 B) in s3://cache; 3 requests in N s
-        no caches in s3://cache/elsewhere/; 2 requests in N s
-    "#]],
+            1 cache of 1 blob (300 B) in s3://cache at http://127.0.0.1:PORT; 3 requests in N s
+            no caches in s3://cache/elsewhere/ at http://127.0.0.1:PORT; 2 requests in N s
+        "#]],
         expect![[r#"
-        Ns looking at the bucket
-        Ns looking at the bucket
-    "#]],
+            Ns listing the caches of s3://cache at http://127.0.0.1:PORT (1 of 2)
+            Ns looking at the bucket
+            Ns listing the caches of s3://cache/elsewhere/ at http://127.0.0.1:PORT (2 of 2)
+            Ns looking at the bucket
+        "#]],
     );
 }
 
@@ -199,6 +202,6 @@ fn a_bucket_that_is_not_there_is_an_error() {
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
             Ns looking at the bucket
-            error: listing the caches of s3://absent: http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            error: http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; check bucket, region and endpoint_url
         "#]]);
 }

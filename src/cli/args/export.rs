@@ -7,8 +7,8 @@ use anyhow::Result;
 use crate::cache::digest::Digest;
 use crate::cli::args::specs::{SpecText, Specs, check_layout};
 use crate::cli::args::tag_name;
+use crate::config::Selection;
 use crate::config::{ExportTask, Resend, Task};
-use crate::layout::Selection;
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\

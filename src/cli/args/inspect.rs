@@ -8,8 +8,7 @@ use crate::cache::digest::Digest;
 use crate::cli::args::format::TreeFormat;
 use crate::cli::args::specs::{SpecText, Specs, check_layout};
 use crate::cli::args::{tag_name, usage};
-use crate::config::{InspectTask, Origin, Task};
-use crate::layout::Selection;
+use crate::config::{InspectTask, Origin, Selection, Task};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
