@@ -28,6 +28,7 @@ mod output;
 mod program;
 mod prune;
 mod races;
+mod refresh;
 mod retries;
 #[path = "../scripted/mod.rs"]
 mod scripted;
@@ -41,3 +42,4 @@ mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;
+mod verify;
