@@ -5,6 +5,7 @@
 //! - `listing` lists all objects below a prefix, in parallel where there are many.
 //! - `names` lists the manifests.
 //! - `manifest` reads one, and writes one.
+//! - `watch` follows the caches that need blobs while blobs are deleted.
 //! - `inventory` is all of it in one value: every cache, every blob that one needs, and how much else
 //!   there is.
 
@@ -15,12 +16,14 @@ mod names;
 pub mod publish;
 pub mod rules;
 mod survey;
+pub mod watch;
 
 use std::sync::Arc;
 
 use anyhow::Result;
 
 pub use self::inventory::{Cache, Contents, Inventory, Tally};
+pub use self::listing::Pages;
 pub use self::names::Named;
 pub use self::survey::Certainty;
 use crate::cache::digest::Digest;

@@ -5,13 +5,16 @@ pub mod copy;
 pub mod doctor;
 pub mod export;
 pub mod import;
+pub mod inspect;
 pub mod lifecycle;
 pub mod ls;
+pub mod prune;
+pub mod verify;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 
@@ -39,11 +42,62 @@ pub struct Context<'a> {
     pub limits: Limits,
     pub interrupt: &'a Interrupt,
     pub progress: &'a Progress,
+    /// Who is told of a plan, and may agree to it.
+    pub person: &'a dyn Person,
     /// Called with each report as soon as it is complete.
     pub finished: &'a (dyn Fn(Box<dyn AnyReport>) + Send + Sync),
 }
 
+/// The person at the terminal.
+#[async_trait]
+pub trait Person: Send + Sync {
+    /// Prints to stdout now, after the results before it.
+    ///
+    /// # Errors
+    /// stdout's.
+    async fn show(&self, text: &str) -> std::io::Result<()>;
+
+    /// Asks for a yes or no. `None`: nobody is there.
+    ///
+    /// # Errors
+    /// stdin's.
+    async fn confirm(&self, question: &str) -> std::io::Result<Option<bool>>;
+}
+
+/// A plan needs consent, and nobody can be asked: exit status 2.
+#[derive(Debug)]
+pub struct NobodyToAsk;
+
+impl std::fmt::Display for NobodyToAsk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nothing was removed: there is no terminal to ask at (--yes does not ask)")
+    }
+}
+
+impl std::error::Error for NobodyToAsk {}
+
 impl Context<'_> {
+    /// Shows a plan, and returns if it may be carried out.
+    ///
+    /// # Errors
+    /// [`NobodyToAsk`], or the answer is no.
+    async fn agree(&self, plan: &str, question: &str) -> Result<()> {
+        self.person
+            .show(plan)
+            .await
+            .context("cannot write the plan to stdout")?;
+        match self
+            .person
+            .confirm(question)
+            .await
+            .context("reading the answer")?
+        {
+            Some(true) => Ok(()),
+            Some(false) => Err(anyhow!("nothing was removed: the answer was no")),
+            None => Err(NobodyToAsk.into()),
+        }
+    }
+
     fn finish<D: Details>(&self, report: &Report<D>) {
         self.progress.result(&report.json());
         (self.finished)(Box::new(report.clone()));
@@ -57,9 +111,12 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Import(task) => import::run(task, context).await,
         Task::Doctor(task) => doctor::run(task, context).await,
         Task::Copy(task) => copy::run(task, context).await,
+        Task::Prune(task) => prune::run(task, context).await,
+        Task::PruneLayout(task) => prune::run_local(task, context).await,
         Task::Lifecycle(task) => lifecycle::run(task, context).await,
         Task::Ls(task) => ls::run(task, context).await,
-        Task::Inspect(_) => Outcome::default(),
+        Task::Inspect(task) => inspect::run(task, context).await,
+        Task::Verify(task) => verify::run(task, context).await,
     }
 }
 
@@ -213,6 +270,31 @@ async fn run_one<C: PerSpec>(
     };
     report.cost.seconds = began.elapsed().as_secs_f64();
     (report, done)
+}
+
+/// Runs `work` on a layout in place of a spec. There is one report, which begins as `report`.
+async fn on_layout<D: Details>(
+    mut report: Report<D>,
+    work: impl Future<Output = Result<D>>,
+    context: &Context<'_>,
+) -> (Vec<Report<D>>, Vec<anyhow::Error>) {
+    let began = Instant::now();
+    let done = context.interrupt.or(work).await;
+    report.cost.seconds = began.elapsed().as_secs_f64();
+    let mut errors = Vec::new();
+    match done {
+        Ok(details) => report.details = details,
+        Err(error) => {
+            report.fail(&error);
+            errors.push(error.context(format!(
+                "{} {}",
+                report.place.doing,
+                report.place.address()
+            )));
+        }
+    }
+    context.finish(&report);
+    (vec![report], errors)
 }
 
 /// If the preparation fails, no spec can be tried. That is one error, and every report has it.

@@ -106,8 +106,11 @@ pub enum Task {
     Doctor(DoctorTask),
     Copy(CopyTask),
     Lifecycle(LifecycleTask),
+    Prune(PruneTask),
+    PruneLayout(PruneLayoutTask),
     Ls(LsTask),
     Inspect(InspectTask),
+    Verify(VerifyTask),
 }
 
 /// From one layout to at least one cache on S3.
@@ -130,6 +133,17 @@ pub enum Selection {
     Default,
     Tag(String),
     Digest(Digest),
+}
+
+impl Selection {
+    /// What a tag or a digest chooses; not both.
+    pub fn new(tag: Option<String>, digest: Option<Digest>) -> Self {
+        match (tag, digest) {
+            (_, Some(digest)) => Selection::Digest(digest),
+            (Some(tag), None) => Selection::Tag(tag),
+            (None, None) => Selection::Default,
+        }
+    }
 }
 
 /// Which blobs that S3 has already an export sends again.
@@ -246,5 +260,75 @@ pub struct InspectTask {
     /// Show the layers' diffIDs.
     pub diff_ids: bool,
     /// Print JSON instead of a tree.
+    pub json: bool,
+}
+
+/// Remove garbage, and the caches that are chosen, from at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PruneTask {
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    pub choice: CacheChoice,
+    /// Places elsewhere whose caches need the same blobs.
+    pub also: Vec<S3Config>,
+    /// No other spec's caches need the blobs: do not look for any.
+    pub only_own: bool,
+    /// How old a blob that no cache needs must be to go; at least each target's touch_refresh. `None`:
+    /// a day more than that.
+    pub grace: Option<Duration>,
+    /// Rewrite manifests that name blobs which were deleted meanwhile.
+    pub repair: bool,
+    pub consent: Consent,
+    pub json: bool,
+}
+
+/// Which caches are to be removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CacheChoice {
+    pub older_than: Option<Duration>,
+    /// So many stay, those that were written last.
+    pub keep_last: Option<usize>,
+    /// Only these may go; empty: all may.
+    pub name: Vec<glob::Pattern>,
+    /// These stay.
+    pub keep: Vec<glob::Pattern>,
+    /// Bytes: the oldest go until the blobs of the rest fit.
+    pub max_size: Option<u64>,
+    /// All caches may go.
+    pub allow_empty: bool,
+}
+
+/// Remove garbage from a layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PruneLayoutTask {
+    pub layout: PathBuf,
+    /// How old a blob that nothing reaches must be to go.
+    pub grace: Duration,
+    pub consent: Consent,
+    pub json: bool,
+}
+
+/// Whether a plan may be carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consent {
+    /// Ask.
+    Ask,
+    /// Do not ask.
+    Given,
+    /// Stop after the plan.
+    DryRun,
+}
+
+/// Find out whether all caches of a place are whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyTask {
+    pub origin: Origin,
+    /// Hash every blob.
+    pub deep: bool,
+    /// Make caches usable that are not whole.
+    pub repair: bool,
+    /// Where an interrupted run leaves what it has verified. `None`: nowhere.
+    pub state: Option<PathBuf>,
+    /// Print JSON instead of a table.
     pub json: bool,
 }

@@ -171,6 +171,17 @@ impl Layout {
         }
     }
 
+    /// The entries of `index.json`: the tag or full name of each, if it has one, and its descriptor or
+    /// why it cannot be used.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn entries(&self) -> Result<Vec<(Option<String>, Result<Descriptor, String>)>> {
+        let root = self.open_root()?;
+        let _lock = IndexLock::shared(&root, self.lock_wait)?;
+        Ok(read_index(&root)?.map_or_else(Vec::new, |index| index.named()))
+    }
+
     /// A descriptor derived from the manifest itself.
     fn unnamed_manifest(&self, root: &Dir, digest: &Digest) -> Result<Option<Descriptor>> {
         #[derive(Deserialize)]
@@ -264,7 +275,11 @@ impl Layout {
             .is_ok_and(|found| found == Some(size))
     }
 
-    fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
+    /// Bytes of the file under the blob's name. `None`: there is none.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
         let Some(root) = self.existing_root()? else {
             return Ok(None);
         };

@@ -5,6 +5,7 @@ pub mod metadata;
 pub mod table;
 
 use std::fmt::Debug;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -42,7 +43,11 @@ pub struct Place {
     /// Where the bucket is, if it is not at AWS.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub bucket: String,
+    /// The directory, for a command that works on a layout instead of a bucket.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub layout: String,
     /// For a command that looks at all that is below it.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub prefix: String,
@@ -108,6 +113,7 @@ impl Place {
                 .as_ref()
                 .map(|url| url.as_str().trim_end_matches('/').to_owned()),
             bucket: s3.bucket.clone(),
+            layout: String::new(),
             prefix: String::new(),
             names: names.to_vec(),
             keys: names.iter().map(|name| s3.manifest_key(name)).collect(),
@@ -127,8 +133,22 @@ impl Place {
         }
     }
 
-    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it.
+    /// The layout in this directory.
+    pub fn layout(command: &'static str, doing: &'static str, root: &Path) -> Self {
+        Place {
+            command,
+            doing,
+            layout: root.display().to_string(),
+            ..Place::default()
+        }
+    }
+
+    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it; or
+    /// the layout's directory.
     pub fn address(&self) -> String {
+        if !self.layout.is_empty() {
+            return quote::printable(&self.layout).into_owned();
+        }
         match self.keys.first() {
             Some(key) => format!("s3://{}/{key}", self.bucket),
             None if self.prefix.is_empty() => format!("s3://{}", self.bucket),
@@ -214,11 +234,11 @@ impl<D: Details> Report<D> {
 
     /// The closing summary for people, of work that succeeded.
     pub fn summary(&self) -> String {
-        let cost = format!(
-            "{} in {:.1} s",
-            count(self.cost.requests, "request"),
-            self.cost.seconds
-        );
+        let requests = count(self.cost.requests, "request");
+        let cost = match self.place.layout.is_empty() {
+            true => format!("{requests} in {:.1} s", self.cost.seconds),
+            false => format!("{:.1} s", self.cost.seconds),
+        };
         self.details.summary(&self.place, &cost)
     }
 }

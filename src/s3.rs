@@ -176,6 +176,13 @@ impl Store for S3Store {
         self.delete_objects(keys).await
     }
 
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>> {
+        self.delete_unchanged_objects(objects).await
+    }
+
     async fn lifecycle(&self) -> StoreResult<Option<String>> {
         self.get_lifecycle().await
     }

@@ -188,6 +188,13 @@ pub trait Store: Send + Sync {
     /// is no error.
     async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>>;
 
+    /// Deletes at most 1,000 objects, each only if its ETag is still the one given, as far as the store
+    /// can compare; what became of each key, in their order. [`Kind::Changed`]: it is another object.
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>>;
+
     /// The bucket's lifecycle rules: S3's XML, under `LifecycleConfiguration`. `None`: it has none.
     async fn lifecycle(&self) -> StoreResult<Option<String>>;
 

@@ -155,12 +155,9 @@ impl Bucket {
         let contents = match self.read_manifest(&named.name).await {
             Ok(None) => return Ok(None),
             Ok(Some(cache)) => Contents::of(&cache).map_err(|error| format!("{error:#}")),
-            Err(Unread::Damaged(reason)) => Err(reason),
-            Err(Unread::Store(error)) => match error.kind {
-                Kind::Missing => return Ok(None),
-                Kind::Unavailable | Kind::NoBucket | Kind::NotS3 => return Err(error.into()),
-                _ => Err(error.message),
-            },
+            Err(Unread::Invalid(reason)) => Err(reason),
+            Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
+            Err(Unread::Store(error)) => return Err(error.into()),
         };
         Ok(Some(Cache { named, contents }))
     }

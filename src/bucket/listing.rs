@@ -57,14 +57,26 @@ impl Bucket {
     }
 
     /// All blobs, and whatever is between them: sixteen listings side by side.
-    pub(super) fn blobs_in_parallel(&self) -> Pages {
-        let (store, digests) = (Arc::clone(&self.store), self.digests());
-        let listings = DIGITS.chars().map(move |digit| {
-            let prefix = format!("{digests}{digit}");
-            Listing::new(&store, prefix, None).pages().boxed()
-        });
-        futures::stream::iter(listings)
+    pub fn blobs_in_parallel(&self) -> Pages {
+        futures::stream::iter(self.blob_listings())
             .flatten_unordered(LISTINGS)
+            .boxed()
+    }
+
+    /// The sixteen listings of blobs. Each lists a page when it is polled, and not before.
+    pub fn blob_listings(&self) -> Vec<Pages> {
+        let digests = self.digests();
+        let listings = DIGITS.chars().map(|digit| {
+            let prefix = format!("{digests}{digit}");
+            Listing::new(&self.store, prefix, None).pages().boxed()
+        });
+        listings.collect()
+    }
+
+    /// The objects whose keys begin with `prefix`, without the blobs.
+    pub(super) fn all_but_blobs(&self, prefix: &str) -> Pages {
+        Listing::new(&self.store, prefix.to_owned(), Some(self.digests()))
+            .pages()
             .boxed()
     }
 

@@ -7,14 +7,15 @@ use bytes::Bytes;
 
 use crate::bucket::Bucket;
 use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
-use crate::store::{self, StoreError};
+use crate::store::{self, Kind, StoreError, StoreResult};
 use crate::transfer::body::InMemory;
 
 /// Why a manifest was not read.
 pub(super) enum Unread {
+    /// The store does not answer, or refuses every request.
     Store(StoreError),
-    /// The object is not a manifest that BuildKit could read.
-    Damaged(String),
+    /// This object cannot be read, or is not a manifest that BuildKit could read.
+    Invalid(String),
 }
 
 impl Bucket {
@@ -23,26 +24,33 @@ impl Bucket {
     /// # Errors
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
-        let read = self.read_manifest(name).await;
-        read.map_err(|unread| match unread {
-            Unread::Store(error) => anyhow::Error::new(error),
-            Unread::Damaged(reason) => {
-                let key = self.config.manifest_key(name);
-                anyhow!("the manifest {key} is damaged: {reason}")
-            }
-        })
+        let key = self.config.manifest_key(name);
+        let Some(bytes) = self.read(&key).await? else {
+            return Ok(None);
+        };
+        let parsed = self.parse(&bytes).map(Some);
+        parsed.map_err(|reason| anyhow!("the manifest {key} is damaged: {reason}"))
     }
 
     pub(super) async fn read_manifest(&self, name: &str) -> Result<Option<CacheConfig>, Unread> {
-        let key = self.config.manifest_key(name);
-        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
-        let Some(bytes) = read.map_err(Unread::Store)? else {
+        self.read_manifest_at(&self.config.manifest_key(name)).await
+    }
+
+    /// The manifest at `key`, wherever that is.
+    pub(super) async fn read_manifest_at(&self, key: &str) -> Result<Option<CacheConfig>, Unread> {
+        let Some(bytes) = self.read(key).await? else {
             return Ok(None);
         };
-        CacheConfig::parse_s3(&bytes)
-            .map(Some)
-            // The error quotes what the bucket holds.
-            .map_err(|error| Unread::Damaged(self.store.outside(&format!("{error:#}"))))
+        self.parse(&bytes).map(Some).map_err(Unread::Invalid)
+    }
+
+    async fn read(&self, key: &str) -> StoreResult<Option<Bytes>> {
+        store::read_whole(&self.store, key, DOCUMENT_LIMIT, check_json).await
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Result<CacheConfig, String> {
+        // The error quotes what the bucket holds.
+        CacheConfig::parse_s3(bytes).map_err(|error| self.store.outside(&format!("{error:#}")))
     }
 
     /// Writes the manifest called `name`. Every blob that it names must be there.
@@ -54,6 +62,17 @@ impl Bucket {
         self.store.put(&key, Arc::new(InMemory(manifest))).await?;
         self.progress.note(&format!("wrote {key}"));
         Ok(())
+    }
+}
+
+impl From<StoreError> for Unread {
+    fn from(error: StoreError) -> Self {
+        match error.kind {
+            Kind::Unavailable | Kind::NoBucket | Kind::NotS3 | Kind::Missing => {
+                Unread::Store(error)
+            }
+            _ => Unread::Invalid(error.message),
+        }
     }
 }
 

@@ -6,9 +6,12 @@ mod doctor;
 mod export;
 mod format;
 mod import;
+mod inspect;
 mod lifecycle;
 mod ls;
+mod prune;
 mod specs;
+mod verify;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -22,9 +25,12 @@ use self::copy::CopyArgs;
 use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
+use self::inspect::InspectArgs;
 use self::lifecycle::LifecycleArgs;
 use self::ls::LsArgs;
+use self::prune::PruneArgs;
 use self::specs::Specs;
+use self::verify::VerifyArgs;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
 use crate::config::Task;
@@ -109,8 +115,14 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List the caches in a bucket, and what else is there
     Ls(LsArgs),
+    /// Show the layers of one cache, and how much of it others share
+    Inspect(InspectArgs),
+    /// Check that every cache is whole, and make those usable that are not
+    Verify(VerifyArgs),
     /// Copy a cache to another place on S3, or merge several into one
     Copy(CopyArgs),
+    /// Remove garbage and old caches from a bucket or a local directory
+    Prune(PruneArgs),
     /// Choose, check or write the lifecycle rules of a bucket
     Lifecycle(LifecycleArgs),
 }
@@ -196,7 +208,10 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
         Command::Ls(ls) => ls.task(&mut specs)?,
+        Command::Verify(verify) => verify.task(&mut specs)?,
+        Command::Inspect(inspect) => inspect.task(&mut specs, args.global.verbose > 0)?,
         Command::Copy(copy) => copy.task(&mut specs)?,
+        Command::Prune(prune) => prune.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))

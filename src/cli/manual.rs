@@ -128,8 +128,11 @@ mod tests {
                 "layercache-doctor.1",
                 "layercache-export.1",
                 "layercache-import.1",
+                "layercache-inspect.1",
                 "layercache-lifecycle.1",
                 "layercache-ls.1",
+                "layercache-prune.1",
+                "layercache-verify.1",
                 "layercache-version.1",
                 "layercache.1"
             ]

@@ -516,7 +516,7 @@ fn count(key: &str, value: &str) -> Result<u64> {
 }
 
 /// Go's ParseDuration, less the negative ones.
-fn duration(key: &str, value: &str) -> Result<Duration> {
+pub(super) fn duration(key: &str, value: &str) -> Result<Duration> {
     // Go takes a zero without a unit; go-duration does not.
     if matches!(value, "0" | "+0" | "-0") {
         return Ok(Duration::ZERO);

@@ -220,6 +220,17 @@ impl IndexJson {
             .collect()
     }
 
+    /// Each entry: its tag or full name, if it has one, and its descriptor or why it cannot be used.
+    pub(super) fn named(&self) -> Vec<(Option<String>, Result<Descriptor, String>)> {
+        let entries = self.manifests.iter().map(|raw| Entry::new(raw));
+        entries
+            .map(|entry| {
+                let name = entry.ref_name.or(entry.containerd_name);
+                (name, entry.descriptor.map_err(|error| one_line(&error)))
+            })
+            .collect()
+    }
+
     /// Removes those entries; returns how many.
     pub(super) fn remove(&mut self, is_meant: impl Fn(&Descriptor) -> bool) -> u64 {
         let before = self.manifests.len();

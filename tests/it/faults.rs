@@ -651,6 +651,13 @@ impl Store for FaultStore {
         self.call(self.store.delete(keys)).await
     }
 
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>> {
+        self.call(self.store.delete_unchanged(objects)).await
+    }
+
     async fn lifecycle(&self) -> StoreResult<Option<String>> {
         self.call(self.store.lifecycle()).await
     }

@@ -5,9 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use futures::future::BoxFuture;
 use layercache::cli::args::{self, Asked};
-use layercache::commands::{Context, perform};
+use layercache::commands::{Context, Person, perform};
 use layercache::config::{S3Config, Task};
 use layercache::interrupt::Interrupt;
 use layercache::progress::Progress;
@@ -81,6 +82,7 @@ impl Inside {
             limits: self.limits,
             interrupt: &interrupt,
             progress: &progress,
+            person: &Nobody,
             finished: &drop,
         };
         let run = perform(task, &context);
@@ -94,6 +96,20 @@ impl Inside {
                 .join("\n")),
             Err(_) => panic!("the run hangs"),
         }
+    }
+}
+
+/// Reads no plan, and agrees to none.
+struct Nobody;
+
+#[async_trait]
+impl Person for Nobody {
+    async fn show(&self, _: &str) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    async fn confirm(&self, _: &str) -> std::io::Result<Option<bool>> {
+        Ok(None)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod aftermath;
 mod behaviour;
+mod claims;
 mod company;
 mod copy;
 mod crashes;
@@ -17,6 +18,7 @@ mod filesystems;
 mod hammer;
 mod hostile;
 mod inside;
+mod inspect;
 mod inventory;
 mod lifecycle;
 mod limits;

@@ -14,3 +14,18 @@ impl TableFormat {
         self == TableFormat::Json
     }
 }
+
+/// Of a command that shows a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TreeFormat {
+    /// for people
+    Tree,
+    /// for programs; docs/output.md describes the fields
+    Json,
+}
+
+impl TreeFormat {
+    pub fn is_json(self) -> bool {
+        self == TreeFormat::Json
+    }
+}

@@ -48,12 +48,23 @@ const CACHE_FROM: Flag = Flag {
     variable: "LAYERCACHE_CACHE_FROM",
 };
 
+/// No variable stands in for it: it may be absent.
+const ALSO: Flag = Flag {
+    name: "--also",
+    variable: "",
+};
+
 impl<'a> Specs<'a> {
     pub fn new(env: Env<'a>) -> Self {
         Specs {
             env,
             warnings: Vec::new(),
         }
+    }
+
+    /// A variable of the environment; an empty one counts as none.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        (self.env)(name).filter(|value| !value.is_empty())
     }
 
     pub fn into_warnings(self) -> Vec<String> {
@@ -87,6 +98,14 @@ impl<'a> Specs<'a> {
             }
         }
         Ok(places)
+    }
+
+    /// The values of `--also`, none twice.
+    pub fn also(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {
+        match typed.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.parse(&ALSO, typed, spec::cache_from),
+        }
     }
 
     fn parse<T: PartialEq>(
