@@ -125,7 +125,6 @@ impl S3Store {
             Some(Some(refusal)) if refusal.is_absence() => Ok(()),
             Some(Some(refusal)) if refusal.code.as_deref() == Some("PreconditionFailed") => {
                 Err(StoreError {
-                    located: false,
                     kind: Kind::Changed,
                     status: Some(412),
                     code: refusal.code,
