@@ -21,7 +21,7 @@ use crate::transfer::refresh::Refreshed;
 use crate::transfer::upload::Uploader;
 
 /// Refreshes in flight at once. Each is one request, and the store does the rest.
-const REFRESHES: usize = 32;
+pub const REFRESHES: usize = 32;
 
 /// How often blobs may vanish from S3 during one run before it gives up.
 const CHECKS: usize = 5;
@@ -174,7 +174,7 @@ pub async fn survey(
 
 /// Whether an object is due for a refresh. An unknown age counts as old. With touch_refresh=0s
 /// everything is old, even an object of this very second.
-fn is_old(info: &ObjectInfo, touch_refresh: Duration, now: SystemTime) -> bool {
+pub fn is_old(info: &ObjectInfo, touch_refresh: Duration, now: SystemTime) -> bool {
     let age = info
         .last_modified
         .map(|then| now.duration_since(then).unwrap_or_default());

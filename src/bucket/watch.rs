@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use futures::stream::{StreamExt, TryStreamExt};
 
 use crate::bucket::manifest::Unread;
@@ -221,9 +221,7 @@ async fn read_one(place: &Bucket, found: &Found) -> Result<Option<Watched>> {
         Ok(Some(cache)) => Contents::of(&cache).map_err(|error| format!("{error:#}")),
         Err(Unread::Invalid(reason)) => Err(reason),
         Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
-        Err(Unread::Store(error)) => {
-            return Err(anyhow!(error).context(format!("reading the manifest {key} on S3")));
-        }
+        Err(Unread::Store(error)) => return Err(error.into()),
     };
     Ok(Some(watched(contents)))
 }
