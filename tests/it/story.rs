@@ -15,6 +15,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 fn happens(server: &Server, what: &str) {
     match what {
         "40 days pass" => server.age_all(40 * DAY),
+        "3 hours pass" => server.age_all(DAY / 8),
         "a blob is left behind" => {
             let hex = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae";
             let key = format!("blobs/sha256:{hex}");
