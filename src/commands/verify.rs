@@ -369,7 +369,7 @@ impl Work<VerifyDetails> for Verification<'_> {
         let named = contents.flat_map(|contents| &contents.blobs);
         let mut details = VerifyDetails::new(self.task);
         details.count(named.clone());
-        self.progress.stage("looking for blobs on s3", 0, 0);
+        self.progress.stage("looking for blobs on S3", 0, 0);
         let digests = named.clone().map(|(blob, _)| *blob);
         let mut found = Found {
             blobs: self.bucket.survey(digests, Certainty::Known).await?,
