@@ -26,6 +26,7 @@ mod ls;
 mod mistakes;
 mod output;
 mod program;
+mod prune;
 mod races;
 mod refresh;
 mod retries;
@@ -36,6 +37,7 @@ mod secrets;
 mod server;
 mod several;
 mod stuck;
+mod sweep;
 mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
