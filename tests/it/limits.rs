@@ -21,7 +21,7 @@ fn run_within(resource: Resource, limit: u64, program: Program) -> Run {
     };
     // SAFETY: setrlimit is async-signal-safe.
     unsafe {
-        command.pre_exec(move || Ok(setrlimit(resource, limit.clone())?));
+        command.pre_exec(move || Ok(setrlimit(resource, limit)?));
     }
     command.output().expect("the program starts").into()
 }
