@@ -15,10 +15,11 @@ use async_trait::async_trait;
 use layercache::bucket::{Bucket, Certainty};
 use layercache::cache::diff_id;
 use layercache::cache::digest::Digest;
+use layercache::cache::documents::Documents;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
 use layercache::config;
-use layercache::layout::{Documents, Layout, Selection, Tagged};
+use layercache::layout::{Layout, Selection, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{
