@@ -4,6 +4,7 @@
 pub mod doctor;
 pub mod export;
 pub mod import;
+pub mod serve;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,6 +54,7 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Export(task) => export::run(task, context).await,
         Task::Import(task) => import::run(task, context).await,
         Task::Doctor(task) => doctor::run(task, context).await,
+        Task::Serve(task) => serve::run(task, context).await,
     }
 }
 

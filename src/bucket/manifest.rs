@@ -16,11 +16,12 @@ impl Bucket {
     /// # Errors
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
-        let key = self.config.manifest_key(name);
-        let reading = || format!("reading the manifest {key} on s3");
-        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
-        let Some(bytes) = read.with_context(reading)? else {
+        let Some(bytes) = self.manifest_bytes(name).await? else {
             return Ok(None);
+        };
+        let reading = || {
+            let key = self.config.manifest_key(name);
+            format!("reading the manifest {key} on s3")
         };
         // The error quotes what the bucket holds.
         CacheConfig::parse_s3(&bytes)
@@ -29,18 +30,30 @@ impl Bucket {
             .with_context(reading)
     }
 
-    /// Writes the manifest called `name`. Every blob that it names must be there.
+    /// Writes the manifest under every name of the spec. Every blob that it names must be there.
     ///
     /// # Errors
     /// The store's.
-    pub async fn write_manifest(&self, name: &str, manifest: Bytes) -> Result<()> {
-        let key = self.config.manifest_key(name);
-        self.store
-            .put(&key, Arc::new(InMemory(manifest)))
-            .await
-            .with_context(|| format!("writing the manifest {key}"))?;
-        self.progress.note(&format!("wrote {key}"));
+    pub async fn write_manifests(&self, manifest: &Bytes) -> Result<()> {
+        for name in &self.config.names {
+            let key = self.config.manifest_key(name);
+            self.store
+                .put(&key, Arc::new(InMemory(manifest.clone())))
+                .await
+                .with_context(|| format!("writing the manifest {key}"))?;
+            self.progress.note(&format!("wrote {key}"));
+        }
         Ok(())
+    }
+
+    /// The bytes of the manifest called `name`, as they are; `None` if there is none.
+    ///
+    /// # Errors
+    /// The store's, or it is no JSON.
+    pub async fn manifest_bytes(&self, name: &str) -> Result<Option<Bytes>> {
+        let key = self.config.manifest_key(name);
+        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
+        read.with_context(|| format!("reading the manifest {key} on s3"))
     }
 }
 

@@ -4,6 +4,7 @@
 mod doctor;
 mod export;
 mod import;
+mod serve;
 mod specs;
 
 use std::ffi::OsString;
@@ -17,6 +18,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
+use self::serve::ServeArgs;
 use self::specs::Specs;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
@@ -94,6 +96,8 @@ pub enum Command {
     Import(ImportArgs),
     /// Try out whether a bucket allows what an export and an import need
     Doctor(DoctorArgs),
+    /// Let builders on this machine read and write a cache on S3, blob by blob
+    Serve(ServeArgs),
 }
 
 /// Something is wrong with the command line, a spec, or a variable in their stead: exit status 2.
@@ -173,6 +177,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Export(export) => export.task(&mut specs)?,
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
+        Command::Serve(serve) => serve.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))
 }

@@ -26,7 +26,7 @@ use crate::store::{ObjectInfo, Upload};
 use crate::transfer::body::FileSource;
 use crate::transfer::download::Downloader;
 use crate::transfer::limits::Limits;
-use crate::transfer::refresh::Refreshed;
+use crate::transfer::refresh::{Refreshed, is_due};
 use crate::transfer::upload::Uploader;
 
 /// Refreshes in flight at once. Each is one request, and the store does the rest.
@@ -302,7 +302,7 @@ impl ExportTo<'_> {
     /// Does what the plan says, the manifests last.
     async fn execute(&self, plan: &Plan, done: &mut ExportDetails) -> Result<()> {
         if plan.upload.is_empty() && plan.refresh.is_empty() {
-            return self.write_manifests(&plan.manifest).await;
+            return self.bucket.write_manifests(&plan.manifest).await;
         }
         let mut settled = BTreeSet::new();
         let mut missing = plan.upload.clone();
@@ -342,7 +342,7 @@ impl ExportTo<'_> {
             // survey found.
             missing = self.vanished(&plan.blobs, &settled).await?;
             if missing.is_empty() {
-                return self.write_manifests(&plan.manifest).await;
+                return self.bucket.write_manifests(&plan.manifest).await;
             }
             let bytes: u64 = missing.iter().map(|(_, size)| size).sum();
             done.present -= missing.len() as u64;
@@ -428,15 +428,6 @@ impl ExportTo<'_> {
             .collect())
     }
 
-    /// The pointers to the blobs come last.
-    async fn write_manifests(&self, manifest: &Bytes) -> Result<()> {
-        for name in &self.target.s3.names {
-            let manifest = manifest.clone();
-            self.bucket.write_manifest(name, manifest).await?;
-        }
-        Ok(())
-    }
-
     /// For a dry run: fails if a blob could not be read for its upload.
     async fn check_readable(&self, plan: &Plan) -> Result<()> {
         let (layout, upload) = (self.exported.layout.clone(), plan.upload.clone());
@@ -491,7 +482,7 @@ impl Plan {
             match found.remove(&digest) {
                 // An object of another size is not this blob, whatever its key says.
                 Some(info) if info.size == size => {
-                    if is_old(&info, touch_refresh, now) {
+                    if is_due(&info, touch_refresh, now) {
                         plan.refresh.push((digest, info));
                     }
                 }
@@ -524,15 +515,6 @@ impl Plan {
             progress.note(&format!("would write {}", s3.manifest_key(name)));
         }
     }
-}
-
-/// Whether an object is due for a refresh. An unknown age counts as old. With touch_refresh=0s
-/// everything is old, even an object of this very second.
-fn is_old(info: &ObjectInfo, touch_refresh: Duration, now: SystemTime) -> bool {
-    let age = info
-        .last_modified
-        .map(|then| now.duration_since(then).unwrap_or_default());
-    touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Refreshing an object: its LastModified moves to now, so that lifecycle rules leave it alone.
 
+use std::time::{Duration, SystemTime};
+
 use futures::stream::StreamExt;
 
 use crate::cache::digest::Digest;
@@ -20,6 +22,15 @@ pub enum Refreshed {
     Gone,
     /// The store could not copy it onto itself: only an upload makes it young.
     Refused,
+}
+
+/// Whether an object is due for a refresh. An unknown age counts as old. With touch_refresh=0s
+/// everything is old, even an object of this very second.
+pub fn is_due(info: &ObjectInfo, touch_refresh: Duration, now: SystemTime) -> bool {
+    let age = info
+        .last_modified
+        .map(|then| now.duration_since(then).unwrap_or_default());
+    touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh)
 }
 
 impl Uploader {
