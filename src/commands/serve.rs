@@ -342,10 +342,10 @@ impl Details for ServeDetails {
     fn summary(&self, place: &Place, cost: &str) -> String {
         let addresses = place.addresses();
         let mut summary = format!(
-            "served {} from {addresses}: {} of {} found; {} ({}) read, {} fetched from s3; {cost}",
+            "served {} from {addresses}: {}, {} found; {} ({}) read, {} fetched from s3; {cost}",
             place.quoted_names(),
-            self.hits,
             count(self.lookups, "lookup"),
+            self.hits,
             count(self.blobs, "blob"),
             progress::bytes(self.bytes_served),
             progress::bytes(self.bytes_fetched),

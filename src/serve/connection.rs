@@ -37,6 +37,7 @@ const STALLED: Duration = Duration::from_secs(60);
 
 /// Bytes of a request's head.
 const LARGEST_HEAD: usize = 64 << 10;
+const MOST_HEADERS: usize = 100;
 
 /// Serves a connection to its end, or until `closing` and the request in flight is answered.
 pub async fn serve(serving: Arc<Serving>, stream: TcpStream, mut closing: watch::Receiver<bool>) {
@@ -61,6 +62,8 @@ pub async fn serve(serving: Arc<Serving>, stream: TcpStream, mut closing: watch:
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(LARGEST_HEAD)
+        .max_header_size(LARGEST_HEAD)
+        .max_headers(MOST_HEADERS)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let stranger = async {
