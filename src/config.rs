@@ -107,7 +107,7 @@ pub enum Task {
     Export(ExportTask),
     Import(ImportTask),
     Doctor(DoctorTask),
-    Serve(ServeTask),
+    Serve(Box<ServeTask>),
 }
 
 /// From one layout to at least one cache on S3.

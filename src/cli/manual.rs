@@ -123,6 +123,7 @@ mod tests {
                 "layercache-doctor.1",
                 "layercache-export.1",
                 "layercache-import.1",
+                "layercache-serve.1",
                 "layercache.1"
             ]
         );

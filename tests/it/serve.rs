@@ -4,6 +4,7 @@ mod client;
 mod command;
 mod gha;
 mod hostile;
+mod others;
 mod pull;
 mod push;
 

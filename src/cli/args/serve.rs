@@ -58,12 +58,12 @@ impl ServeArgs {
             )));
         }
         let (sources, target) = specs.either(self.cache_from, self.cache_to)?;
-        Ok(Task::Serve(ServeTask {
+        Ok(Task::Serve(Box::new(ServeTask {
             sources,
             target,
             listen: self.listen,
             env_file: self.env_file,
             command: self.command,
-        }))
+        })))
     }
 }

@@ -4,13 +4,14 @@ use std::time::{Duration, SystemTime};
 
 use expect_test::expect;
 use layercache::cache::digest::Digest;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::client::{Client, IMAGE_MANIFEST};
+use super::others::bare;
 use super::pull::FIXTURES;
 use super::{Reply, Serve};
 use crate::aftermath::{assert_store_is_sound, layout_of, noise};
-use crate::program::{Program, copy_of, fixture, s3_manifest};
+use crate::program::{Program, fixture, s3_manifest};
 use crate::server::{Fault, Server};
 
 const MIB: usize = 1 << 20;
@@ -26,15 +27,7 @@ fn error_code(reply: &Reply) -> String {
 fn every_fixture_becomes_the_objects_that_an_export_writes() {
     for name in FIXTURES {
         for mode in ["min", "max"] {
-            // What an index.json says of its entry is not sent to a registry.
-            let layout = copy_of(&fixture(name));
-            let index = layout.path().join("index.json");
-            let mut json: Value =
-                serde_json::from_slice(&std::fs::read(&index).expect("an index")).expect("JSON");
-            let entry = json["manifests"][0].as_object_mut().expect("an entry");
-            entry.remove("annotations");
-            entry.remove("platform");
-            std::fs::write(&index, json.to_string()).expect("written");
+            let layout = bare(name);
             let exported = Server::start();
             let spec = exported.spec(&format!("mode={mode},name=a;b"));
             Program::export(&spec, layout.path()).run().succeeds();
