@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use crate::bucket::Bucket;
 use crate::cache::DOCUMENT_LIMIT;
 use crate::cache::digest::{Digest, Hasher};
-use crate::progress::Progress;
+use crate::progress::{Progress, Verb};
 use crate::serve::flow::{End, Filling, Flow, Flows, Next, Place};
 use crate::store::ObjectInfo;
 use crate::transfer::download::{Damaged, Downloader};
@@ -55,6 +55,8 @@ struct Known {
     sizes: HashMap<Digest, u64>,
     /// The bytes were wrong.
     damaged: HashSet<Digest>,
+    /// Clients may have got wrong bytes of these, which must not become the beginning of a whole.
+    spoiled: HashSet<Digest>,
     /// All bytes were right in this run.
     verified: HashSet<Digest>,
     /// States of interrupted downloads, in order of their lengths.
@@ -155,6 +157,11 @@ impl Blobs {
         size: u64,
         range: Range<u64>,
     ) -> Result<Option<BoxStream<'static, Result<Bytes>>>> {
+        if range.start > 0 && self.known.lock().spoiled.contains(&digest) {
+            bail!(
+                "blob {digest} was damaged when it was sent, and has to be read from its beginning"
+            );
+        }
         let mut reader = Reader {
             blobs: Arc::clone(self),
             digest,
@@ -230,6 +237,18 @@ impl Blobs {
         }
     }
 
+    /// Reads a blob whose bytes were wrong once more: if they went wrong on the way, builds need not go
+    /// without it.
+    async fn confirm_damage(&self, digest: Digest, size: u64) {
+        let blob = self.progress.blob(Verb::Hash, &digest, size);
+        let key = self.bucket.blob_key(&digest);
+        let good = self.downloader.verify(&key, digest, size, &blob).await;
+        if let Ok(true) = good {
+            self.known.lock().damaged.remove(&digest);
+        }
+        blob.done();
+    }
+
     async fn fill(self: Arc<Self>, flow: Arc<Flow>, wanted: Wanted) {
         let Wanted { digest, size, .. } = wanted;
         let (verifies, start) = (wanted.hasher.is_some(), wanted.range.start);
@@ -251,15 +270,22 @@ impl Blobs {
                 End::Missing
             }
             Err(error) => {
-                let mut known = self.known.lock();
-                if error.is::<Damaged>() {
-                    known.damaged.insert(digest);
-                }
                 // What went wrong may have to do with what was believed.
-                known.sizes.remove(&digest);
-                drop(known);
+                let damaged = error.is::<Damaged>();
+                {
+                    let mut known = self.known.lock();
+                    known.sizes.remove(&digest);
+                    if damaged {
+                        known.damaged.insert(digest);
+                        known.spoiled.insert(digest);
+                    }
+                }
                 self.progress.warn(&format!("{error:#}"));
-                End::Broken(Arc::new(error))
+                flow.end(End::Broken(Arc::new(error)));
+                if damaged {
+                    self.confirm_damage(digest, size).await;
+                }
+                return;
             }
         };
         if verifies && matches!(end, End::Whole) && filling.at == size {

@@ -20,7 +20,7 @@ use crate::transfer::limits::Limits;
 use crate::transfer::piece::{Next, Pieces};
 
 /// Times a blob whose bytes are wrong is fetched again.
-const REFETCHES: u32 = 2;
+pub(super) const REFETCHES: u32 = 2;
 
 /// A file that a blob grows in.
 #[derive(Debug, Clone)]

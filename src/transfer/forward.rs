@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Verb;
-use crate::transfer::download::{Damaged, Downloader, ignores_ranges};
+use crate::transfer::download::{Damaged, Downloader, REFETCHES, ignores_ranges};
 use crate::transfer::hashing::Feed;
 use crate::transfer::piece::{Next, Pieces, WINDOW};
 
@@ -59,10 +59,12 @@ impl Downloader {
         wanted: Wanted,
         taker: &mut impl Taker,
     ) -> Result<Forwarded> {
+        let (start, hasher) = (wanted.range.start, wanted.hasher.clone());
         let mut rest = Rest {
             wanted,
             pieces: WINDOW,
         };
+        let mut refetched = 0;
         loop {
             let one_stream = self.one_stream.load(Ordering::Relaxed);
             let piece = match one_stream {
@@ -74,6 +76,15 @@ impl Downloader {
                 Ok(None) => {}
                 Err(error) if !one_stream && ignores_ranges(&error) => {
                     self.one_stream.store(true, Ordering::Relaxed);
+                }
+                // The network may be at fault, and nobody has seen the bytes yet.
+                Err(error)
+                    if error.is::<Damaged>()
+                        && rest.wanted.range.start == start
+                        && refetched < REFETCHES =>
+                {
+                    refetched += 1;
+                    rest.wanted.hasher.clone_from(&hasher);
                 }
                 Err(error) => return Err(error),
             }

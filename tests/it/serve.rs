@@ -2,6 +2,7 @@
 
 mod client;
 mod command;
+mod faults;
 mod gha;
 mod hostile;
 mod others;

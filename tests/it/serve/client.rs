@@ -51,6 +51,11 @@ impl Reply {
 
 /// Sends one request, and reads the response until the server closes.
 pub fn request(host: &str, head: &str, headers: &[(&str, &str)], body: &[u8]) -> Reply {
+    try_request(host, head, headers, body).expect("a response")
+}
+
+/// The same; `None` if the server closes without a response.
+pub fn try_request(host: &str, head: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Reply> {
     let mut stream = TcpStream::connect(host).expect("it listens");
     let mut text = format!("{head} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n");
     for (name, value) in headers {
@@ -69,12 +74,11 @@ pub fn request(host: &str, head: &str, headers: &[(&str, &str)], body: &[u8]) ->
     reply(&mut stream)
 }
 
-/// Reads a response until the server closes.
-pub fn reply(stream: &mut TcpStream) -> Reply {
+/// Reads a response until the server closes; `None` if there is none.
+pub fn reply(stream: &mut TcpStream) -> Option<Reply> {
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes);
-    let end = bytes.windows(4).position(|w| w == b"\r\n\r\n");
-    let end = end.unwrap_or_else(|| panic!("no head in {:?}", String::from_utf8_lossy(&bytes)));
+    let end = bytes.windows(4).position(|w| w == b"\r\n\r\n")?;
     let head = String::from_utf8(bytes[..end].to_vec()).expect("text");
     let mut lines = head.lines();
     let status = lines.next().expect("a status line");
@@ -82,7 +86,7 @@ pub fn reply(stream: &mut TcpStream) -> Reply {
         let (name, value) = line.split_once(':').expect("a header");
         (name.to_lowercase(), value.trim().to_owned())
     });
-    Reply {
+    Some(Reply {
         status: status
             .split(' ')
             .nth(1)
@@ -91,7 +95,7 @@ pub fn reply(stream: &mut TcpStream) -> Reply {
             .expect("a number"),
         headers: headers.collect(),
         body: bytes[end + 4..].to_vec(),
-    }
+    })
 }
 
 /// A client of one repository.

@@ -87,7 +87,7 @@ fn heads_that_are_no_http_or_too_large_end_the_connection() {
     ] {
         let mut stream = TcpStream::connect(&host).expect("it listens");
         let _ = stream.write_all(&head);
-        let answer = reply(&mut stream);
+        let answer = reply(&mut stream).expect("a response");
         let start = String::from_utf8_lossy(&head[..12]);
         assert!(
             (400..500).contains(&answer.status),

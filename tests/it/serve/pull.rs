@@ -226,10 +226,18 @@ fn a_damaged_blob_is_cut_off_before_its_end_and_left_out_from_then_on() {
     assert_eq!(manifest["layers"].as_array().expect("layers").len(), 2);
     let reply = client.get(&format!("blobs/{digest}")).is(200);
     assert!(!reply.is_whole() && reply.body.len() < 5 * MIB);
+    // A client that goes on where it was would end with a wrong blob.
+    let rest = format!("bytes={}-", reply.body.len());
+    client.range(&format!("blobs/{digest}"), &rest).is(404);
+    // Whether it is damaged on S3 is looked up once more: the manifest, three pieces, the whole.
+    while server.count("GetObject") < 5 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    server.settle();
     let (_, manifest) = client.resolve();
     assert_eq!(manifest["layers"].as_array().expect("layers").len(), 1);
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit: 2 lookups, 2 found; 1 blob (4.00 MiB) read, 4.00 MiB fetched from s3; 9 requests in N s
+        served 'buildkit' from s3://cache/manifests/buildkit: 2 lookups, 2 found; 1 blob (4.00 MiB) read, 4.00 MiB fetched from s3; 10 requests in N s
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
         warning: blob blobs/sha256:7762f243a4babd7adf1f86c69fdbf80b3edf0b5b4ac4062021e43416f47ddac2 on s3 is damaged: its bytes hash to sha256:96638e53f2caeb7589836791fd7a42f83b777b9271d54497a67dc97a9b74db72; export the cache again with --verify-remote
