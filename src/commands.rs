@@ -1,15 +1,21 @@
 //! The commands, one file each, and the frame that they share: what a command works with, and the
 //! loop over its specs.
 
+pub mod copy;
 pub mod doctor;
 pub mod export;
 pub mod import;
+pub mod inspect;
+pub mod lifecycle;
+pub mod ls;
+pub mod prune;
 pub mod serve;
+pub mod verify;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 
@@ -17,8 +23,8 @@ use crate::bucket::Bucket;
 use crate::config::{S3Config, Task};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::progress::Progress;
-use crate::report::{AnyReport, Details, Outcome, Report};
-use crate::store::Store;
+use crate::report::{AnyReport, Details, Outcome, Place, Report};
+use crate::store::{Store, StoreError};
 use crate::transfer::limits::Limits;
 
 /// How long another process may hold a layout's lock before it is an error.
@@ -37,11 +43,76 @@ pub struct Context<'a> {
     pub limits: Limits,
     pub interrupt: &'a Interrupt,
     pub progress: &'a Progress,
+    /// Who is told of a plan, and may agree to it.
+    pub person: &'a dyn Person,
     /// Called with each report as soon as it is complete.
     pub finished: &'a (dyn Fn(Box<dyn AnyReport>) + Send + Sync),
 }
 
+/// The person at the terminal.
+#[async_trait]
+pub trait Person: Send + Sync {
+    /// Prints to stdout now, after the results before it.
+    ///
+    /// # Errors
+    /// stdout's.
+    async fn show(&self, text: &str) -> std::io::Result<()>;
+
+    /// Asks for a yes or no. `None`: nobody is there.
+    ///
+    /// # Errors
+    /// stdin's.
+    async fn confirm(&self, question: &str) -> std::io::Result<Option<bool>>;
+}
+
+/// Reads no plan, and agrees to none: for callers other than the program.
+pub struct Nobody;
+
+#[async_trait]
+impl Person for Nobody {
+    async fn show(&self, _: &str) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    async fn confirm(&self, _: &str) -> std::io::Result<Option<bool>> {
+        Ok(None)
+    }
+}
+
+/// A plan needs consent, and nobody can be asked: exit status 2.
+#[derive(Debug)]
+pub struct NobodyToAsk;
+
+impl std::fmt::Display for NobodyToAsk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nothing was removed: there is no terminal to ask at (--yes does not ask)")
+    }
+}
+
+impl std::error::Error for NobodyToAsk {}
+
 impl Context<'_> {
+    /// Shows a plan, and returns if it may be carried out.
+    ///
+    /// # Errors
+    /// [`NobodyToAsk`], or the answer is no.
+    async fn agree(&self, plan: &str, question: &str) -> Result<()> {
+        self.person
+            .show(plan)
+            .await
+            .context("cannot write the plan to stdout")?;
+        match self
+            .person
+            .confirm(question)
+            .await
+            .context("reading the answer")?
+        {
+            Some(true) => Ok(()),
+            Some(false) => Err(anyhow!("nothing was removed: the answer was no")),
+            None => Err(NobodyToAsk.into()),
+        }
+    }
+
     fn finish<D: Details>(&self, report: &Report<D>) {
         self.progress.result(&report.json());
         (self.finished)(Box::new(report.clone()));
@@ -54,6 +125,13 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Export(task) => export::run(task, context).await,
         Task::Import(task) => import::run(task, context).await,
         Task::Doctor(task) => doctor::run(task, context).await,
+        Task::Copy(task) => copy::run(task, context).await,
+        Task::Prune(task) => prune::run(task, context).await,
+        Task::PruneLayout(task) => prune::run_local(task, context).await,
+        Task::Lifecycle(task) => lifecycle::run(task, context).await,
+        Task::Ls(task) => ls::run(task, context).await,
+        Task::Inspect(task) => inspect::run(task, context).await,
+        Task::Verify(task) => verify::run(task, context).await,
         Task::Serve(task) => serve::run(task, context).await,
     }
 }
@@ -98,6 +176,11 @@ trait Work<D>: Send + Sync {
 
     /// Called after [`run`](Self::run), however it ended.
     async fn clean_up(&mut self) -> Result<()>;
+
+    /// Requests that it has sent to other stores than the spec's.
+    fn other_requests(&self) -> u64 {
+        0
+    }
 }
 
 /// Runs `command` for each of `specs` in turn. A spec that fails does not keep the others from being
@@ -113,8 +196,16 @@ async fn for_each_spec<C: PerSpec>(
         Ok(ready) => ready,
         Err(error) => return fail_all(command, specs, error, began, context),
     };
+    let several = specs.len();
     let mut specs = specs.iter();
     for spec in specs.by_ref() {
+        if several > 1 {
+            let work = command.blank(spec).place.work();
+            let number = reports.len() + 1;
+            context
+                .progress
+                .note(&format!("{work} ({number} of {several})"));
+        }
         let (mut report, done) = run_one(command, &ready, spec, &reports, context).await;
         let Err(error) = done else {
             context.finish(&report);
@@ -123,15 +214,12 @@ async fn for_each_spec<C: PerSpec>(
         };
         report.fail(&error);
         let stopped = error.is::<Interrupted>();
-        let address = command.s3(spec).address();
+        let error = located(error, &report.place);
         if command.ignores_errors(spec) && !context.interrupt.happened() {
             report.error_ignored = true;
-            context.progress.warn(&format!(
-                "the {} to {address} failed, which ignore-error=true allows: {error:#}",
-                report.place.command
-            ));
+            warn_of_ignored(&error, context);
         } else {
-            errors.push(error.context(format!("{} {address}", report.place.doing)));
+            errors.push(error);
         }
         context.finish(&report);
         reports.push(report);
@@ -147,6 +235,31 @@ async fn for_each_spec<C: PerSpec>(
         report
     }));
     (reports, errors)
+}
+
+/// The error, with what was being done at its end unless it says where on S3 it happened.
+fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
+    if error.is::<Interrupted>() {
+        return error;
+    }
+    let of_store = error.chain().find_map(|cause| cause.downcast_ref());
+    match of_store {
+        Some(StoreError {
+            located: true,
+            code: Some(code),
+            ..
+        }) if code == "AccessDenied" => {
+            anyhow!("{error:#}; layercache doctor tells which permission is missing")
+        }
+        Some(StoreError { located: true, .. }) => error,
+        _ => anyhow!("{error:#} ({})", place.work()),
+    }
+}
+
+fn warn_of_ignored(error: &anyhow::Error, context: &Context<'_>) {
+    context
+        .progress
+        .warn(&format!("ignored, as ignore-error=true asks: {error:#}"));
 }
 
 async fn run_one<C: PerSpec>(
@@ -166,13 +279,38 @@ async fn run_one<C: PerSpec>(
             let mut work = command.work(ready, spec, bucket, earlier, context);
             let ran = context.interrupt.or(work.run(&mut report)).await;
             let cleaned_up = work.clean_up().await;
-            report.cost.requests = store.requests();
+            report.cost.requests = store.requests() + work.other_requests();
             ran.and(cleaned_up)
         }
         Err(error) => Err(error),
     };
     report.cost.seconds = began.elapsed().as_secs_f64();
     (report, done)
+}
+
+/// Runs `work` on a layout in place of a spec. There is one report, which begins as `report`.
+async fn on_layout<D: Details>(
+    mut report: Report<D>,
+    work: impl Future<Output = Result<D>>,
+    context: &Context<'_>,
+) -> (Vec<Report<D>>, Vec<anyhow::Error>) {
+    let began = Instant::now();
+    let done = context.interrupt.or(work).await;
+    report.cost.seconds = began.elapsed().as_secs_f64();
+    let mut errors = Vec::new();
+    match done {
+        Ok(details) => report.details = details,
+        Err(error) => {
+            report.fail(&error);
+            errors.push(error.context(format!(
+                "{} {}",
+                report.place.doing,
+                report.place.address()
+            )));
+        }
+    }
+    context.finish(&report);
+    (vec![report], errors)
 }
 
 /// If the preparation fails, no spec can be tried. That is one error, and every report has it.
@@ -197,9 +335,6 @@ fn fail_all<C: PerSpec>(
     if reports.iter().any(Report::is_failure) {
         return (reports, vec![error]);
     }
-    let command = reports[0].place.command;
-    context.progress.warn(&format!(
-        "the {command} failed, which ignore-error=true allows: {error:#}"
-    ));
+    warn_of_ignored(&error, context);
     (reports, Vec::new())
 }

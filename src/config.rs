@@ -13,7 +13,6 @@ use std::time::Duration;
 use url::Url;
 
 use crate::cache::digest::Digest;
-use crate::layout::Selection;
 
 /// Which results of a cache are kept: BuildKit's `mode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +106,13 @@ pub enum Task {
     Export(ExportTask),
     Import(ImportTask),
     Doctor(DoctorTask),
+    Copy(CopyTask),
+    Lifecycle(LifecycleTask),
+    Prune(PruneTask),
+    PruneLayout(PruneLayoutTask),
+    Ls(LsTask),
+    Inspect(InspectTask),
+    Verify(VerifyTask),
     Serve(Box<ServeTask>),
 }
 
@@ -121,6 +127,26 @@ pub struct ExportTask {
     pub resend: Resend,
     /// Say what would be sent; write nothing.
     pub dry_run: bool,
+}
+
+/// Which manifest of a layout to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selection {
+    /// The tag `latest`, or the only entry.
+    Default,
+    Tag(String),
+    Digest(Digest),
+}
+
+impl Selection {
+    /// What a tag or a digest chooses; not both.
+    pub fn new(tag: Option<String>, digest: Option<Digest>) -> Self {
+        match (tag, digest) {
+            (_, Some(digest)) => Selection::Digest(digest),
+            (Some(tag), None) => Selection::Tag(tag),
+            (None, None) => Selection::Default,
+        }
+    }
 }
 
 /// Which blobs that S3 has already an export sends again.
@@ -177,4 +203,149 @@ pub enum Missing {
     Drop,
     /// fail
     Error,
+}
+
+/// Choose, check or write the lifecycle rules of at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LifecycleTask {
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    /// Days that a cache stays after its last export. `None`: a default.
+    pub expire_after: Option<u32>,
+    pub action: LifecycleAction,
+}
+
+/// What is done with lifecycle rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LifecycleAction {
+    /// Print those that fit.
+    Print,
+    /// Judge those that the bucket has.
+    Check,
+    /// Write those that fit, beside others that the bucket has.
+    Apply,
+}
+
+/// List the caches of at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LsTask {
+    /// At least one, none twice.
+    pub sources: Vec<S3Config>,
+    /// Only caches whose names match.
+    pub name: Option<glob::Pattern>,
+    pub sort: Sort,
+    /// Print JSON instead of a table.
+    pub json: bool,
+}
+
+/// The order of a list of caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sort {
+    Name,
+    /// the newest first
+    Written,
+    /// the largest first
+    Size,
+}
+
+/// From caches on S3, merged into one, to at least one cache on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyTask {
+    /// At least one, none twice.
+    pub sources: Vec<S3Config>,
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    /// Say what would be copied; write nothing.
+    pub dry_run: bool,
+}
+
+/// Where the caches are that a command looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// At least one, none twice.
+    S3(Vec<S3Config>),
+    Layout(PathBuf),
+}
+
+/// Show what is in single caches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InspectTask {
+    pub origin: Origin,
+    /// Which manifest of a layout.
+    pub selection: Selection,
+    /// Show the layers' diffIDs.
+    pub diff_ids: bool,
+    /// Print JSON instead of a tree.
+    pub json: bool,
+}
+
+/// Remove garbage, and the caches that are chosen, from at least one place on S3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PruneTask {
+    /// At least one, none twice.
+    pub targets: Vec<ExportConfig>,
+    pub choice: CacheChoice,
+    /// Places elsewhere whose caches need the same blobs.
+    pub also: Vec<S3Config>,
+    /// No other spec's caches need the blobs: do not look for any.
+    pub only_own: bool,
+    /// How old a blob that no cache needs must be to go; at least each target's touch_refresh. `None`:
+    /// a day more than that.
+    pub grace: Option<Duration>,
+    /// Rewrite manifests that name blobs which were deleted meanwhile.
+    pub repair: bool,
+    pub consent: Consent,
+    pub json: bool,
+}
+
+/// Which caches are to be removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CacheChoice {
+    pub older_than: Option<Duration>,
+    /// So many stay, those that were written last.
+    pub keep_last: Option<usize>,
+    /// Only these may go; empty: all may.
+    pub name: Vec<glob::Pattern>,
+    /// These stay.
+    pub keep: Vec<glob::Pattern>,
+    /// Bytes: the oldest go until the blobs of the rest fit.
+    pub max_size: Option<u64>,
+    /// All caches may go.
+    pub allow_empty: bool,
+}
+
+/// Remove garbage from a layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PruneLayoutTask {
+    pub layout: PathBuf,
+    /// How old a blob that nothing reaches must be to go.
+    pub grace: Duration,
+    pub consent: Consent,
+    pub json: bool,
+}
+
+/// Whether a plan may be carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consent {
+    /// Ask.
+    Ask,
+    /// Do not ask.
+    Given,
+    /// Stop after the plan.
+    DryRun,
+}
+
+/// Find out whether all caches of a place are whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyTask {
+    pub origin: Origin,
+    /// Hash every blob.
+    pub deep: bool,
+    /// Make caches usable that are not whole.
+    pub repair: bool,
+    /// Where an interrupted run leaves what it has verified. `None`: nowhere.
+    pub state: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    pub json: bool,
 }

@@ -12,6 +12,7 @@ mod lock;
 mod prune;
 mod reachable;
 mod read;
+mod space;
 mod staging;
 mod tag;
 #[cfg(test)]
@@ -37,6 +38,7 @@ pub use self::write::Published;
 use crate::cache::DOCUMENT_LIMIT;
 use crate::cache::digest::{Digest, Hasher};
 use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};
+use crate::config::Selection;
 use crate::quote::quoted;
 
 const INDEX: &str = "index.json";
@@ -57,15 +59,6 @@ const UNFINISHED: [&str; 6] = [BLOBS, "ingest", STAGING, INDEX, INDEX_LOCK, OCI_
 pub struct Layout {
     root: PathBuf,
     lock_wait: Duration,
-}
-
-/// Which manifest of a layout to use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Selection {
-    /// The tag `latest`, or the only entry.
-    Default,
-    Tag(String),
-    Digest(Digest),
 }
 
 impl Layout {
@@ -178,6 +171,17 @@ impl Layout {
         }
     }
 
+    /// The entries of `index.json`: the tag or full name of each, if it has one, and its descriptor or
+    /// why it cannot be used.
+    ///
+    /// # Errors
+    /// The index cannot be read.
+    pub fn entries(&self) -> Result<Vec<(Option<String>, Result<Descriptor, String>)>> {
+        let root = self.open_root()?;
+        let _lock = IndexLock::shared(&root, self.lock_wait)?;
+        Ok(read_index(&root)?.map_or_else(Vec::new, |index| index.named()))
+    }
+
     /// A descriptor derived from the manifest itself.
     fn unnamed_manifest(&self, root: &Dir, digest: &Digest) -> Result<Option<Descriptor>> {
         #[derive(Deserialize)]
@@ -252,11 +256,16 @@ impl Layout {
             .len();
         if length != size {
             bail!(
-                "blob {digest} of {} is damaged: it has {length} bytes where its descriptor says {size}",
-                self.root.display()
+                "{} is damaged: it has {length} bytes where its descriptor says {size}",
+                self.blob_path(digest).display()
             );
         }
         Ok(file)
+    }
+
+    /// Where a blob is or would be, for messages.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join(BLOBS).join(SHA256).join(digest.hex())
     }
 
     /// Whether the blob is there: a file under its name, which files get only once verified, with this
@@ -266,7 +275,11 @@ impl Layout {
             .is_ok_and(|found| found == Some(size))
     }
 
-    fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
+    /// Bytes of the file under the blob's name. `None`: there is none.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn blob_size(&self, digest: &Digest) -> Result<Option<u64>> {
         let Some(root) = self.existing_root()? else {
             return Ok(None);
         };

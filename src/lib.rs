@@ -31,15 +31,17 @@ pub mod retry;
 pub mod s3;
 pub mod serve;
 pub mod store;
+mod terminal;
 pub mod transfer;
 
 use cli::args::{self, Args, Asked, UsageError};
-use commands::Context;
+use commands::{Context, NobodyToAsk};
 use config::{S3Config, Task};
 use interrupt::{Interrupted, Signals};
 use progress::Progress;
-use report::{AnyReport, Outcome};
+use report::Outcome;
 use store::Store;
+use terminal::{Printed, Terminal};
 use transfer::limits::Limits;
 
 /// Runs the command that `args` (the program's name first) spell, and prints what came of it: results
@@ -58,7 +60,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let env = |name: &str| std::env::var(name).ok();
     let progress = match args.global.progress(&env) {
-        Ok(display) => Progress::new(display, i8::from(args.global.verbose)),
+        Ok(display) => Progress::new(display, i8::from(args.global.verbose > 0)),
         Err(error) => {
             return end(&Progress::new(progress::Display::Quiet, 0), &[error]);
         }
@@ -88,7 +90,10 @@ fn exit_code(errors: &[anyhow::Error]) -> ExitCode {
     let interrupted = errors.iter().find_map(|error| error.downcast_ref());
     if let Some(Interrupted { signal }) = interrupted {
         ExitCode::from(128 + *signal as u8)
-    } else if errors.iter().any(|error| error.is::<UsageError>()) {
+    } else if errors
+        .iter()
+        .any(|error| error.is::<UsageError>() || error.is::<NobodyToAsk>())
+    {
         ExitCode::from(2)
     } else if errors.is_empty() {
         ExitCode::SUCCESS
@@ -111,8 +116,7 @@ fn run_command(
     }
     // After hours of work it would be too late.
     if let Some(file) = &metadata_file {
-        report::metadata::check(file)
-            .map_err(|error| args::usage(format!("--metadata-file: {error:#}")))?;
+        report::metadata::check(file).map_err(|error| args::usage(format!("{error:#}")))?;
     }
     let (outcome, printed) = perform(task, progress)?;
     let Outcome {
@@ -147,7 +151,7 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let (finished, results) = mpsc::channel();
+    let (printer, printed) = mpsc::channel();
     let watched = progress.clone();
     // As a task, so that it runs on the threads that read its connections: otherwise each chunk of a
     // download would cost a switch between threads.
@@ -159,7 +163,11 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
             limits: Limits::default(),
             interrupt: &interrupt,
             progress: &watched,
-            finished: &move |report| drop(finished.send(report)),
+            person: &Terminal {
+                printer: printer.clone(),
+                progress: watched.clone(),
+            },
+            finished: &move |report| drop(printer.send(Printed::Report(report))),
         };
         let outcome = commands::perform(&task, &context).await;
         watched.end();
@@ -167,7 +175,7 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
         // Handled until the last result is printed.
         anyhow::Ok((outcome, signals))
     });
-    let printed = print(results, progress);
+    let printed = print(printed, progress);
     let done = runtime.block_on(working);
     // What a signal or a failure left running ends with the process; nothing needs it.
     runtime.shutdown_background();
@@ -178,21 +186,32 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
     }
 }
 
-/// Prints the summaries of successful results as they arrive. A reader that has gone away (`| head`) is
-/// no error.
-fn print(results: mpsc::Receiver<Box<dyn AnyReport>>, progress: &Progress) -> io::Result<()> {
-    let mut printed = Ok(());
-    for report in results.iter().filter(|report| !report.is_failure()) {
-        let written = progress.suspend(|| {
-            let mut stdout = io::stdout().lock();
-            writeln!(stdout, "{}", report.summary()).and_then(|()| stdout.flush())
-        });
-        match written {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => printed = Err(error),
-            _ => {}
+/// Prints successful results, and plans, as they arrive. A reader that has gone away (`| head`) is no
+/// error.
+fn print(printed: mpsc::Receiver<Printed>, progress: &Progress) -> io::Result<()> {
+    let mut done = Ok(());
+    for printed in printed {
+        match printed {
+            Printed::Report(report) if report.has_failed() => {}
+            Printed::Report(report) => match print_line(&report.printed(), progress) {
+                Ok(()) => {}
+                Err(error) => done = Err(error),
+            },
+            Printed::Text(text, shown) => drop(shown.send(print_line(&text, progress))),
         }
     }
-    printed
+    done
+}
+
+fn print_line(text: &str, progress: &Progress) -> io::Result<()> {
+    let written = progress.suspend(|| {
+        let mut stdout = io::stdout().lock();
+        writeln!(stdout, "{text}").and_then(|()| stdout.flush())
+    });
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// [`s3::connect`] as a [`commands::Connect`].

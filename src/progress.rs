@@ -47,6 +47,8 @@ pub enum Verb {
     Upload,
     Download,
     Refresh,
+    /// Within the store.
+    Copy,
     /// A local blob, for its diffID or for `--verify`.
     Hash,
 }
@@ -57,6 +59,7 @@ impl Verb {
             Verb::Upload => "upload",
             Verb::Download => "download",
             Verb::Refresh => "refresh",
+            Verb::Copy => "copy",
             Verb::Hash => "hash",
         }
     }
@@ -66,6 +69,7 @@ impl Verb {
             Verb::Upload => "uploading",
             Verb::Download => "downloading",
             Verb::Refresh => "refreshing",
+            Verb::Copy => "copying",
             Verb::Hash => "hashing",
         }
     }
@@ -75,6 +79,7 @@ impl Verb {
             Verb::Upload => "uploaded",
             Verb::Download => "downloaded",
             Verb::Refresh => "refreshed",
+            Verb::Copy => "copied",
             Verb::Hash => "hashed",
         }
     }

@@ -2,8 +2,11 @@
 //! command says of its own work; as text for people, and as JSON in the metadata file.
 
 pub mod metadata;
+pub mod table;
 
 use std::fmt::Debug;
+use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -34,13 +37,36 @@ pub struct Report<D> {
 pub struct Place {
     /// The command's name.
     pub command: &'static str,
-    /// What it did there, as in "exporting to s3://…".
+    /// What it did there, as in "exporting to".
     #[serde(skip)]
     pub doing: &'static str,
+    /// Where the bucket is, if it is not at AWS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub bucket: String,
+    /// The directory, for a command that works on a layout instead of a bucket.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub layout: String,
+    /// For a command that looks at all that is below it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub prefix: String,
+    /// Empty for a command that looks at all caches.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
     /// The keys of the names' manifests.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<String>,
+}
+
+/// A result as JSON on stdout.
+#[derive(Serialize)]
+struct Document<'a, D> {
+    version: u32,
+    #[serde(flatten)]
+    place: &'a Place,
+    #[serde(flatten)]
+    details: &'a D,
 }
 
 /// What it took.
@@ -59,6 +85,11 @@ pub trait Details: Debug + Clone + Default + Serialize + Send + Sync + 'static {
 
     /// What still holds after a failure: the arguments, but no counts.
     fn of_failure(self) -> Self;
+
+    /// Whether to print a JSON document instead of the summary.
+    fn as_json(&self) -> bool {
+        false
+    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
@@ -77,14 +108,64 @@ impl Place {
         Place {
             command,
             doing,
+            endpoint: s3
+                .endpoint_url
+                .as_ref()
+                .map(|url| url.as_str().trim_end_matches('/').to_owned()),
             bucket: s3.bucket.clone(),
+            layout: String::new(),
+            prefix: String::new(),
             names: names.to_vec(),
             keys: names.iter().map(|name| s3.manifest_key(name)).collect(),
         }
     }
 
-    /// The manifests' addresses, `s3://bucket/key`.
+    /// All that the bucket has at the place that `s3` describes.
+    pub fn whole(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place::new(command, doing, s3, &[])
+    }
+
+    /// All that is below the prefix that `s3` has.
+    pub fn below(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
+        Place {
+            prefix: s3.prefix.clone(),
+            ..Place::whole(command, doing, s3)
+        }
+    }
+
+    /// The layout in this directory.
+    pub fn layout(command: &'static str, doing: &'static str, root: &Path) -> Self {
+        Place {
+            command,
+            doing,
+            layout: root.display().to_string(),
+            ..Place::default()
+        }
+    }
+
+    /// The address of the first manifest; of the bucket or prefix, if the command is about all of it; or
+    /// the layout's directory.
+    pub fn address(&self) -> String {
+        if !self.layout.is_empty() {
+            return quote::printable(&self.layout).into_owned();
+        }
+        match self.keys.first() {
+            Some(key) => format!("s3://{}/{key}", self.bucket),
+            None if self.prefix.is_empty() => format!("s3://{}", self.bucket),
+            None => quote::printable(&format!("s3://{}/{}", self.bucket, self.prefix)).into_owned(),
+        }
+    }
+
+    /// What the command is about, as [`manifests`](Self::manifests), and the endpoint if it is not AWS.
     pub fn addresses(&self) -> String {
+        format!("{}{}", self.manifests(), self.at_endpoint())
+    }
+
+    /// The manifests' addresses, `s3://bucket/key`; the bucket's, if the command is about all of it.
+    pub fn manifests(&self) -> String {
+        if self.keys.is_empty() {
+            return self.address();
+        }
         let addresses = self
             .keys
             .iter()
@@ -92,14 +173,43 @@ impl Place {
         addresses.collect::<Vec<_>>().join(", ")
     }
 
+    /// The bucket, and the endpoint if it is not AWS.
+    pub fn bucket(&self) -> String {
+        let bucket = quote::printable(&self.bucket);
+        format!("s3://{bucket}{}", self.at_endpoint())
+    }
+
+    fn at_endpoint(&self) -> String {
+        self.endpoint
+            .as_ref()
+            .map(|endpoint| format!(" at {}", quote::printable(endpoint)))
+            .unwrap_or_default()
+    }
+
+    /// What was done, as in "exporting 'app' to s3://ci-cache".
+    pub fn work(&self) -> String {
+        if self.names.is_empty() {
+            return format!("{} {}", self.doing, self.addresses());
+        }
+        let (names, bucket) = (self.quoted_names(), self.bucket());
+        match self.doing.rsplit_once(' ') {
+            Some((doing, preposition)) => format!("{doing} {names} {preposition} {bucket}"),
+            None => format!("{} {names} in {bucket}", self.doing),
+        }
+    }
+
     /// The names, each in quotes.
     pub fn quoted_names(&self) -> String {
-        let names = self
-            .names
-            .iter()
-            .map(|name| format!("'{}'", quote::printable(name)));
-        names.collect::<Vec<_>>().join(", ")
+        quoted_names(&self.names)
     }
+}
+
+/// Names of caches, each in quotes.
+pub fn quoted_names(names: &[String]) -> String {
+    let names = names
+        .iter()
+        .map(|name| format!("'{}'", quote::printable(name)));
+    names.collect::<Vec<_>>().join(", ")
 }
 
 impl<D: Details> Report<D> {
@@ -122,43 +232,41 @@ impl<D: Details> Report<D> {
         self.error.is_some() && !self.error_ignored
     }
 
-    /// The closing summary for people.
+    /// The closing summary for people, of work that succeeded.
     pub fn summary(&self) -> String {
-        let cost = format!(
-            "{} in {:.1} s",
-            count(self.cost.requests, "request"),
-            self.cost.seconds
-        );
-        let Some(error) = &self.error else {
-            return self.details.summary(&self.place, &cost);
+        let requests = count(self.cost.requests, "request");
+        let cost = match self.place.layout.is_empty() {
+            true => format!("{requests} in {:.1} s", self.cost.seconds),
+            false => format!("{:.1} s", self.cost.seconds),
         };
-        let ignored = match self.error_ignored {
-            true => ", which is ignored",
-            false => "",
-        };
-        format!(
-            "{} {} failed{ignored}: {}; {cost}",
-            self.place.doing,
-            self.place.addresses(),
-            quote::printable(error)
-        )
+        self.details.summary(&self.place, &cost)
     }
 }
 
 /// A [`Report`] of any command.
 pub trait AnyReport: Debug + Send {
-    fn is_failure(&self) -> bool;
-    fn summary(&self) -> String;
+    /// It failed, whether or not that is ignored.
+    fn has_failed(&self) -> bool;
+    /// What goes to stdout: the summary, or a JSON document.
+    fn printed(&self) -> String;
     fn json(&self) -> Value;
 }
 
 impl<D: Details> AnyReport for Report<D> {
-    fn is_failure(&self) -> bool {
-        self.is_failure()
+    fn has_failed(&self) -> bool {
+        self.error.is_some()
     }
 
-    fn summary(&self) -> String {
-        self.summary()
+    fn printed(&self) -> String {
+        if !self.details.as_json() {
+            return self.summary();
+        }
+        let document = Document {
+            version: 1,
+            place: &self.place,
+            details: &self.details,
+        };
+        serde_json::to_string_pretty(&document).expect("a report has nothing that JSON cannot hold")
     }
 
     fn json(&self) -> Value {
@@ -195,5 +303,17 @@ pub fn count(n: u64, what: &str) -> String {
     match n {
         1 => format!("1 {what}"),
         _ => format!("{n} {what}s"),
+    }
+}
+
+/// How long ago: `42 s`, `5 min`, `3 h`, `12 d`, in whole units.
+pub fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        ..60 => format!("{seconds} s"),
+        ..3_600 => format!("{} min", seconds / 60),
+        // Up to two days, hours say more.
+        ..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
     }
 }

@@ -176,6 +176,13 @@ impl Store for S3Store {
         self.delete_objects(keys).await
     }
 
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>> {
+        self.delete_unchanged_objects(objects).await
+    }
+
     async fn lifecycle(&self) -> StoreResult<Option<String>> {
         self.get_lifecycle().await
     }
@@ -185,7 +192,11 @@ impl Store for S3Store {
     }
 
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
-        self.list_objects(prefix, next).await
+        self.list_objects(prefix, next, None).await
+    }
+
+    async fn list_after(&self, prefix: &str, after: &str) -> StoreResult<Page> {
+        self.list_objects(prefix, None, Some(after)).await
     }
 
     async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String> {
@@ -204,13 +215,15 @@ impl Store for S3Store {
 
     async fn copy_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,
         range: Range<u64>,
         etag: Option<&str>,
     ) -> StoreResult<String> {
-        self.copy_own_part(key, upload, number, range, etag).await
+        self.send_copied_part(from, key, upload, number, range, etag)
+            .await
     }
 
     async fn complete_upload(&self, key: &str, upload: &str, parts: &[Part]) -> StoreResult<()> {

@@ -134,6 +134,8 @@ pub struct StoreError {
     /// S3's error code, if there was one.
     pub code: Option<String>,
     pub message: String,
+    /// The message says where on S3, by the address of the object or the bucket.
+    pub located: bool,
 }
 
 impl StoreError {
@@ -186,6 +188,13 @@ pub trait Store: Send + Sync {
     /// is no error.
     async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>>;
 
+    /// Deletes at most 1,000 objects, each only if its ETag is still the one given, as far as the store
+    /// can compare; what became of each key, in their order. [`Kind::Changed`]: it is another object.
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>>;
+
     /// The bucket's lifecycle rules: S3's XML, under `LifecycleConfiguration`. `None`: it has none.
     async fn lifecycle(&self) -> StoreResult<Option<String>>;
 
@@ -194,6 +203,10 @@ pub trait Store: Send + Sync {
 
     /// One page, at most 1,000 keys, of those that begin with `prefix`; `next` is the last page's.
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page>;
+
+    /// As [`list`](Self::list), the first page of the keys that sort after `after`. Stores exist that
+    /// ignore `after`.
+    async fn list_after(&self, prefix: &str, after: &str) -> StoreResult<Page>;
 
     /// Starts a multipart upload. `touched`: of an object being refreshed by copying; its
     /// storage class is kept and metadata `updated-at` set.
@@ -208,10 +221,11 @@ pub trait Store: Send + Sync {
         body: Arc<dyn UploadBody>,
     ) -> StoreResult<String>;
 
-    /// Copies `range` of the object at `key` into part `number` of an upload to the same key, if
-    /// its ETag is still `etag`; the part's ETag.
+    /// Copies `range` of the object `from` (bucket and key, at the same endpoint; `None`: the object at
+    /// `key`) into part `number` of an upload to `key`, if its ETag is still `etag`; the part's ETag.
     async fn copy_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,

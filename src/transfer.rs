@@ -3,11 +3,13 @@
 pub mod arriving;
 pub mod body;
 pub mod buffers;
+mod copy;
 pub mod download;
 pub mod forward;
 pub mod hashing;
 pub mod limits;
 mod multipart;
+pub mod object;
 mod piece;
 pub mod refresh;
 mod unfinished;

@@ -2,13 +2,21 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use bytes::Bytes;
 
 use crate::bucket::Bucket;
 use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
-use crate::store;
+use crate::store::{self, Kind, StoreError};
 use crate::transfer::body::InMemory;
+
+/// Why a manifest was not read.
+pub(super) enum Unread {
+    /// The store does not answer, or refuses every request.
+    Store(StoreError),
+    /// This object cannot be read, or is not a manifest that BuildKit could read.
+    Invalid(String),
+}
 
 impl Bucket {
     /// The cache called `name`; `None` if there is none.
@@ -16,34 +24,18 @@ impl Bucket {
     /// # Errors
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
-        let Some(bytes) = self.manifest_bytes(name).await? else {
-            return Ok(None);
-        };
-        let reading = || {
-            let key = self.config.manifest_key(name);
-            format!("reading the manifest {key} on s3")
-        };
-        // The error quotes what the bucket holds.
-        CacheConfig::parse_s3(&bytes)
-            .map(Some)
-            .map_err(|error| anyhow!(self.store.outside(&format!("{error:#}"))))
-            .with_context(reading)
+        let read = self.read_manifest(name).await;
+        read.map_err(|unread| match unread {
+            Unread::Store(error) => anyhow::Error::new(error),
+            Unread::Invalid(reason) => {
+                let key = self.config.manifest_key(name);
+                anyhow!("the manifest {key} is damaged: {reason}")
+            }
+        })
     }
 
-    /// Writes the manifest under every name of the spec. Every blob that it names must be there.
-    ///
-    /// # Errors
-    /// The store's.
-    pub async fn write_manifests(&self, manifest: &Bytes) -> Result<()> {
-        for name in &self.config.names {
-            let key = self.config.manifest_key(name);
-            self.store
-                .put(&key, Arc::new(InMemory(manifest.clone())))
-                .await
-                .with_context(|| format!("writing the manifest {key}"))?;
-            self.progress.note(&format!("wrote {key}"));
-        }
-        Ok(())
+    pub(super) async fn read_manifest(&self, name: &str) -> Result<Option<CacheConfig>, Unread> {
+        self.read_manifest_at(&self.config.manifest_key(name)).await
     }
 
     /// The bytes of the manifest called `name`, as they are; `None` if there is none.
@@ -52,8 +44,41 @@ impl Bucket {
     /// The store's, or it is no JSON.
     pub async fn manifest_bytes(&self, name: &str) -> Result<Option<Bytes>> {
         let key = self.config.manifest_key(name);
-        let read = store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await;
-        read.with_context(|| format!("reading the manifest {key} on s3"))
+        Ok(store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await?)
+    }
+
+    /// The manifest at `key`, wherever that is.
+    pub(super) async fn read_manifest_at(&self, key: &str) -> Result<Option<CacheConfig>, Unread> {
+        let read = store::read_whole(&self.store, key, DOCUMENT_LIMIT, check_json).await;
+        let Some(bytes) = read.map_err(Unread::from)? else {
+            return Ok(None);
+        };
+        CacheConfig::parse_s3(&bytes)
+            .map(Some)
+            // The error quotes what the bucket holds.
+            .map_err(|error| Unread::Invalid(self.store.outside(&format!("{error:#}"))))
+    }
+
+    /// Writes the manifest called `name`. Every blob that it names must be there.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn write_manifest(&self, name: &str, manifest: Bytes) -> Result<()> {
+        let key = self.config.manifest_key(name);
+        self.store.put(&key, Arc::new(InMemory(manifest))).await?;
+        self.progress.note(&format!("wrote {key}"));
+        Ok(())
+    }
+}
+
+impl From<StoreError> for Unread {
+    fn from(error: StoreError) -> Self {
+        match error.kind {
+            Kind::Unavailable | Kind::NoBucket | Kind::NotS3 | Kind::Missing => {
+                Unread::Store(error)
+            }
+            _ => Unread::Invalid(error.message),
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use futures::stream::{StreamExt, TryStreamExt};
 
 use crate::bucket::Bucket;
+use crate::bucket::listing::LISTINGS;
 use crate::cache::digest::Digest;
 use crate::process;
 use crate::store::{Kind, ObjectInfo};
@@ -18,6 +19,9 @@ const FEW: usize = 16;
 
 /// Pages of keys that are no blobs, after which listing is given up.
 const FOREIGN_PAGES: usize = 4;
+
+/// Listings side by side cost sixteen requests at least, so they are worth it from this many pages on.
+const MANY_PAGES: f64 = 8.0;
 
 /// Whether the bucket itself is known to exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +38,7 @@ impl Bucket {
     ///
     /// A listing of 1,000 keys costs one round trip and as much as a dozen HEADs, so it wins unless
     /// the bucket is far larger than the cache. Digests are spread evenly: the first page tells how
-    /// many more there are.
+    /// many more there are. Many are listed side by side.
     ///
     /// # Errors
     /// The store's.
@@ -65,7 +69,7 @@ impl Bucket {
         wanted: &mut Vec<Digest>,
         found: &mut BTreeMap<Digest, ObjectInfo>,
     ) -> Result<()> {
-        let blobs = format!("{}{}", self.config.prefix, self.config.blobs_prefix);
+        let blobs = self.blobs();
         let prefix = format!("{blobs}sha256:");
         let mut next: Option<String> = None;
         // Twice as many pages as HEADs would take rounds: a listing that goes on for longer is not what
@@ -105,13 +109,50 @@ impl Bucket {
                 wanted.retain(|digest| *digest > last);
                 let covered = fraction(&last);
                 let pages_left = (1.0 - covered) / covered.max(f64::MIN_POSITIVE) * pages as f64;
-                let head_rounds = wanted.len().div_ceil(HEADS);
-                if wanted.is_empty() || pages_left > head_rounds as f64 + 1.0 {
+                let head_rounds = wanted.len().div_ceil(HEADS) as f64;
+                let listing_rounds = (pages_left / LISTINGS as f64).ceil();
+                if wanted.is_empty() {
+                    return Ok(());
+                }
+                if pages_left >= MANY_PAGES && listing_rounds < head_rounds {
+                    let most_pages = 2 * pages_left as usize + LISTINGS;
+                    return self.list_in_parallel(wanted, found, most_pages).await;
+                }
+                if pages_left > head_rounds + 1.0 {
                     return Ok(());
                 }
             } else if pages > FOREIGN_PAGES {
                 return Ok(());
             }
+        }
+        Ok(())
+    }
+
+    /// Lists all blobs side by side; `wanted` is what is not known afterwards.
+    async fn list_in_parallel(
+        &self,
+        wanted: &mut Vec<Digest>,
+        found: &mut BTreeMap<Digest, ObjectInfo>,
+        most_pages: usize,
+    ) -> Result<()> {
+        let blobs = self.blobs();
+        let mut pages = self.blobs_in_parallel().take(most_pages);
+        let mut count = 0;
+        while let Some(objects) = pages.try_next().await? {
+            count += 1;
+            for (key, info) in objects {
+                let digest = key.strip_prefix(&blobs).map(str::parse::<Digest>);
+                if let Some(Ok(digest)) = digest
+                    && wanted.binary_search(&digest).is_ok()
+                {
+                    found.insert(digest, info);
+                }
+            }
+        }
+        match count < most_pages {
+            true => wanted.clear(),
+            // More than the first page promised: not evenly spread, or without end.
+            false => wanted.retain(|digest| !found.contains_key(digest)),
         }
         Ok(())
     }

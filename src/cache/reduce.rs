@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::{CacheConfig, Layer, graph};
+use super::{CacheConfig, Layer, Record, graph};
 use crate::cache::digest::Digest;
 
 /// What `without_blobs` took away.
@@ -74,6 +74,43 @@ impl CacheConfig {
         }
         let layers = left.retain_layers(&keep);
         (left, Dropped { results, layers })
+    }
+
+    /// What remains without records that lead to no result, and layers that no result needs: in a merge
+    /// of several caches, the parts' own ends can be such.
+    pub fn without_dangling(&self) -> Self {
+        let mut keep = vec![false; self.records.len()];
+        let has_result = |record: &Record| !record.results.is_empty() || !record.chains.is_empty();
+        let mut next: Vec<usize> = (0..self.records.len())
+            .filter(|&at| has_result(&self.records[at]))
+            .collect();
+        while let Some(at) = next.pop() {
+            if !std::mem::replace(&mut keep[at], true) {
+                let inputs = self.records[at].inputs.iter().flatten();
+                next.extend(inputs.map(|input| input.link));
+            }
+        }
+        let mut left = self.clone();
+        left.retain_records(&keep);
+        let needed = left.needed_layers();
+        left.retain_layers(&needed);
+        left
+    }
+
+    /// Drops the records not to `keep`, which none of the others may link to, and renumbers the others.
+    fn retain_records(&mut self, keep: &[bool]) {
+        let mut places = Vec::with_capacity(keep.len());
+        let mut kept = 0;
+        for &keep in keep {
+            places.push(keep.then_some(kept));
+            kept += usize::from(keep);
+        }
+        let mut keep = keep.iter();
+        self.records.retain(|_| keep.next() == Some(&true));
+        let inputs = self.records.iter_mut().flat_map(|r| &mut r.inputs);
+        for input in inputs.flatten() {
+            input.link = places[input.link].expect("what a kept record links to is kept");
+        }
     }
 
     /// Drops the results that need a layer which is not `present`; returns how many.

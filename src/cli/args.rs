@@ -1,11 +1,18 @@
 //! The command line: first what was typed, as clap has it; then, with every spec parsed and every
 //! value checked, what is to be done.
 
+mod copy;
 mod doctor;
 mod export;
+mod format;
 mod import;
+mod inspect;
+mod lifecycle;
+mod ls;
+mod prune;
 mod serve;
 mod specs;
+mod verify;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -13,13 +20,19 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::error::ErrorKind;
-use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use self::copy::CopyArgs;
 use self::doctor::DoctorArgs;
 use self::export::ExportArgs;
 use self::import::ImportArgs;
+use self::inspect::InspectArgs;
+use self::lifecycle::LifecycleArgs;
+use self::ls::LsArgs;
+use self::prune::PruneArgs;
 use self::serve::ServeArgs;
 use self::specs::Specs;
+use self::verify::VerifyArgs;
 use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
 use crate::config::Task;
@@ -32,6 +45,8 @@ use crate::progress::Display;
     name = "layercache",
     version,
     propagate_version = true,
+    // Scripts append flags to those that they are given: the last one wins.
+    args_override_self = true,
     after_help = "\
 Exit status: 0 done, 1 failed, 2 wrong usage, 129, 130 or 143 interrupted.
 
@@ -74,18 +89,22 @@ pub struct Args {
 /// What every subcommand takes.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct Global {
-    /// How progress is shown [default: auto, or BUILDKIT_PROGRESS]
+    /// How to show progress [default: BUILDKIT_PROGRESS, else auto]
     // The variable is read by `Global::progress`: an empty one counts as none, unlike with clap.
     #[arg(long, global = true, value_enum, value_name = "MODE")]
     pub progress: Option<Display>,
+
+    /// Print only the results, warnings and errors: --progress=quiet
+    #[arg(short, long, global = true, overrides_with_all = ["progress", "verbose"])]
+    pub quiet: bool,
 
     /// Write the summary to this file, as JSON
     #[arg(long, global = true, value_name = "FILE")]
     pub metadata_file: Option<PathBuf>,
 
     /// Say more about what is done and why
-    #[arg(short, long, global = true)]
-    pub verbose: bool,
+    #[arg(short, long, global = true, action = ArgAction::Count, overrides_with = "quiet")]
+    pub verbose: u8,
 }
 
 #[derive(Debug, Clone, Subcommand)]
@@ -96,6 +115,18 @@ pub enum Command {
     Import(ImportArgs),
     /// Try out whether a bucket allows what an export and an import need
     Doctor(DoctorArgs),
+    /// List the caches in a bucket, and what else is there
+    Ls(LsArgs),
+    /// Show the layers of one cache, and how much of it others share
+    Inspect(InspectArgs),
+    /// Check that every cache is whole, and make those usable that are not
+    Verify(VerifyArgs),
+    /// Copy a cache to another place on S3, or merge several into one
+    Copy(CopyArgs),
+    /// Remove garbage and old caches from a bucket or a local directory
+    Prune(PruneArgs),
+    /// Choose, check or write the lifecycle rules of a bucket
+    Lifecycle(LifecycleArgs),
     /// Let builders on this machine read and write a cache on S3, blob by blob
     Serve(ServeArgs),
 }
@@ -152,6 +183,9 @@ impl Global {
     /// # Errors
     /// A [`UsageError`] if the variable holds something else.
     pub fn progress(&self, env: Env) -> Result<Display> {
+        if self.quiet {
+            return Ok(Display::Quiet);
+        }
         if let Some(display) = self.progress {
             return Ok(display);
         }
@@ -177,6 +211,12 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Export(export) => export.task(&mut specs)?,
         Command::Import(import) => import.task(&mut specs)?,
         Command::Doctor(doctor) => doctor.task(&mut specs)?,
+        Command::Ls(ls) => ls.task(&mut specs)?,
+        Command::Verify(verify) => verify.task(&mut specs)?,
+        Command::Inspect(inspect) => inspect.task(&mut specs, args.global.verbose > 0)?,
+        Command::Copy(copy) => copy.task(&mut specs)?,
+        Command::Prune(prune) => prune.task(&mut specs)?,
+        Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
         Command::Serve(serve) => serve.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))

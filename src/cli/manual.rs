@@ -1,4 +1,4 @@
-//! Shell completions and man pages, made from the same definition as `--help`.
+//! Shell completions, man pages and the version, made from the same definition as `--help`.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -25,26 +25,19 @@ Example, for bash:
         #[arg(value_name = "DIRECTORY")]
         directory: PathBuf,
     },
+    /// Print the version
+    Version,
 }
 
 impl Manual {
-    /// Prints the completions, or writes the man pages.
+    /// Prints the completions or the version, or writes the man pages.
     ///
     /// # Errors
     /// The file system's, or stdout's. A reader that has gone away (`| head`) is no error.
     pub fn write(&self) -> Result<()> {
         match self {
-            Manual::Completion { shell } => {
-                // In memory first: clap_complete panics if it cannot write.
-                let script = completions(*shell);
-                let mut stdout = std::io::stdout().lock();
-                match stdout.write_all(&script).and_then(|()| stdout.flush()) {
-                    Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-                        Err(error).context("cannot write the completions to stdout")
-                    }
-                    _ => Ok(()),
-                }
-            }
+            Manual::Completion { shell } => print(&completions(*shell)),
+            Manual::Version => print(args::definition().render_version().as_bytes()),
             Manual::Man { directory } => std::fs::create_dir_all(directory)
                 .and_then(|()| clap_mangen::generate_to(args::definition(), directory))
                 .with_context(|| format!("cannot write the man pages to {}", directory.display())),
@@ -52,7 +45,18 @@ impl Manual {
     }
 }
 
+fn print(text: &[u8]) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to stdout")
+        }
+        _ => Ok(()),
+    }
+}
+
 fn completions(shell: Shell) -> Vec<u8> {
+    // In memory first: clap_complete panics if it cannot write.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut args::definition(), "layercache", &mut script);
     script
@@ -120,10 +124,17 @@ mod tests {
             names,
             [
                 "layercache-completion.1",
+                "layercache-copy.1",
                 "layercache-doctor.1",
                 "layercache-export.1",
                 "layercache-import.1",
+                "layercache-inspect.1",
+                "layercache-lifecycle.1",
+                "layercache-ls.1",
+                "layercache-prune.1",
                 "layercache-serve.1",
+                "layercache-verify.1",
+                "layercache-version.1",
                 "layercache.1"
             ]
         );

@@ -75,11 +75,12 @@ pub fn cache_from(spec: &str, env: Env) -> Result<Parsed<S3Config>> {
     Ok(Parsed { config, warnings })
 }
 
-/// The specs in an environment variable: one a line, blank lines left out.
+/// The specs in an environment variable: one a line. Blank lines and lines that begin with `#` are
+/// left out.
 pub fn specs_from_env(value: &str) -> Vec<String> {
     value
         .lines()
-        .filter(|line| !line.trim().is_empty())
+        .filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'))
         .map(str::to_owned)
         .collect()
 }
@@ -135,7 +136,29 @@ fn s3_config(
             .map(PathBuf::from),
     };
     check_keys(&config, warnings)?;
+    if holds_bucket(&config) {
+        warnings.push(
+            "endpoint_url: holds the bucket's name, which will be in every address twice (write \
+             the endpoint without it)"
+                .to_owned(),
+        );
+    }
     Ok(config)
+}
+
+/// Whether the endpoint already names the bucket, as `http://host/bucket` or `https://bucket.host`. A
+/// path is put before the bucket, as the AWS SDKs do.
+fn holds_bucket(config: &S3Config) -> bool {
+    let Some(url) = &config.endpoint_url else {
+        return false;
+    };
+    let bucket = &config.bucket;
+    let in_path = url.path().trim_end_matches('/').rsplit('/').next() == Some(bucket);
+    let host = url.host_str().unwrap_or_default();
+    in_path
+        || host
+            .strip_prefix(bucket.as_str())
+            .is_some_and(|rest| rest.starts_with('.'))
 }
 
 /// A value, and what to call it in an error: the attribute, or the variable.
@@ -333,7 +356,31 @@ fn check_keys(config: &S3Config, warnings: &mut Vec<String>) -> Result<()> {
         no_control("name", name)?;
     }
 
+    let manifests = format!("{}{}", config.prefix, config.manifests_prefix);
     let blobs = format!("{}{}", config.prefix, config.blobs_prefix);
+    for (attribute, prefix, start) in [
+        ("prefix", &config.prefix, blobs.clone()),
+        (
+            "blobs_prefix",
+            &config.blobs_prefix,
+            format!("{blobs}sha256:"),
+        ),
+        (
+            "manifests_prefix",
+            &config.manifests_prefix,
+            format!("{manifests}{}", config.names[0]),
+        ),
+    ] {
+        // `-` or `_` at the end is a separator that was chosen.
+        if prefix.ends_with(char::is_alphanumeric) {
+            warnings.push(format!(
+                "{attribute}: {} does not end in a slash, so keys will begin with {}",
+                quoted(prefix),
+                quoted(&start)
+            ));
+        }
+    }
+
     for name in &config.names {
         let key = config.manifest_key(name);
         let digest = key.strip_prefix(&blobs).map(str::parse::<Digest>);
@@ -469,7 +516,7 @@ fn count(key: &str, value: &str) -> Result<u64> {
 }
 
 /// Go's ParseDuration, less the negative ones.
-fn duration(key: &str, value: &str) -> Result<Duration> {
+pub(super) fn duration(key: &str, value: &str) -> Result<Duration> {
     // Go takes a zero without a unit; go-duration does not.
     if matches!(value, "0" | "+0" | "-0") {
         return Ok(Duration::ZERO);

@@ -239,7 +239,7 @@ impl DoctorDetails {
                         .all(|other| other.result != Answer::Works))
         });
         let cause = failed.map_or("see above", |checked| checked.name);
-        let addresses = place.addresses();
+        let addresses = place.manifests();
         Some(anyhow!("{what} would fail at {addresses}: cannot {cause}"))
     }
 }
@@ -249,7 +249,7 @@ impl Details for DoctorDetails {
         let verdict = |works| if works { "works" } else { "FAILS" };
         let mut text = format!(
             "checked {}: export {}, import {}; {cost}",
-            place.addresses(),
+            place.manifests(),
             verdict(self.export_works),
             verdict(self.import_works)
         );
@@ -604,6 +604,7 @@ impl Examination<'_> {
             status: None,
             code: None,
             message: format!("{what}: {}", self.key),
+            located: false,
         }
     }
 

@@ -5,7 +5,6 @@ mod fetch;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 
 use anyhow::{Result, anyhow, bail};
 use async_trait::async_trait;
@@ -90,10 +89,10 @@ impl Details for ImportDetails {
                 false => " (--require makes this an error)",
             };
             return format!(
-                "no cache named {} in s3://{} yet ({}): nothing imported{hint}; {cost}",
+                "no cache named {} in {} yet: there is no {}{hint}; {cost}",
                 place.quoted_names(),
-                printable(&place.bucket),
-                addresses
+                place.bucket(),
+                printable(&place.keys.join(", ")),
             );
         }
         let (transferred, present) = (self.transferred, self.present);
@@ -102,7 +101,7 @@ impl Details for ImportDetails {
             count(transferred + present, "blob"),
             progress::bytes(self.bytes),
         );
-        let mut summary = if self.dry_run {
+        if self.dry_run {
             format!(
                 "dry run: would import {names} from {addresses}{destination}: {blobs}: \
                  would fetch {transferred} ({bytes}), {present} already there; {cost}"
@@ -112,24 +111,7 @@ impl Details for ImportDetails {
                 "imported {names} from {addresses}{destination}: {blobs}: \
                  {transferred} fetched ({bytes}), {present} already there; {cost}"
             )
-        };
-        let dropped: Vec<String> = [
-            (self.dropped_layers, "layer"),
-            (self.dropped_results, "result"),
-        ]
-        .into_iter()
-        .filter(|(n, _)| *n > 0)
-        .map(|(n, what)| count(n, what))
-        .collect();
-        if !dropped.is_empty() {
-            let left_out = match self.dry_run {
-                true => "would leave out",
-                false => "left out",
-            };
-            let dropped = dropped.join(" and ");
-            let _ = write!(summary, "\n{left_out} {dropped} because blobs are missing");
         }
-        summary
     }
 
     fn of_failure(self) -> Self {
@@ -137,6 +119,7 @@ impl Details for ImportDetails {
             layout: self.layout,
             manifest: self.manifest,
             dry_run: self.dry_run,
+            not_found: self.not_found,
             ..ImportDetails::default()
         }
     }
@@ -146,7 +129,7 @@ impl ImportDetails {
     fn destination(&self) -> String {
         let mut destination = format!(" into {}", printable(&self.layout));
         if let Some(tag) = &self.tag {
-            let _ = write!(destination, " as {}", printable(tag));
+            destination.push_str(&format!(" as {}", printable(tag)));
         }
         destination
     }
@@ -167,7 +150,6 @@ fn require_usable(reports: &mut [Report<ImportDetails>]) -> Option<anyhow::Error
         report.error = Some(format!("{why}, and --require was given"));
     }
     Some(match reports {
-        [report] if report.details.not_found => anyhow!("--require: there is no cache to import"),
         [_] => anyhow!("--require: the cache has no usable result"),
         _ => anyhow!("--require: none of the caches has a usable result"),
     })
@@ -275,9 +257,14 @@ impl Work<ImportDetails> for ImportFrom<'_> {
         let details = &mut report.details;
         let Some(plan) = self.plan().await? else {
             details.not_found = true;
+            // Of several sources, another may have one.
+            if self.task.require && self.task.sources.len() == 1 {
+                bail!("there is no cache yet, and --require was given");
+            }
             return Ok(());
         };
         plan.count(details);
+        self.warn_of_little_space(&plan).await?;
         if self.task.dry_run {
             self.show(&plan, details).await?;
         } else {
@@ -370,10 +357,27 @@ impl ImportFrom<'_> {
         Ok(wrong.into_iter().flatten().collect())
     }
 
+    /// Other programs may make room in time, so this is no error.
+    async fn warn_of_little_space(&self, plan: &Plan) -> Result<()> {
+        let sizes = plan.fetch.iter().map(|(_, size)| *size);
+        let needed = sizes.fold(0, u64::saturating_add);
+        let layout = self.layout.clone();
+        let free = blocking(move || Ok(layout.free_space())).await?;
+        if let Some(free) = free.filter(|free| *free < needed) {
+            self.progress.warn(&format!(
+                "too little disk space for {}: {} to fetch, {} free",
+                printable(&self.task.layout.display().to_string()),
+                progress::bytes(needed),
+                progress::bytes(free)
+            ));
+        }
+        Ok(())
+    }
+
     /// Says what would be fetched, after a look at what S3 has.
     async fn show(&self, plan: &Plan, details: &mut ImportDetails) -> Result<()> {
         details.usable = is_usable(&plan.cache);
-        self.progress.stage("looking for blobs on s3", 0, 0);
+        self.progress.stage("looking for blobs on S3", 0, 0);
         let digests = plan.fetch.iter().map(|(digest, _)| *digest);
         let found = self.bucket.survey(digests, Certainty::Known).await?;
         let mut missing = BTreeSet::new();
@@ -497,35 +501,38 @@ impl ImportFrom<'_> {
     ) -> Result<CacheConfig> {
         if self.task.missing == Missing::Error {
             let listed = missing.iter().take(LISTED).map(Digest::to_string);
+            let more = match missing.len().saturating_sub(LISTED) {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
             bail!(
-                "{} blob(s) that the manifest names are not on s3 (expired?): {}{}; export the cache again, or let --missing=drop leave out what needs them",
-                missing.len(),
+                "S3 lacks {} of the cache (expired?): {}{more}; export the cache again, or let --missing=drop leave out what needs them",
+                count(missing.len() as u64, "blob"),
                 listed.collect::<Vec<_>>().join(", "),
-                if missing.len() > LISTED { ", …" } else { "" }
             );
         }
         details.transferred -= missing.len() as u64;
         for digest in missing.difference(&details.damaged) {
             self.progress
-                .note(&format!("{digest} is not on s3 any more"));
+                .note(&format!("{digest} is not on S3 any more"));
         }
         let (kept, dropped) = cache.without_blobs(missing);
         details.dropped_layers = dropped.layers as u64;
         details.dropped_results = dropped.results as u64;
         self.progress.warn(&format!(
-            "{} blob(s) that the manifest names are {}: {} result(s) and {} layer(s) {} left out{}",
-            missing.len(),
+            "S3 lacks {} of the cache ({}): {} {} and {}{}",
+            count(missing.len() as u64, "blob"),
             match details.damaged.is_empty() {
-                true => "not on s3 (expired?)",
-                false => "missing or damaged on s3",
+                true => "expired?",
+                false => "or has them damaged",
             },
-            dropped.results,
-            dropped.layers,
             if self.task.dry_run {
-                "would be"
+                "would leave out"
             } else {
-                "were"
+                "left out"
             },
+            count(dropped.results as u64, "result"),
+            count(dropped.layers as u64, "layer"),
             if cache.image.is_some() && kept.image.is_none() {
                 ", and the image cannot be restored"
             } else {
@@ -544,9 +551,11 @@ mod tests {
         let place = Place {
             command: "import",
             doing: "importing from",
+            endpoint: Some("http://s3.example.com".into()),
             bucket: "cache".into(),
             names: vec!["main".into()],
             keys: vec!["manifests/main".into()],
+            ..Place::default()
         };
         let details = ImportDetails {
             layout: "build/cache".into(),
@@ -562,27 +571,18 @@ mod tests {
     }
 
     #[test]
-    fn an_import_says_where_from_where_to_and_what_was_left_out() {
+    fn an_import_says_where_from_and_where_to() {
         let mut report = report();
         assert_eq!(
             report.summary(),
-            "imported 'main' from s3://cache/manifests/main into build/cache as latest: \
-             10 blobs: 3 fetched (1.20 MiB), 7 already there; 12 requests in 1.4 s"
+            "imported 'main' from s3://cache/manifests/main at http://s3.example.com into build/cache as \
+             latest: 10 blobs: 3 fetched (1.20 MiB), 7 already there; 12 requests in 1.4 s"
         );
-        report.details.dropped_layers = 2;
-        report.details.dropped_results = 1;
-        let second_line = |report: &Report<_>| report.summary().lines().nth(1).map(str::to_owned);
-        assert_eq!(
-            second_line(&report).as_deref(),
-            Some("left out 2 layers and 1 result because blobs are missing")
-        );
-        report.details.dropped_layers = 0;
         report.details.dry_run = true;
         assert_eq!(
             report.summary(),
-            "dry run: would import 'main' from s3://cache/manifests/main into build/cache as \
-             latest: 10 blobs: would fetch 3 (1.20 MiB), 7 already there; 12 requests in 1.4 s\n\
-             would leave out 1 result because blobs are missing"
+            "dry run: would import 'main' from s3://cache/manifests/main at http://s3.example.com into \
+             build/cache as latest: 10 blobs: would fetch 3 (1.20 MiB), 7 already there; 12 requests in 1.4 s"
         );
     }
 
@@ -593,8 +593,8 @@ mod tests {
         report.cost.requests = 1;
         assert_eq!(
             report.summary(),
-            "no cache named 'main' in s3://cache yet (s3://cache/manifests/main): nothing imported \
-             (--require makes this an error); 1 request in 1.4 s"
+            "no cache named 'main' in s3://cache at http://s3.example.com yet: there is no \
+             manifests/main (--require makes this an error); 1 request in 1.4 s"
         );
     }
 
@@ -606,7 +606,7 @@ mod tests {
         report.details.tag = Some("t\n".into());
         assert_eq!(
             report.summary(),
-            "imported 'a\\u{1b}[31m' from s3://cache/manifests/main into dir\\r as t\\n: \
+            "imported 'a\\u{1b}[31m' from s3://cache/manifests/main at http://s3.example.com into dir\\r as t\\n: \
              10 blobs: 3 fetched (1.20 MiB), 7 already there; 12 requests in 1.4 s"
         );
     }

@@ -22,7 +22,7 @@ use crate::bucket::Bucket;
 use crate::commands::Context;
 use crate::config::{ExportConfig, Mode, S3Config, ServeTask};
 use crate::interrupt::Interrupt;
-use crate::progress::{self, Progress};
+use crate::progress;
 use crate::report::{AnyReport, Details, Outcome, Place, Report, count};
 use crate::serve::{Endpoint, Repository, Served, Serving, TAG};
 use crate::store::Store;
@@ -57,7 +57,7 @@ pub async fn run(task: &ServeTask, context: &Context<'_>) -> Outcome {
     };
     let serving = Arc::clone(&endpoint.serving);
     let variables = variables(&serving, task.target.as_ref());
-    match announce(task, &variables, &progress) {
+    match announce(task, &variables, context).await {
         Ok(()) if task.command.is_empty() => {
             endpoint.run(context.interrupt.arrives().boxed()).await;
         }
@@ -184,10 +184,10 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 }
 
 /// Writes the variables where the task wants them.
-fn announce(
+async fn announce(
     task: &ServeTask,
     variables: &[(&'static str, String)],
-    progress: &Progress,
+    context: &Context<'_>,
 ) -> Result<()> {
     if let Some(file) = &task.env_file {
         append(file, variables)
@@ -197,15 +197,12 @@ fn announce(
         for (name, value) in variables {
             let _ = writeln!(lines, "export {name}='{value}'");
         }
-        progress.suspend(|| {
-            let mut stdout = std::io::stdout().lock();
-            // Whoever reads it may have gone away (`| head`).
-            let _ = stdout
-                .write_all(lines.as_bytes())
-                .and_then(|()| stdout.flush());
-        });
+        let shown = context.person.show(lines.trim_end()).await;
+        shown.context("cannot write the variables to stdout")?;
     }
-    progress.note("serving: builds on this machine can use the cache now");
+    context
+        .progress
+        .note("serving: builds on this machine can use the cache now");
     Ok(())
 }
 
@@ -342,7 +339,7 @@ impl Details for ServeDetails {
     fn summary(&self, place: &Place, cost: &str) -> String {
         let addresses = place.addresses();
         let mut summary = format!(
-            "served {} from {addresses}: {}, {} found; {} ({}) read, {} fetched from s3; {cost}",
+            "served {} from {addresses}: {}, {} found; {} ({}) read, {} fetched from S3; {cost}",
             place.quoted_names(),
             count(self.lookups, "lookup"),
             self.hits,

@@ -8,8 +8,8 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::Selection;
 use crate::cache::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
+use crate::config::Selection;
 use crate::quote::{one_line, quoted};
 
 /// Entries that an error lists at most.
@@ -217,6 +217,17 @@ impl IndexJson {
         let entries = self.manifests.iter().map(|raw| Entry::new(raw));
         entries
             .map(|entry| (entry.label(), entry.descriptor.map_err(|e| one_line(&e))))
+            .collect()
+    }
+
+    /// Each entry: its tag or full name, if it has one, and its descriptor or why it cannot be used.
+    pub(super) fn named(&self) -> Vec<(Option<String>, Result<Descriptor, String>)> {
+        let entries = self.manifests.iter().map(|raw| Entry::new(raw));
+        entries
+            .map(|entry| {
+                let name = entry.ref_name.or(entry.containerd_name);
+                (name, entry.descriptor.map_err(|error| one_line(&error)))
+            })
             .collect()
     }
 

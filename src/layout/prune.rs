@@ -185,7 +185,7 @@ mod tests {
 
     use super::*;
     use crate::cache::oci::{self, Descriptor};
-    use crate::layout::Selection;
+    use crate::config::Selection;
     use crate::layout::tests::{LONG, assert_says, copy_of, names, prepared, put, set_modified};
 
     const HOUR: Duration = Duration::from_secs(60 * 60);

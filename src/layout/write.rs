@@ -119,7 +119,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::layout::Selection;
+    use crate::config::Selection;
     use crate::layout::tests::{fixture, prepared, put};
 
     fn s3(name: &str) -> CacheConfig {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::quote;
 use crate::report::AnyReport;
 
 #[derive(Serialize)]
@@ -26,14 +27,19 @@ pub fn check(path: impl AsRef<Path>) -> Result<()> {
         Ok(Target::File(target)) => stage(&target).map(drop),
         Err(error) => Err(error),
     };
-    checked.with_context(|| format!("cannot write metadata file {path:?}"))
+    checked.with_context(|| cannot_write(path))
 }
 
 /// Writes the reports as JSON to the file at `path`, which is replaced in one step, or written to
 /// where it is no regular file (`/dev/stdout`, a pipe). Errors name the file.
 pub fn write(path: impl AsRef<Path>, reports: &[Box<dyn AnyReport>]) -> Result<()> {
     let path = path.as_ref();
-    write_json(path, reports).with_context(|| format!("cannot write metadata file {path:?}"))
+    write_json(path, reports).with_context(|| cannot_write(path))
+}
+
+fn cannot_write(path: &Path) -> String {
+    let path = path.to_string_lossy();
+    format!("cannot write the metadata file {}", quote::printable(&path))
 }
 
 fn write_json(path: &Path, reports: &[Box<dyn AnyReport>]) -> Result<()> {
@@ -89,6 +95,10 @@ fn stage(target: &Path) -> Result<tempfile::NamedTempFile> {
     builder.prefix(".metadata-");
     // tempfile's own default is for secrets; this is a result that other CI steps read.
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    // tempfile's own error names a file that no one knows.
+    if !directory.is_dir() {
+        bail!("there is no directory {}", directory.display());
+    }
     Ok(builder.tempfile_in(directory)?)
 }
 
@@ -118,9 +128,11 @@ mod tests {
         let place = Place {
             command: "export",
             doing: "exporting to",
+            endpoint: None,
             bucket: "cache".into(),
             names: vec!["main".into()],
             keys: vec!["manifests/main".into()],
+            ..Place::default()
         };
         let bytes = 1_258_291;
         let dry_run = false;
@@ -194,7 +206,7 @@ mod tests {
         let error = write(&path, &[report()]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("cannot write metadata file {path:?}")
+            format!("cannot write the metadata file {}", path.display())
         );
     }
 }

@@ -206,6 +206,7 @@ impl Failure {
             status: self.status,
             code: self.refusal.and_then(|refusal| refusal.code),
             message,
+            located: !self.general,
         }
     }
 }

@@ -1,14 +1,16 @@
 //! Deleting objects: in one request, or one by one if the store does not support that.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use futures::stream::{StreamExt, TryStreamExt};
 use rusoto_s3::{Delete, DeleteObjectRequest, DeleteObjectsRequest, ObjectIdentifier, S3};
+use xml::escape::escape_str_pcdata;
 
 use super::S3Store;
 use super::call::{Call, Expect, Failure};
 use super::response::Refusal;
-use crate::store::{Kind, StoreResult};
+use crate::store::{Kind, StoreError, StoreResult};
 
 const DOING: &str = "deleting";
 /// Single deletes in flight at once.
@@ -19,10 +21,8 @@ impl S3Store {
         &self,
         keys: &[String],
     ) -> StoreResult<Vec<StoreResult<()>>> {
-        // XML cannot carry control characters.
-        let fits = |key: &String| !key.contains(char::is_control);
-        if keys.len() > 1 && keys.iter().all(fits) {
-            match self.delete_batch(keys).await {
+        if keys.len() > 1 && keys.iter().all(fits_xml) {
+            match self.delete_batch(keys, None).await {
                 Err(e) if e.kind == Kind::Unsupported => {}
                 done => return done,
             }
@@ -37,6 +37,28 @@ impl S3Store {
             }
         });
         singly.buffered(AT_ONCE).try_collect().await
+    }
+
+    pub(super) async fn delete_unchanged_objects(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>> {
+        let keys: Vec<String> = objects.iter().map(|(key, _)| key.clone()).collect();
+        let plain = &self.remote.plain_deletes;
+        let etags = objects.iter().map(|(_, etag)| etag.as_str());
+        if plain.load(Ordering::Relaxed) || !keys.iter().all(fits_xml) {
+            return self.delete_objects(&keys).await;
+        }
+        match self
+            .delete_batch(&keys, Some(&etags.collect::<Vec<_>>()))
+            .await
+        {
+            Err(e) if refuses_etags(&e) => {
+                plain.store(true, Ordering::Relaxed);
+                self.delete_objects(&keys).await
+            }
+            done => done,
+        }
     }
 
     async fn delete_object(&self, key: &str) -> StoreResult<()> {
@@ -56,8 +78,13 @@ impl S3Store {
         }
     }
 
-    /// One DeleteObjects; rusoto adds the Content-MD5 that MinIO and others insist on.
-    async fn delete_batch(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>> {
+    /// One DeleteObjects, with the Content-MD5 that MinIO and others insist on. With `etags`, an object
+    /// that has another one stays.
+    async fn delete_batch(
+        &self,
+        keys: &[String],
+        etags: Option<&[&str]>,
+    ) -> StoreResult<Vec<StoreResult<()>>> {
         let objects = keys.iter().map(|key| ObjectIdentifier {
             key: key.clone(),
             version_id: None,
@@ -70,7 +97,11 @@ impl S3Store {
             },
             ..Default::default()
         };
-        let call = Call::new(DOING, None, Expect::Listing("DeleteResult")).slow();
+        let mut call = Call::new(DOING, None, Expect::Listing("DeleteResult")).slow();
+        if let Some(etags) = etags {
+            // rusoto's request knows no ETags.
+            call = call.with_payload(conditional(keys, etags));
+        }
         let sent = self.run(call, |client| async move {
             client.delete_objects(request).await
         });
@@ -92,6 +123,15 @@ impl S3Store {
         let results = keys.iter().map(|key| match told.remove(key) {
             Some(None) => Ok(()),
             Some(Some(refusal)) if refusal.is_absence() => Ok(()),
+            Some(Some(refusal)) if refusal.code.as_deref() == Some("PreconditionFailed") => {
+                Err(StoreError {
+                    kind: Kind::Changed,
+                    status: Some(412),
+                    code: refusal.code,
+                    message: format!("{key} is no longer the same object"),
+                    located: true,
+                })
+            }
             Some(Some(refusal)) => {
                 let call = Call::new(DOING, Some(key), Expect::Nothing);
                 let failure = Failure::refused(&self.remote, &call, refusal);
@@ -101,4 +141,26 @@ impl S3Store {
         });
         Ok(results.collect())
     }
+}
+
+/// XML cannot carry control characters.
+fn fits_xml(key: &String) -> bool {
+    !key.contains(char::is_control)
+}
+
+/// Whether a store without conditional deletes would say this to one.
+fn refuses_etags(e: &StoreError) -> bool {
+    let code = e.code.as_deref().unwrap_or_default();
+    e.kind == Kind::Unsupported
+        || matches!(code, "MalformedXML" | "InvalidRequest" | "InvalidArgument")
+}
+
+/// The payload of a DeleteObjects that compares ETags.
+fn conditional(keys: &[String], etags: &[&str]) -> String {
+    let mut xml = String::from("<Delete xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">");
+    for (key, etag) in keys.iter().zip(etags) {
+        let (key, etag) = (escape_str_pcdata(key), escape_str_pcdata(etag));
+        xml += &format!("<Object><Key>{key}</Key><ETag>{etag}</ETag></Object>");
+    }
+    xml + "</Delete>"
 }

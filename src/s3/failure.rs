@@ -13,6 +13,9 @@ use super::wire::{ProxyError, Unresolved};
 use crate::retry::Trouble;
 use crate::store::Kind;
 
+/// What a store may need that has no host name for each bucket.
+const WITH_PATH_STYLE: &str = "use_path_style=true may be missing";
+
 impl Failure {
     /// The store refused.
     pub(super) fn refused(remote: &Remote, call: &Call, refusal: Refusal) -> Self {
@@ -21,7 +24,7 @@ impl Failure {
         }
         let reads = matches!(call.expect, Expect::Object | Expect::Description);
         let verdict = refusal.verdict(remote.is_genuine());
-        let mut advice = refusal.advice(&remote.region, &remote.bucket, reads);
+        let mut advice = refusal.advice(&remote.region, reads);
         // The response to a HEAD has no body to say that the token has expired: S3 sends a bare 400.
         let mute = call.expect == Expect::Description
             && refusal.status == 400
@@ -34,7 +37,11 @@ impl Failure {
                     .into(),
             );
         }
-        let cause = refusal.cause(&remote.endpoint.name());
+        let mut cause = refusal.cause(&remote.endpoint.name());
+        // A store that looks for the bucket in the path takes the key's first part for it.
+        if refusal.code.as_deref() == Some("NoSuchBucket") && remote.endpoint.is_prefixed() {
+            cause = format!("{WITH_PATH_STYLE}: {cause}");
+        }
         Failure {
             status: Some(refusal.status),
             advice,
@@ -87,13 +94,13 @@ impl Failure {
                 Some(proxy) => format!("the proxy {proxy}"),
                 None => peer.to_owned(),
             };
-            let cause = format!("no trust in the certificate of {peer} ({reasons})");
+            let cause = format!("the certificate of {peer} is not trusted ({reasons})");
             Failure::new(Kind::Other, cause)
                 .advise("if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file")
         } else if causes.no_tls {
             let cause = format!("{peer} does not speak https ({reasons})");
             Failure::new(Kind::NotS3, cause)
-                .advise(format!("check endpoint_url, or use http://{peer}"))
+                .advise(format!("check endpoint_url, or write http://{peer}"))
         } else if causes.refused && causes.proxy.is_none() {
             Failure::passing(Kind::Unavailable, format!("connection to {peer} refused"))
         } else if e.is_connect() {
@@ -109,10 +116,11 @@ impl Failure {
         };
         // Only AWS has a host name for each bucket.
         if endpoint.is_prefixed() && causes.proxy.is_none() && causes.wrong_name {
-            failure = failure.advise("the bucket is part of that name: try use_path_style=true");
+            failure.cause = format!("{WITH_PATH_STYLE}: {}", failure.cause);
         } else if causes.no_http && !endpoint.is_https() {
+            failure.cause = format!("{peer} does not speak http ({reasons})");
             failure = failure.advise(format!(
-                "that port may speak https: check endpoint_url, or use https://{peer}"
+                "if it speaks https, write endpoint_url=https://{peer}"
             ));
         }
         if let Some(trouble) = &mut failure.again {

@@ -154,7 +154,7 @@ fn refused(status: u16, headers: &[(String, Vec<u8>)], body: &[u8]) -> String {
     let headers = headers_of(headers);
     let refusal = response::refusal(status, &headers, body, &Secrets::default());
     let _ = refusal.verdict(false);
-    let advice = refusal.advice("us-east-1", "bucket", true);
+    let advice = refusal.advice("us-east-1", true);
     format!("{}; {}", refusal.cause("S3"), advice.unwrap_or_default())
 }
 

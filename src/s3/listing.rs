@@ -15,7 +15,12 @@ use crate::store::{ObjectInfo, Page, StoreResult};
 const DOING: &str = "listing";
 
 impl S3Store {
-    pub(super) async fn list_objects(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
+    pub(super) async fn list_objects(
+        &self,
+        prefix: &str,
+        next: Option<&str>,
+        after: Option<&str>,
+    ) -> StoreResult<Page> {
         let request = ListObjectsV2Request {
             bucket: self.bucket(),
             // Keys can hold what XML cannot.
@@ -23,6 +28,7 @@ impl S3Store {
             max_keys: Some(1000),
             prefix: Some(prefix.to_owned()),
             continuation_token: next.map(str::to_owned),
+            start_after: after.map(str::to_owned),
             ..Default::default()
         };
         let call = Call::new(DOING, None, Expect::Listing("ListBucketResult"));

@@ -52,6 +52,8 @@ pub(super) struct Remote {
     pub(super) reasons: tokio::sync::Mutex<BTreeMap<u16, Option<Refusal>>>,
     /// Held while finding out whether the endpoint is S3.
     pub(super) finding_out: tokio::sync::Mutex<()>,
+    /// The store refuses ETags in DeleteObjects.
+    pub(super) plain_deletes: AtomicBool,
     trust: Trust,
     wire: OnceCell<Wire>,
     genuine: AtomicBool,
@@ -66,7 +68,7 @@ impl Remote {
             config.retry_mode,
             config.retry_max_attempts,
             timing.backoff,
-            move |text| reports.note(text),
+            move |text| reports.retry(text),
         );
         let trust = Trust::new(config.ca_bundle.as_deref().map(PathBuf::from));
         let secrets = Secrets::default();
@@ -92,6 +94,7 @@ impl Remote {
             secrets,
             reasons: tokio::sync::Mutex::default(),
             finding_out: tokio::sync::Mutex::default(),
+            plain_deletes: AtomicBool::default(),
             trust,
             wire: OnceCell::new(),
             genuine: AtomicBool::new(false),

@@ -444,7 +444,7 @@ impl Refusal {
 
     /// What to do about it. `region` is ours; `reads` is whether the operation was HEAD or GET of an
     /// object.
-    pub(super) fn advice(&self, region: &str, bucket: &str, reads: bool) -> Option<String> {
+    pub(super) fn advice(&self, region: &str, reads: bool) -> Option<String> {
         let code = self.code.as_deref().unwrap_or_default();
         let elsewhere = self.region.as_deref().filter(|there| *there != region);
         let misdirected =
@@ -465,10 +465,7 @@ impl Refusal {
             });
         }
         Some(match code {
-            "NoSuchBucket" => format!(
-                "bucket {bucket:?} does not exist there: check bucket, region, endpoint_url and \
-                 use_path_style"
-            ),
+            "NoSuchBucket" => "check bucket, region and endpoint_url".into(),
             "RequestTimeTooSkewed" => skew(self.date, SystemTime::now()),
             "InvalidAccessKeyId" | "SignatureDoesNotMatch" => {
                 "check access_key_id and secret_access_key".into()
@@ -513,7 +510,11 @@ pub(super) const MINIO: &str =
 
 /// Advice for a clock that is off.
 fn skew(there: Option<SystemTime>, here: SystemTime) -> String {
-    let Some(there) = there else {
+    let is_off = |there: &SystemTime| {
+        let off = here.duration_since(*there);
+        off.unwrap_or_else(|behind| behind.duration()) > Duration::from_secs(60)
+    };
+    let Some(there) = there.filter(is_off) else {
         return "this machine's clock is off: set it".into();
     };
     let (ahead, seconds) = match here.duration_since(there) {
@@ -783,7 +784,7 @@ mod tests {
     #[test]
     fn the_message_says_what_to_do() {
         let says = |refusal: &Refusal| {
-            let advice = refusal.advice("us-east-1", "cache", true);
+            let advice = refusal.advice("us-east-1", true);
             format!("{}; {}", refusal.cause("S3"), advice.unwrap_or_default())
         };
         let moved = refusal(
@@ -804,7 +805,7 @@ mod tests {
         );
         assert!(says(&malformed).ends_with("use region=eu-west-1"));
         assert!(says(&refused(403, "")).contains("s3:ListBucket"));
-        assert!(says(&refused(404, "NoSuchBucket")).contains("\"cache\" does not exist"));
+        assert!(says(&refused(404, "NoSuchBucket")).contains("check bucket, region"));
         assert!(says(&refused(403, "RequestTimeTooSkewed")).contains("clock is off"));
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(10_000);
         assert_eq!(
@@ -827,7 +828,7 @@ mod tests {
         let advice = |status: u16, body: &[u8]| {
             let status = StatusCode::from_u16(status).unwrap();
             let found = refusal(status, &HeaderMap::new(), body, &no());
-            (found.verdict(false).kind, found.advice("r", "b", true))
+            (found.verdict(false).kind, found.advice("r", true))
         };
         let some = |text: &str| Some(text.to_owned());
         assert_eq!(

@@ -18,6 +18,7 @@ use crate::config::{RetryMode, StaticCredentials};
 use crate::store::{ByteStream, Kind};
 
 mod floods;
+mod recordings;
 mod secrets;
 mod stores;
 mod strangers;
@@ -539,7 +540,9 @@ async fn a_multipart_upload_is_begun_filled_completed_and_aborted() {
     assert_eq!(store.create_upload("a", None).await.unwrap(), "u/1");
     let part = store.upload_part("a", "u/1", 1, Blob::new("hello")).await;
     assert_eq!(part.unwrap(), "\"abc\"");
-    let part = store.copy_part("a", "u/1", 2, 5..10, Some("\"abc\"")).await;
+    let part = store
+        .copy_part(None, "a", "u/1", 2, 5..10, Some("\"abc\""))
+        .await;
     assert_eq!(part.unwrap(), "\"def\"");
     store
         .complete_upload("a", "u/1", &[etag(1), etag(2)])

@@ -66,8 +66,9 @@ impl S3Store {
         etag.ok_or_else(|| self.lacks(DOING, Some(key), "a part without an ETag"))
     }
 
-    pub(super) async fn copy_own_part(
+    pub(super) async fn send_copied_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,
@@ -84,12 +85,13 @@ impl S3Store {
                 return Err(empty.into_error(&self.remote, &call, None));
             }
         };
+        let (bucket, source) = from.unwrap_or((&self.remote.bucket, key));
         let request = UploadPartCopyRequest {
             bucket: self.bucket(),
             key: key.to_owned(),
             upload_id: upload.to_owned(),
             part_number: number.into(),
-            copy_source: encode_key(&format!("{}/{key}", self.remote.bucket)),
+            copy_source: encode_key(&format!("{bucket}/{source}")),
             copy_source_if_match: etag.map(str::to_owned),
             copy_source_range: Some(format!("bytes={}-{last}", range.start)),
             ..Default::default()

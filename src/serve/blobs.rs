@@ -266,7 +266,7 @@ impl Blobs {
             Ok(Forwarded::Whole | Forwarded::Unwanted) => End::Whole,
             Ok(Forwarded::Missing) => {
                 self.progress
-                    .note(&format!("{digest} is not on s3 any more"));
+                    .note(&format!("{digest} is not on S3 any more"));
                 End::Missing
             }
             Err(error) => {

@@ -122,7 +122,7 @@ async fn look_up(holder: &Holder<'_>, request: &Request<Incoming>) -> Response {
     let keys = query(request.uri().query(), "keys").unwrap_or_default();
     for key in keys.split(',').filter_map(Key::parse) {
         let found = tokio::time::timeout(PATIENCE, find(holder, &key));
-        let late = |_| Err(anyhow!("s3 did not answer within {PATIENCE:?}"));
+        let late = |_| Err(anyhow!("S3 did not answer within {PATIENCE:?}"));
         let found = found.await.unwrap_or_else(late).unwrap_or_else(|failure| {
             let progress = &holder.serving.progress;
             progress.warn(&format!("no cache for the build: {failure:#}"));
@@ -228,7 +228,7 @@ pub async fn archive(serving: &Arc<Serving>, path: &str, request: &Request<Incom
     }
 }
 
-const S3_FAILED: &str = "s3 failed; the output of layercache says why";
+const S3_FAILED: &str = "S3 failed; the output of layercache says why";
 
 #[derive(Deserialize)]
 struct Reservation {
@@ -366,7 +366,7 @@ async fn save(push: &Push, saving: &Saving, size: u64) -> Result<()> {
             let manifest = saving.spool.read(size).await?;
             let parsed = manifest.clone();
             let blobs = crate::blocking::blocking(move || CacheConfig::parse_s3(&parsed)?.blobs());
-            push.publish_manifest(manifest, &blobs.await?).await
+            push.publish_manifest(manifest, blobs.await?).await
         }
     }
 }

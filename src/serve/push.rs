@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use async_trait::async_trait;
 use bytes::{Buf, Bytes};
 use futures::stream::{BoxStream, StreamExt};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use crate::blocking::blocking;
-use crate::bucket::{Bucket, Certainty};
+use crate::bucket::Bucket;
+use crate::bucket::publish::{self, Plan, Publisher, Supply, Words, is_old};
 use crate::cache::digest::Digest;
 use crate::cache::oci::Descriptor;
 use crate::cache::read::{self, read_cache};
@@ -25,16 +27,17 @@ use crate::serve::blobs::Blobs;
 use crate::serve::kept::{Document, Kept};
 use crate::store::ObjectInfo;
 use crate::transfer::arriving::Incoming;
-use crate::transfer::body::InMemory;
 use crate::transfer::limits::Limits;
-use crate::transfer::refresh::{Refreshed, is_due};
+use crate::transfer::refresh::Refreshed;
 use crate::transfer::upload::Uploader;
 
-/// Refreshes in flight at once, as in an export.
-const REFRESHES: usize = 32;
-
-/// How often documents may vanish from S3 while a manifest is about to be written.
-const CHECKS: usize = 5;
+/// How a push is spoken of.
+const WORDS: Words = Words {
+    send: "store",
+    sending: "storing",
+    run: "push",
+    done: "pushed",
+};
 
 /// How long to go on aborting uploads at the end of the run.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
@@ -52,7 +55,7 @@ impl std::fmt::Display for UnknownBlobs {
         let more = if self.0.len() > 5 { ", …" } else { "" };
         write!(
             f,
-            "the manifest names {} blob(s) that are neither on s3 nor were sent: {}{more}",
+            "the manifest names {} blob(s) that are neither on S3 nor were sent: {}{more}",
             self.0.len(),
             digests.join(", ")
         )
@@ -97,6 +100,8 @@ struct Settled {
     /// Sizes of those found, and of those also refreshed.
     present: BTreeMap<Digest, u64>,
     refreshed: BTreeMap<Digest, u64>,
+    /// Others that were refreshed right before a manifest was written.
+    refreshed_last: u64,
     /// Documents that a client has sent, or has asked whether it must.
     offered: BTreeSet<Digest>,
     manifests: u64,
@@ -134,11 +139,12 @@ impl Push {
         let only_present = |digest: &&Digest| {
             !settled.sent.contains_key(*digest) && !settled.refreshed.contains_key(*digest)
         };
+        let present = settled.present.keys().filter(only_present).count() as u64;
         Pushed {
             blobs: settled.sent.len() as u64,
             bytes: settled.sent.values().sum(),
-            present: settled.present.keys().filter(only_present).count() as u64,
-            refreshed: settled.refreshed.len() as u64,
+            present: present.saturating_sub(settled.refreshed_last),
+            refreshed: settled.refreshed.len() as u64 + settled.refreshed_last,
             manifests: settled.manifests,
         }
     }
@@ -192,7 +198,7 @@ impl Push {
             return Ok(None);
         };
         self.blobs.found([(digest, &info)]);
-        if is_due(&info, self.target.touch_refresh, SystemTime::now())
+        if is_old(&info, self.target.touch_refresh, SystemTime::now())
             && self.refresh(digest, &info).await != Refreshed::Done
         {
             return Ok(None);
@@ -272,7 +278,7 @@ impl Push {
             Ok((cache.to_s3()?, cache.blobs()?))
         })
         .await?;
-        self.publish_manifest(manifest.into(), &blobs).await
+        self.publish_manifest(manifest.into(), blobs).await
     }
 
     /// Writes `manifest` as it is, once the `blobs` that it names are on S3.
@@ -282,89 +288,85 @@ impl Push {
     pub async fn publish_manifest(
         &self,
         manifest: Bytes,
-        blobs: &BTreeMap<Digest, u64>,
+        blobs: BTreeMap<Digest, u64>,
     ) -> Result<()> {
         let _one = self.publishing.lock().await;
-        for _ in 0..CHECKS {
-            let missing = self.settle(blobs).await?;
-            if missing.is_empty() {
-                self.settled.lock().manifests += 1;
-                return self.bucket.write_manifests(&manifest).await;
-            }
-            let mut unknown = Vec::new();
-            for digest in missing {
-                match self.documents.get(&digest) {
-                    Some(document) => self.send_document(document).await?,
-                    None => unknown.push(digest),
-                }
-            }
-            if !unknown.is_empty() {
-                return Err(UnknownBlobs(unknown).into());
-            }
-        }
-        bail!("something keeps deleting blobs of this cache from s3 while they are pushed")
-    }
-
-    /// Looks for the blobs that were not sent in this run, right before the manifest is written, and
-    /// refreshes those that are old. Returns those that are not there.
-    async fn settle(&self, blobs: &BTreeMap<Digest, u64>) -> Result<Vec<Digest>> {
-        let others: Vec<(Digest, u64)> = {
-            let settled = self.settled.lock();
-            let is_settled = |digest: &Digest, size: &u64| {
-                settled.sent.get(digest) == Some(size)
-                    || settled.refreshed.get(digest) == Some(size)
-            };
-            let others = blobs
-                .iter()
-                .filter(|(digest, size)| !is_settled(digest, size));
-            others.map(|(digest, size)| (*digest, *size)).collect()
-        };
-        let digests = others.iter().map(|(digest, _)| *digest);
-        let found = self.bucket.survey(digests, Certainty::Known).await?;
-        let (mut missing, mut old) = (Vec::new(), Vec::new());
         let now = SystemTime::now();
-        for (digest, size) in others {
-            match found.get(&digest) {
-                Some(info) if info.size == size => {
-                    self.settled.lock().present.insert(digest, size);
-                    if is_due(info, self.target.touch_refresh, now) {
-                        old.push((digest, info.clone()));
-                    }
-                }
-                _ => missing.push(digest),
-            }
+        let settled = self.settled_among(&blobs);
+        let mut others = blobs.clone();
+        others.retain(|digest, _| !settled.contains(digest));
+        let (mut found, uploads) = publish::survey(&self.bucket, &others, false).await?;
+        let is_there =
+            |digest: &Digest, size: &u64| found.get(digest).is_some_and(|info| info.size == *size);
+        others.retain(|digest, size| is_there(digest, size));
+        found.extend(settled.into_iter().map(|digest| {
+            let young = ObjectInfo {
+                size: blobs[&digest],
+                last_modified: Some(now),
+                etag: None,
+                storage_class: None,
+            };
+            (digest, young)
+        }));
+        // What is settled stays so even if everything else counts as old.
+        let touch_refresh = self.target.touch_refresh.max(Duration::from_nanos(1));
+        let plan = Plan::new(manifest, blobs, found, uploads, touch_refresh, now);
+        let held = |digest: &Digest| self.documents.get(digest).is_some();
+        let lacking = plan.send.iter().map(|(digest, _)| *digest);
+        let unknown: Vec<Digest> = lacking.filter(|digest| !held(digest)).collect();
+        if !unknown.is_empty() {
+            return Err(UnknownBlobs(unknown).into());
         }
-        let refreshed = futures::stream::iter(old)
-            .map(|(digest, info)| async move { (digest, self.refresh(&digest, &info).await) })
-            .buffer_unordered(REFRESHES)
-            .collect::<Vec<_>>()
-            .await;
-        for (digest, refreshed) in refreshed {
-            match refreshed {
-                Refreshed::Done => {}
-                Refreshed::Gone => missing.push(digest),
-                Refreshed::Refused => self.progress.warn(&format!(
-                    "blob {digest} could not be refreshed: a lifecycle rule may delete it before the next export"
-                )),
-            }
-        }
-        Ok(missing)
+        let publisher = Publisher {
+            bucket: &self.bucket,
+            uploader: &self.uploader,
+            supply: self,
+            parallelism: self.target.upload_parallelism,
+            progress: &self.progress,
+        };
+        let mut counts = plan.counts();
+        publisher.execute(plan, &mut counts).await?;
+        let mut settled = self.settled.lock();
+        settled.present.extend(others);
+        settled.refreshed_last += counts.refreshed;
+        settled.manifests += 1;
+        Ok(())
     }
 
-    async fn send_document(&self, document: Document) -> Result<()> {
-        let Document { digest, bytes, .. } = document;
-        let (key, size) = (self.bucket.blob_key(&digest), bytes.len() as u64);
-        self.bucket
-            .store()
-            .put(&key, Arc::new(InMemory(bytes)))
-            .await?;
-        self.note_sent(digest, size);
-        Ok(())
+    /// Those of `blobs` that were sent or refreshed in this run.
+    fn settled_among(&self, blobs: &BTreeMap<Digest, u64>) -> Vec<Digest> {
+        let settled = self.settled.lock();
+        let is_settled = |digest: &Digest, size: &u64| {
+            settled.sent.get(digest) == Some(size) || settled.refreshed.get(digest) == Some(size)
+        };
+        let among = blobs
+            .iter()
+            .filter(|(digest, size)| is_settled(digest, size));
+        among.map(|(digest, _)| *digest).collect()
     }
 
     /// Aborts what is unfinished: the run is over.
     pub async fn clean_up(&self) {
         self.uploader.abort_unfinished(ABORT_PATIENCE).await;
+    }
+}
+
+/// Documents that a manifest names as blobs are stored now; all other blobs have been.
+#[async_trait]
+impl Supply for Push {
+    fn words(&self) -> &'static Words {
+        &WORDS
+    }
+
+    async fn send(&self, uploader: &Uploader, key: &str, digest: Digest, size: u64) -> Result<()> {
+        let Some(document) = self.documents.get(&digest) else {
+            return Err(UnknownBlobs(vec![digest]).into());
+        };
+        let bytes = futures::stream::once(async move { Ok(document.bytes) });
+        let sent = uploader.upload_arriving(key, digest, size, bytes.boxed());
+        sent.await?;
+        self.note_sent(digest, size);
+        Ok(())
     }
 }
 
@@ -426,7 +428,7 @@ impl read::Blobs for Sent {
             chunk: Bytes::new(),
             runtime: self.runtime.clone(),
         };
-        diff_id::compute(content).with_context(|| format!("reading blob {blob} on s3"))
+        diff_id::compute(content).with_context(|| format!("reading blob {blob} on S3"))
     }
 
     fn warn(&self, text: &str) {

@@ -130,7 +130,7 @@ pub fn unknown_name(name: &str) -> Response {
 }
 
 fn unknown_blob(digest: &Digest) -> Response {
-    let message = format!("{digest} is not on s3");
+    let message = format!("{digest} is not on S3");
     error(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", &message)
 }
 
@@ -149,7 +149,7 @@ fn bad_gateway(repository: &Repository, doing: &str, failure: &anyhow::Error) ->
     error(
         StatusCode::BAD_GATEWAY,
         "UNKNOWN",
-        "s3 failed; the output of layercache says why",
+        "S3 failed; the output of layercache says why",
     )
 }
 

@@ -150,7 +150,7 @@ impl Repository {
         }
         let (kept, dropped) = cache.without_blobs(&missing);
         self.say_once(&format!(
-            "{} that the manifest of '{}' names {} missing or damaged on s3: {} and {} left out",
+            "{} that the manifest of '{}' names {} missing or damaged on S3: {} and {} left out",
             count(missing.len() as u64, "blob"),
             crate::quote::printable(self.cache_name()),
             if missing.len() == 1 { "is" } else { "are" },
@@ -185,7 +185,7 @@ impl Repository {
             size,
             ..
         } = &image.root;
-        let reading = || format!("reading the image {digest} on s3");
+        let reading = || format!("reading the image {digest} on S3");
         let bytes = self.blobs.document(digest).await.with_context(reading)?;
         Ok(bytes
             .filter(|bytes| bytes.len() as u64 == *size)

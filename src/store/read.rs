@@ -88,7 +88,8 @@ pub async fn read(
 /// proxy's page under a 200) is asked for again, and so is an object that is replaced during the read.
 ///
 /// # Errors
-/// [`Kind::Nonsense`] if what came was damaged each time, or had more than `limit` bytes.
+/// [`Kind::Nonsense`] if what came was damaged each time, [`Kind::WrongSize`] if the object has more
+/// than `limit` bytes.
 pub async fn read_whole(
     store: &Arc<dyn Store>,
     key: &str,
@@ -107,11 +108,11 @@ pub async fn read_whole(
                 Ok(()) => return Ok(Some(bytes)),
                 Err(why) => error(Kind::Nonsense, format!("{key} is damaged: {why}")),
             },
-            // Retried already.
-            Err(error) if matches!(error.kind, Kind::Unavailable | Kind::Missing) => {
-                return Err(error);
-            }
-            Err(error) => error,
+            Err(error) => match error.kind {
+                // Retried already, or the same the next time.
+                Kind::Unavailable | Kind::Missing | Kind::WrongSize { .. } => return Err(error),
+                _ => error,
+            },
         };
         if !tries.again(Trouble::default(), &why.message).await {
             let message = tried(why.message, &tries);
@@ -226,16 +227,16 @@ impl Reader {
     async fn collect(&mut self, limit: u64) -> StoreResult<Bytes> {
         let mut whole = BytesMut::new();
         loop {
-            let (size, limit) = match self.size {
+            let (found, limit) = match self.size {
                 Some(size) => (size, limit),
                 None => (whole.len() as u64, limit.min(UNANNOUNCED)),
             };
-            if size > limit {
+            if found > limit {
                 let why = format!(
-                    "{} has {size} bytes, and at most {limit} are read",
+                    "{} has {found} bytes, and at most {limit} are read",
                     self.key
                 );
-                return Err(error(Kind::Nonsense, why));
+                return Err(error(Kind::WrongSize { found }, why));
             }
             match self.next().await? {
                 Some(chunk) => whole.extend_from_slice(&chunk),
@@ -335,6 +336,7 @@ fn error(kind: Kind, message: String) -> StoreError {
         status: None,
         code: None,
         message,
+        located: false,
     }
 }
 

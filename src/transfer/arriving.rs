@@ -87,7 +87,8 @@ impl Uploader {
         size: u64,
         file: File,
     ) -> Result<()> {
-        let source = Arrived(FileSource::new(file, digest, size));
+        let path = std::env::temp_dir();
+        let source = Arrived(FileSource::new(file, path, digest, size));
         self.upload(key, Arc::new(source)).await
     }
 }

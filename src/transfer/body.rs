@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -12,6 +13,7 @@ use parking_lot::Mutex;
 
 use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Blob;
+use crate::quote::printable;
 use crate::store::{ByteStream, UploadBody};
 use crate::transfer::buffers::{BUFFER, Buffers};
 use crate::transfer::hashing::{Feed, Hashing, read_into};
@@ -49,14 +51,18 @@ pub struct Means {
 /// A blob in a local file.
 pub struct FileSource {
     file: Arc<File>,
+    /// For messages.
+    path: PathBuf,
     digest: Digest,
     size: u64,
 }
 
 impl FileSource {
-    pub fn new(file: File, digest: Digest, size: u64) -> Self {
+    /// The blob in `file`, which is at `path`.
+    pub fn new(file: File, path: PathBuf, digest: Digest, size: u64) -> Self {
         FileSource {
             file: Arc::new(file),
+            path,
             digest,
             size,
         }
@@ -92,8 +98,8 @@ impl Source for FileSource {
 
     fn damaged(&self, found: Digest) -> anyhow::Error {
         anyhow!(
-            "blob {} of the layout is damaged: its bytes hash to {found}; remove the file and build or fetch it again",
-            self.digest
+            "{} is damaged: its bytes hash to {found}; remove it, and build or import it again",
+            printable(&self.path.display().to_string())
         )
     }
 }

@@ -244,7 +244,7 @@ impl std::fmt::Display for Damaged {
         };
         write!(
             f,
-            "blob {key} on s3 is damaged: {how}; export the cache again{with}"
+            "blob {key} on S3 is damaged: {how}; export the cache again{with}"
         )
     }
 }

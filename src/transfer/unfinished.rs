@@ -14,7 +14,7 @@ use crate::store::{Kind, ObjectInfo, Part, StoreError, Upload};
 use crate::transfer::upload::Uploader;
 
 /// An upload older than this has been abandoned, whoever started it.
-const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
+pub const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// So has one that holds no part after this time.
 const NEVER_BEGUN: Duration = Duration::from_secs(60 * 60);
@@ -159,6 +159,7 @@ impl Uploader {
                 status: None,
                 code: None,
                 message: format!("creating a multipart upload: {panic}"),
+                located: false,
             })
         })
     }

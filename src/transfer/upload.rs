@@ -11,6 +11,7 @@ use crate::transfer::body::{Means, Source, WholeBlob};
 use crate::transfer::buffers::{Buffers, UPLOADS};
 use crate::transfer::hashing::Hashing;
 use crate::transfer::limits::Limits;
+pub use crate::transfer::unfinished::ABANDONED;
 use crate::transfer::unfinished::Unfinished;
 
 /// Uploads and refreshes blobs, and cleans up what did not end well.

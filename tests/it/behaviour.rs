@@ -23,9 +23,9 @@ fn a_second_export_sends_no_blob() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
         "#]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns wrote manifests/buildkit
         "#]]);
     let written: Vec<String> = server
@@ -57,9 +57,9 @@ fn touch_refresh_0s_copies_each_blob_once_and_last_modified_moves() {
     .run()
     .succeeds()
     .prints(expect![[r#"
-        exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 0 already there, 10 refreshed; 22 requests in N s
+        exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 0 already there, 10 refreshed; 22 requests in N s
     "#]], expect![[r#"
-        Ns looking for blobs on s3
+        Ns looking for blobs on S3
         Ns refreshing (10 blobs, 62.9 KiB)
         Ns [N/10] refreshed sha256:01a37f800d03 159 B
         Ns [N/10] refreshed sha256:0d68a9c7a878 8.46 KiB
@@ -105,9 +105,9 @@ fn only_blobs_older_than_touch_refresh_are_refreshed_and_keep_their_storage_clas
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 7 already there, 3 refreshed; 22 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 7 already there, 3 refreshed; 22 requests in N s
         "#]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns refreshing (3 blobs, 17.6 KiB)
             Ns [N/3] refreshed sha256:01a37f800d03 159 B
             Ns [N/3] refreshed sha256:0d68a9c7a878 8.46 KiB
@@ -187,9 +187,9 @@ fn one_prefix_for_blobs_and_manifests_works() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/c/n: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
+            exported 10 blobs to s3://cache/c/n at http://127.0.0.1:PORT: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
         "#]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns wrote c/n
         "#]]);
     let imported = tempfile::tempdir().expect("a temporary directory");
@@ -227,9 +227,9 @@ fn a_damaged_local_blob_never_reaches_the_store_and_no_manifest_is_written() {
         .ends_with(1)
         .without_blobs()
         .prints(expect![[""]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns uploading (10 blobs, 62.9 KiB)
-            error: exporting to s3://cache/manifests/buildkit: blob sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 of the layout is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove the file and build or fetch it again
+            error: TMP/blobs/sha256/b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is damaged: its bytes hash to sha256:5e24ca26a0182e81046a65aec7c6399b5b46042c3806d0f19b4191d47cfe56ca; remove it, and build or import it again (exporting 'buildkit' to s3://cache at http://127.0.0.1:PORT)
         "#]]);
     let objects = server.objects();
     assert!(!objects.contains_key(&format!("blobs/sha256:{blob}")));
@@ -295,9 +295,9 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.9 KiB), 0 already there, would refresh 0; 1 request in N s
+            dry run: would export 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: would upload 10 (62.9 KiB), 0 already there, would refresh 0; 1 request in N s
         "#]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
             Ns would upload sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
             Ns would upload sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
@@ -321,10 +321,10 @@ fn dry_run_says_what_would_be_sent_and_writes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/absent as latest: 10 blobs: would fetch 10 (62.9 KiB), 0 already there; 11 requests in N s
+            dry run: would import 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/absent as latest: 10 blobs: would fetch 10 (62.9 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             Ns reading the manifest
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
             Ns would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
             Ns would fetch sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
@@ -350,8 +350,8 @@ fn a_dry_run_of_an_export_notices_that_there_is_no_such_bucket() {
         .run()
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
-            Ns looking for blobs on s3
-            error: exporting to s3://absent/manifests/buildkit: http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            Ns looking for blobs on S3
+            error: http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; check bucket, region and endpoint_url
         "#]]);
     assert!(server.log().iter().all(|logged| logged.method != "PUT"));
 }
@@ -364,9 +364,9 @@ fn a_dry_run_of_an_export_asks_for_each_blob_where_it_may_not_list() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would export 10 blobs to s3://cache/manifests/buildkit: would upload 10 (62.9 KiB), 0 already there, would refresh 0; 11 requests in N s
+            dry run: would export 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: would upload 10 (62.9 KiB), 0 already there, would refresh 0; 11 requests in N s
         "#]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns would upload sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
             Ns would upload sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
             Ns would upload sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
@@ -408,7 +408,7 @@ fn a_second_import_asks_for_the_manifest_alone_and_changes_nothing() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 0 fetched (0 B), 10 already there; 1 request in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 10 blobs: 0 fetched (0 B), 10 already there; 1 request in N s
         "#]], expect![[r#"
             Ns reading the manifest
         "#]]);
@@ -438,7 +438,7 @@ fn verify_finds_a_damaged_blob_and_fetches_it_again() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 1 fetched (12.0 KiB), 9 already there; 2 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 10 blobs: 1 fetched (12.0 KiB), 9 already there; 2 requests in N s
         "#]], expect![[r#"
             Ns reading the manifest
             Ns verifying (10 blobs, 62.9 KiB)
@@ -467,7 +467,7 @@ fn a_name_that_does_not_exist_is_a_warning_or_with_require_an_error() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            no cache named 'first-run' in s3://cache yet (s3://cache/manifests/first-run): nothing imported (--require makes this an error); 1 request in N s
+            no cache named 'first-run' in s3://cache at http://127.0.0.1:PORT yet: there is no manifests/first-run (--require makes this an error); 1 request in N s
         "#]], expect![[r#"
             Ns reading the manifest
         "#]]);
@@ -476,11 +476,9 @@ fn a_name_that_does_not_exist_is_a_warning_or_with_require_an_error() {
         .arg("--require")
         .run()
         .ends_with(1)
-        .prints(expect![[r#"
-            no cache named 'first-run' in s3://cache yet (s3://cache/manifests/first-run): nothing imported; 1 request in N s
-        "#]], expect![[r#"
+        .prints(expect![""], expect![[r#"
             Ns reading the manifest
-            error: --require: there is no cache to import
+            error: there is no cache yet, and --require was given (importing 'first-run' from s3://cache at http://127.0.0.1:PORT)
         "#]]);
 }
 
@@ -614,8 +612,8 @@ fn no_credentials_is_an_error_that_names_the_sources_tried() {
         .run()
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
-            Ns looking for blobs on s3
-            error: exporting to s3://cache/manifests/buildkit: no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the job a role (tried: environment, profile, web identity, container endpoint, EC2 metadata service: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`)
+            Ns looking for blobs on S3
+            error: no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the job a role (tried: environment, profile, web identity, container endpoint, EC2 metadata service: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`) (exporting 'buildkit' to s3://cache at http://127.0.0.1:PORT)
         "#]]);
 }
 
@@ -628,12 +626,10 @@ fn a_failed_export_under_ignore_error_is_a_warning() {
         .run()
         .succeeds()
         .without_blobs()
-        .prints(expect![[r#"
-            exporting to s3://absent/manifests/buildkit failed, which is ignored: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style; 7 requests in N s
-        "#]], expect![[r#"
-            Ns looking for blobs on s3
+        .prints(expect![""], expect![[r#"
+            Ns looking for blobs on S3
             Ns uploading (5 blobs, 30.1 KiB)
-            warning: the export to s3://absent/manifests/buildkit failed, which ignore-error=true allows: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+            warning: ignored, as ignore-error=true asks: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; check bucket, region and endpoint_url
         "#]]);
 }
 
@@ -717,12 +713,12 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 22 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 22 requests in N s
         "#]], expect![[r#"
             warning: --cache-to: compression: ignored: blobs are moved as they are, never compressed again
             warning: --cache-to: oci-mediatypes: ignored: a cache on s3 has one form only
             warning: --cache-to: image-manifest: ignored: a cache on s3 has one form only
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns uploading (10 blobs, 62.9 KiB)
             Ns [N/10] uploaded sha256:01a37f800d03 159 B
             Ns [N/10] uploaded sha256:0d68a9c7a878 8.46 KiB
@@ -741,7 +737,7 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             warning: --cache-from: mode: ignored: it means something on --cache-to only
             Ns reading the manifest
@@ -787,9 +783,9 @@ fn under_rawjson_each_line_of_a_run_that_fails_is_json_and_the_last_is_the_error
         (
             absent,
             1,
-            expect![[
-                r#"exporting to s3://absent/manifests/buildkit: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style"#
-            ]],
+            expect![
+                "http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; check bucket, region and endpoint_url"
+            ],
         ),
         (
             server.spec("mode=maximal"),
@@ -820,9 +816,9 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 22 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 22 requests in N s
         "#]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns uploading (10 blobs, 62.9 KiB)
             Ns [N/10] uploaded sha256:01a37f800d03 159 B
             Ns [N/10] uploaded sha256:0d68a9c7a878 8.46 KiB
@@ -841,7 +837,7 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 10 blobs: 10 fetched (62.9 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
@@ -861,6 +857,6 @@ fn results_go_to_stdout_and_all_else_to_stderr() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
         "#]], expect![[""]]);
 }

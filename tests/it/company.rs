@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use layercache::cache::digest::Digest;
-use layercache::config::{RetryMode, S3Config, StaticCredentials};
-use layercache::layout::{Layout, Selection};
+use layercache::config::{RetryMode, S3Config, Selection, StaticCredentials};
+use layercache::layout::Layout;
 use layercache::progress::Progress;
 use layercache::store::{Part, Store};
 use layercache::transfer::body::InMemory;

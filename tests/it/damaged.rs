@@ -30,13 +30,12 @@ fn an_import_leaves_out_what_needs_a_damaged_blob_and_lists_it() {
         .succeeds()
         .without_blobs()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP/layout as latest: 9 blobs: 9 fetched (56.8 KiB), 0 already there; 13 requests in N s
-            left out 5 layers and 5 results because blobs are missing
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/layout as latest: 9 blobs: 9 fetched (56.8 KiB), 0 already there; 13 requests in N s
         "#]], expect![[r#"
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
-            warning: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on s3 is damaged: its bytes hash to sha256:0a1e876600d4a1f403ab4c7f96c18d845200198b551881be7b94fff4581027f1; export the cache again with --verify-remote
-            warning: 1 blob(s) that the manifest names are missing or damaged on s3: 5 result(s) and 5 layer(s) were left out
+            warning: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on S3 is damaged: its bytes hash to sha256:0a1e876600d4a1f403ab4c7f96c18d845200198b551881be7b94fff4581027f1; export the cache again with --verify-remote
+            warning: S3 lacks 1 blob of the cache (or has them damaged): left out 5 results and 5 layers
         "#]]);
     let metadata = std::fs::read(&file).expect("the metadata file");
     let metadata: serde_json::Value = serde_json::from_slice(&metadata).expect("JSON");
@@ -58,7 +57,7 @@ fn under_missing_error_a_damaged_blob_fails_the_import() {
         .prints(expect![[""]], expect![[r#"
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
-            error: importing from s3://cache/manifests/buildkit: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on s3 is damaged: its bytes hash to sha256:0a1e876600d4a1f403ab4c7f96c18d845200198b551881be7b94fff4581027f1; export the cache again with --verify-remote
+            error: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on S3 is damaged: its bytes hash to sha256:0a1e876600d4a1f403ab4c7f96c18d845200198b551881be7b94fff4581027f1; export the cache again with --verify-remote (importing 'buildkit' from s3://cache at http://127.0.0.1:PORT)
         "#]]);
 }
 

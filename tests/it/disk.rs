@@ -341,7 +341,7 @@ fn a_metadata_file_that_has_no_place_is_found_out_before_any_request() {
             .arg(file)
             .run()
             .ends_with(2)
-            .says("--metadata-file: cannot write metadata file")
+            .says("error: cannot write the metadata file ")
             .says(&file.display().to_string());
     }
     assert_eq!(server.log().len(), 0);

@@ -273,7 +273,7 @@ fn a_missing_bucket_ends_the_checks() {
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
               FAILS   list objects                 speed
-                      http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; bucket "absent" does not exist there: check bucket, region, endpoint_url and use_path_style
+                      http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; check bucket, region and endpoint_url
                       without it, each blob is looked up by a request of its own
               -       look for a missing object    export, import
               -       put an object                export
@@ -291,6 +291,58 @@ fn a_missing_bucket_ends_the_checks() {
         "#]], expect![[r#"
             Ns trying out the bucket
             error: both an export and an import would fail at s3://absent/manifests/buildkit: cannot list objects
+        "#]]);
+    assert_eq!(server.log().len(), 1);
+}
+
+#[test]
+fn a_clock_that_is_a_little_off_is_named() {
+    let server = Server::builder()
+        .clock_ahead(Duration::from_secs(600))
+        .start();
+    let run = examine(&server.spec("")).succeeds();
+    let clock = run.stdout.lines().find(|line| line.contains("clock"));
+    // The second may change between a request and its response.
+    let clock = clock.unwrap_or_default().replace("599 s", "600 s");
+    expect!["  clock        600 s behind the store's: over 15 minutes, S3 refuses all requests"]
+        .assert_eq(&clock);
+}
+
+#[test]
+fn a_clock_that_is_far_off_is_why_nothing_works() {
+    let server = Server::builder()
+        .clock_ahead(Duration::from_secs(3_600))
+        .start();
+    let mut run = examine(&server.spec(""));
+    // The second may change between a request and its response.
+    run.stdout = run.stdout.replace("3599 s", "3600 s");
+    run.ends_with(1)
+        .prints(expect![[r#"
+            checked s3://cache/manifests/buildkit: export FAILS, import FAILS; 1 request in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        3600 s behind the store's: over 15 minutes, S3 refuses all requests
+              FAILS   list objects                 speed
+                      http://127.0.0.1:PORT answered 403 RequestTimeTooSkewed, listing s3://cache; this machine's clock is 3600 s behind the store's: set it
+                      without it, each blob is looked up by a request of its own
+              -       look for a missing object    export, import
+              -       put an object                export
+              -       look for an object           export, import
+              -       get an object                import
+              -       get a range of an object     speed
+              -       start a multipart upload     export
+              -       upload a part                export
+              -       list parts                   resuming
+              -       list multipart uploads       resuming
+              -       complete a multipart upload  export
+              -       abort a multipart upload     cleaning up
+              -       copy an object onto itself   refreshing
+              -       delete an object             pruning
+        "#]], expect![[r#"
+            Ns trying out the bucket
+            error: both an export and an import would fail at s3://cache/manifests/buildkit: cannot list objects
         "#]]);
     assert_eq!(server.log().len(), 1);
 }

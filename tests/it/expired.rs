@@ -7,7 +7,7 @@ use expect_test::expect;
 use layercache::cache::CacheConfig;
 use layercache::cache::digest::Digest;
 
-use crate::program::{Program, files, fixture, s3_manifest};
+use crate::program::{Program, Run, files, fixture, s3_manifest};
 use crate::server::Server;
 
 /// The base of all layers, and a layer that is no other's parent.
@@ -70,8 +70,7 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
         (
             LEAF,
             expect![[r#"
-                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (56.8 KiB), 0 already there; 11 requests in N s
-                left out 5 layers and 5 results because blobs are missing
+                imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 9 blobs: 9 fetched (56.8 KiB), 0 already there; 11 requests in N s
             "#]],
             expect![[r#"
                 Ns reading the manifest
@@ -85,15 +84,14 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
                 Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
                 Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
                 Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
-                Ns sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on s3 any more
-                warning: 1 blob(s) that the manifest names are not on s3 (expired?): 5 result(s) and 5 layer(s) were left out
+                Ns sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on S3 any more
+                warning: S3 lacks 1 blob of the cache (expired?): left out 5 results and 5 layers
             "#]],
         ),
         (
             MIDDLE,
             expect![[r#"
-                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (53.9 KiB), 0 already there; 11 requests in N s
-                left out 4 layers and 4 results because blobs are missing
+                imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 9 blobs: 9 fetched (53.9 KiB), 0 already there; 11 requests in N s
             "#]],
             expect![[r#"
                 Ns reading the manifest
@@ -107,15 +105,14 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
                 Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
                 Ns [N/10] downloaded sha256:b95b63489f91 12.0 KiB
                 Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
-                Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
-                warning: 1 blob(s) that the manifest names are not on s3 (expired?): 4 result(s) and 4 layer(s) were left out
+                Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on S3 any more
+                warning: S3 lacks 1 blob of the cache (expired?): left out 4 results and 4 layers
             "#]],
         ),
         (
             BASE,
             expect![[r#"
-                imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 9 blobs: 9 fetched (51.0 KiB), 0 already there; 11 requests in N s
-                left out 10 layers and 10 results because blobs are missing
+                imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 9 blobs: 9 fetched (51.0 KiB), 0 already there; 11 requests in N s
             "#]],
             expect![[r#"
                 Ns reading the manifest
@@ -129,8 +126,8 @@ fn an_import_drops_exactly_the_results_that_stand_on_a_missing_blob() {
                 Ns [N/10] downloaded sha256:710869d00fd0 6.12 KiB
                 Ns [N/10] downloaded sha256:aa969215ace4 8.98 KiB
                 Ns [N/10] downloaded sha256:f898e33dc2c9 90 B
-                Ns sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on s3 any more
-                warning: 1 blob(s) that the manifest names are not on s3 (expired?): 10 result(s) and 10 layer(s) were left out
+                Ns sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on S3 any more
+                warning: S3 lacks 1 blob of the cache (expired?): left out 10 results and 10 layers
             "#]],
         ),
     ] {
@@ -162,22 +159,21 @@ fn with_every_blob_gone_an_import_still_succeeds_and_keeps_the_records() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 0 blobs: 0 fetched (0 B), 0 already there; 11 requests in N s
-            left out 10 layers and 10 results because blobs are missing
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 0 blobs: 0 fetched (0 B), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
-            Ns sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b is not on s3 any more
-            Ns sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 is not on s3 any more
-            Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
-            Ns sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda is not on s3 any more
-            Ns sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 is not on s3 any more
-            Ns sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 is not on s3 any more
-            Ns sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on s3 any more
-            Ns sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f is not on s3 any more
-            Ns sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on s3 any more
-            Ns sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f is not on s3 any more
-            warning: 10 blob(s) that the manifest names are not on s3 (expired?): 10 result(s) and 10 layer(s) were left out
+            Ns sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b is not on S3 any more
+            Ns sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 is not on S3 any more
+            Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on S3 any more
+            Ns sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda is not on S3 any more
+            Ns sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 is not on S3 any more
+            Ns sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 is not on S3 any more
+            Ns sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece is not on S3 any more
+            Ns sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f is not on S3 any more
+            Ns sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is not on S3 any more
+            Ns sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f is not on S3 any more
+            warning: S3 lacks 10 blobs of the cache (expired?): left out 10 results and 10 layers
         "#]]);
     let kept = reexported(layout.path());
     assert!(kept.layers.is_empty());
@@ -198,7 +194,7 @@ fn under_missing_error_an_import_fails_names_the_blob_and_sets_no_tag() {
         .prints(expect![[""]], expect![[r#"
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
-            error: importing from s3://cache/manifests/buildkit: 1 blob(s) that the manifest names are not on s3 (expired?): sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece; export the cache again, or let --missing=drop leave out what needs them
+            error: S3 lacks 1 blob of the cache (expired?): sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece; export the cache again, or let --missing=drop leave out what needs them (importing 'buildkit' from s3://cache at http://127.0.0.1:PORT)
         "#]]);
     assert!(!layout.path().join("index.json").exists());
     assert!(!layout.path().join(".layercache").exists());
@@ -216,12 +212,11 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/layout as latest: 9 blobs: would fetch 9 (53.9 KiB), 0 already there; 11 requests in N s
-            would leave out 4 layers and 4 results because blobs are missing
+            dry run: would import 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/layout as latest: 9 blobs: would fetch 9 (53.9 KiB), 0 already there; 11 requests in N s
         "#]], expect![[r#"
             Ns reading the manifest
-            Ns looking for blobs on s3
-            Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on s3 any more
+            Ns looking for blobs on S3
+            Ns sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a is not on S3 any more
             Ns would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
             Ns would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
             Ns would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
@@ -231,7 +226,7 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
             Ns would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
             Ns would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
             Ns would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
-            warning: 1 blob(s) that the manifest names are not on s3 (expired?): 4 result(s) and 4 layer(s) would be left out
+            warning: S3 lacks 1 blob of the cache (expired?): would leave out 4 results and 4 layers
         "#]]);
     import()
         .args(["--dry-run", "--missing=error"])
@@ -239,7 +234,7 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
         .ends_with(1)
         .prints(expect![[""]], expect![[r#"
             Ns reading the manifest
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns would fetch sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
             Ns would fetch sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
             Ns would fetch sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
@@ -249,16 +244,23 @@ fn a_dry_run_says_which_blobs_are_gone_and_fails_where_the_import_would() {
             Ns would fetch sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
             Ns would fetch sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
             Ns would fetch sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
-            error: importing from s3://cache/manifests/buildkit: 1 blob(s) that the manifest names are not on s3 (expired?): sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a; export the cache again, or let --missing=drop leave out what needs them
+            error: S3 lacks 1 blob of the cache (expired?): sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a; export the cache again, or let --missing=drop leave out what needs them (importing 'buildkit' from s3://cache at http://127.0.0.1:PORT)
         "#]]);
     assert!(!layout.exists());
     assert_eq!(server.count("GetObject"), 2, "the manifest, twice");
 
     // The real run leaves out what was announced.
-    let announced = run.stdout.lines().nth(1).expect("a second line");
-    let done = import().run().succeeds().stdout;
-    let done = done.lines().nth(1).expect("a second line");
-    assert_eq!(announced.replace("would leave out", "left out"), done);
+    let warning = |run: &Run| {
+        let mut lines = run.stderr.lines().map(str::to_owned);
+        lines
+            .find(|line| line.starts_with("warning: "))
+            .expect("a warning")
+    };
+    let done = import().run().succeeds();
+    assert_eq!(
+        warning(&run).replace("would leave out", "left out"),
+        warning(&done)
+    );
 }
 
 #[test]
@@ -273,8 +275,8 @@ fn a_dry_run_fails_of_a_blob_that_has_another_size() {
         .without_blobs()
         .prints(expect![[""]], expect![[r#"
             Ns reading the manifest
-            Ns looking for blobs on s3
-            error: importing from s3://cache/manifests/buildkit: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on s3 is damaged: it has 5 bytes where the manifest says 6265; export the cache again
+            Ns looking for blobs on S3
+            error: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on S3 is damaged: it has 5 bytes where the manifest says 6265; export the cache again (importing 'buildkit' from s3://cache at http://127.0.0.1:PORT)
         "#]]);
 }
 
@@ -287,9 +289,9 @@ fn an_export_uploads_blobs_that_are_gone_though_a_manifest_names_them() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit: 2 uploaded (18.1 KiB), 8 already there, 0 refreshed; 22 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 2 uploaded (18.1 KiB), 8 already there, 0 refreshed; 22 requests in N s
         "#]], expect![[r#"
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns uploading (2 blobs, 18.1 KiB)
             Ns [N/2] uploaded sha256:710869d00fd0 6.12 KiB
             Ns [N/2] uploaded sha256:b95b63489f91 12.0 KiB
@@ -326,7 +328,7 @@ fn the_import_after_the_blobs_are_back_is_whole_again() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 10 blobs: 1 fetched (9.00 KiB), 9 already there; 2 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 10 blobs: 1 fetched (9.00 KiB), 9 already there; 2 requests in N s
         "#]], expect![[r#"
             Ns reading the manifest
             Ns fetching (1 blob, 9.00 KiB)
@@ -351,7 +353,7 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
         .run()
         .succeeds()
         .prints(expect![[r#"
-            imported 'buildkit' from s3://cache/manifests/buildkit into TMP as latest: 6 blobs: 6 fetched (34.6 KiB), 0 already there; 8 requests in N s
+            imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP as latest: 6 blobs: 6 fetched (34.6 KiB), 0 already there; 8 requests in N s
         "#]], expect![[r#"
             warning: --cache-from: mode: ignored: it means something on --cache-to only
             Ns reading the manifest
@@ -362,8 +364,8 @@ fn an_image_with_a_missing_blob_comes_back_as_the_cache_that_is_left() {
             Ns [N/7] downloaded sha256:aa969215ace4 8.98 KiB
             Ns [N/7] downloaded sha256:b95b63489f91 12.0 KiB
             Ns [N/7] downloaded sha256:f898e33dc2c9 90 B
-            Ns sha256:00afeaf117419cda1c679efc7c21a51d9cda419781b1e754014f68a7042c9668 is not on s3 any more
-            warning: 1 blob(s) that the manifest names are not on s3 (expired?): 0 result(s) and 0 layer(s) were left out, and the image cannot be restored
+            Ns sha256:00afeaf117419cda1c679efc7c21a51d9cda419781b1e754014f68a7042c9668 is not on S3 any more
+            warning: S3 lacks 1 blob of the cache (expired?): left out 0 results and 0 layers, and the image cannot be restored
         "#]]);
     let kept = reexported(layout.path());
     assert_eq!(kept.image, None);

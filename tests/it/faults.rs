@@ -545,6 +545,7 @@ fn error(kind: Kind) -> StoreError {
         status: None,
         code: None,
         message: format!("the test's store was told to fail ({kind:?})"),
+        located: false,
     }
 }
 
@@ -650,6 +651,13 @@ impl Store for FaultStore {
         self.call(self.store.delete(keys)).await
     }
 
+    async fn delete_unchanged(
+        &self,
+        objects: &[(String, String)],
+    ) -> StoreResult<Vec<StoreResult<()>>> {
+        self.call(self.store.delete_unchanged(objects)).await
+    }
+
     async fn lifecycle(&self) -> StoreResult<Option<String>> {
         self.call(self.store.lifecycle()).await
     }
@@ -660,6 +668,10 @@ impl Store for FaultStore {
 
     async fn list(&self, prefix: &str, next: Option<&str>) -> StoreResult<Page> {
         self.call(self.store.list(prefix, next)).await
+    }
+
+    async fn list_after(&self, prefix: &str, after: &str) -> StoreResult<Page> {
+        self.call(self.store.list_after(prefix, after)).await
     }
 
     async fn create_upload(&self, key: &str, touched: Option<&ObjectInfo>) -> StoreResult<String> {
@@ -679,13 +691,14 @@ impl Store for FaultStore {
 
     async fn copy_part(
         &self,
+        from: Option<(&str, &str)>,
         key: &str,
         upload: &str,
         number: u32,
         range: Range<u64>,
         etag: Option<&str>,
     ) -> StoreResult<String> {
-        self.call(self.store.copy_part(key, upload, number, range, etag))
+        self.call(self.store.copy_part(from, key, upload, number, range, etag))
             .await
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use layercache::cli::args::{self, Asked};
-use layercache::commands::{Context, perform};
+use layercache::commands::{Context, Nobody, perform};
 use layercache::config::{S3Config, Task};
 use layercache::interrupt::Interrupt;
 use layercache::progress::Progress;
@@ -81,6 +81,7 @@ impl Inside {
             limits: self.limits,
             interrupt: &interrupt,
             progress: &progress,
+            person: &Nobody,
             finished: &drop,
         };
         let run = perform(task, &context);
@@ -142,5 +143,16 @@ pub fn import(spec: &str, layout: &Path) -> Task {
         "--cache-from".as_ref(),
         spec,
         layout,
+    ])
+}
+
+pub fn copy(from: &str, to: &str) -> Task {
+    task(&[
+        "layercache".as_ref(),
+        "copy".as_ref(),
+        "--cache-from".as_ref(),
+        from.as_ref(),
+        "--cache-to".as_ref(),
+        to.as_ref(),
     ])
 }

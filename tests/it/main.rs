@@ -2,7 +2,9 @@
 
 mod aftermath;
 mod behaviour;
+mod claims;
 mod company;
+mod copy;
 mod crashes;
 mod credentials;
 mod damaged;
@@ -13,9 +15,15 @@ mod faults;
 mod fidelity;
 #[cfg(target_os = "linux")]
 mod filesystems;
+mod hammer;
 mod hostile;
 mod inside;
+mod inspect;
+mod inventory;
+mod lifecycle;
 mod limits;
+mod ls;
+mod mistakes;
 mod output;
 mod program;
 mod races;

@@ -8,10 +8,11 @@ use expect_test::Expect;
 use crate::program::Run;
 
 impl Run {
-    /// Fails unless the run printed exactly this, apart from what [`lasting`] replaces.
+    /// Fails unless the run printed exactly this, apart from what [`lasting`] replaces. The result on
+    /// stdout has an order of its own.
     #[track_caller]
     pub fn prints(self, stdout: Expect, stderr: Expect) -> Run {
-        stdout.assert_eq(&lasting(&self.stdout));
+        stdout.assert_eq(&steady(&self.stdout).concat());
         stderr.assert_eq(&lasting(&self.stderr));
         self
     }
@@ -30,6 +31,18 @@ impl Run {
 /// path and seconds. Blobs are moved in parallel, so neighbouring lines about one blob each are sorted,
 /// and the number of those done in them is replaced.
 pub fn lasting(text: &str) -> String {
+    let mut lines = steady(text);
+    for line in lines.iter_mut().filter(|line| names_blob(line)) {
+        *line = replace(line, "Ns [", "Ns [N", digits);
+    }
+    for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
+        about_blobs.sort();
+    }
+    lines.concat()
+}
+
+/// The lines of `text`, with what differs from run to run replaced.
+fn steady(text: &str) -> Vec<String> {
     let temporary = std::env::temp_dir().join(".tmp");
     let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
         // Six characters follow in tempfile's names.
@@ -38,14 +51,7 @@ pub fn lasting(text: &str) -> String {
     let text = text.replace(env!("CARGO_MANIFEST_DIR"), "REPOSITORY");
     let text = replace(&text, "127.0.0.1:", "127.0.0.1:PORT", digits);
     let text = replace(&text, "localhost:", "localhost:PORT", digits);
-    let mut lines: Vec<String> = text.split_inclusive('\n').map(without_seconds).collect();
-    for line in lines.iter_mut().filter(|line| names_blob(line)) {
-        *line = replace(line, "Ns [", "Ns [N", digits);
-    }
-    for about_blobs in lines.chunk_by_mut(|a, b| names_blob(a) && names_blob(b)) {
-        about_blobs.sort();
-    }
-    lines.concat()
+    text.split_inclusive('\n').map(without_seconds).collect()
 }
 
 /// Replaces each `start` and as many bytes after it as `more` says, if it says any.

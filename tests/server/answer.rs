@@ -6,7 +6,7 @@ use std::future::{pending, poll_fn};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
@@ -29,6 +29,7 @@ use super::store::Store;
 use super::{Asked, lock};
 
 type Rule = Arc<dyn Fn(&Asked) -> Option<Fault> + Send + Sync>;
+type Watcher = Arc<dyn Fn(&Logged, &Store) + Send + Sync>;
 
 #[derive(Default)]
 struct Faults {
@@ -55,6 +56,8 @@ pub struct Shared {
     pub store: Store,
     pub service: S3Service,
     pub port: u16,
+    /// What the clock is ahead by, which the Date headers show.
+    pub clock_ahead: Duration,
     /// Waited before each request is performed.
     pub delay: Duration,
     /// Bytes a second that a connection carries in each direction; 0 is no limit.
@@ -63,6 +66,7 @@ pub struct Shared {
     pub log: Arc<Log>,
     faults: Mutex<Faults>,
     hooks: Mutex<Vec<Hook>>,
+    watcher: Mutex<Option<Watcher>>,
 }
 
 impl Shared {
@@ -71,12 +75,14 @@ impl Shared {
             store,
             service,
             port,
+            clock_ahead: Duration::ZERO,
             delay: Duration::ZERO,
             rate: 0,
             tls: None,
             log: Arc::default(),
             faults: Mutex::default(),
             hooks: Mutex::default(),
+            watcher: Mutex::default(),
         }
     }
 
@@ -100,6 +106,10 @@ impl Shared {
             matches: Box::new(matches),
             act: Box::new(act),
         });
+    }
+
+    pub fn set_watcher(&self, watcher: Watcher) {
+        *lock(&self.watcher) = Some(watcher);
     }
 
     pub fn clear_hooks(&self) {
@@ -286,6 +296,10 @@ async fn answer(
             shared.run_hooks(When::Before, &logged);
             let response = perform(shared, Request::from_parts(parts, body)).await;
             shared.run_hooks(When::After, &logged);
+            let watcher = lock(&shared.watcher).clone();
+            if let Some(watcher) = watcher {
+                watcher(&logged, &shared.store);
+            }
             response
         }
     };
@@ -294,6 +308,9 @@ async fn answer(
     response
         .headers_mut()
         .insert("x-amz-request-id", request_id);
+    let date = httpdate::fmt_http_date(SystemTime::now() + shared.clock_ahead);
+    let date = HeaderValue::from_str(&date).expect("a date is a header value");
+    response.headers_mut().insert(header::DATE, date);
 
     let response = match fault {
         Some(Fault::ApplyThenReset) => return Answer::Broken(Ending::Reset, in_flight),

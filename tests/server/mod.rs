@@ -114,6 +114,12 @@ impl Builder {
         self
     }
 
+    /// Listings begin at the start, whatever key they are to begin after.
+    pub fn ignore_start_after(mut self) -> Self {
+        self.limits.ignore_start_after = true;
+        self
+    }
+
     /// A missing key is 403 instead of 404, as on S3 without the permission to list.
     pub fn hide_missing(mut self) -> Self {
         self.limits.hide_missing = true;
@@ -213,6 +219,7 @@ impl Builder {
             .into_iter()
             .chain(self.buckets.iter().map(String::as_str));
         let verified = self.at_hand.is_none();
+        let clock_ahead = self.access.clock_ahead;
         let store = Store::new(buckets, self.limits, self.at_hand);
         let mut service = S3ServiceBuilder::new(store.clone());
         service.set_host(Hosts);
@@ -221,6 +228,7 @@ impl Builder {
             service.set_access(self.access);
         }
         let mut shared = Shared::new(store, service.build(), port);
+        shared.clock_ahead = clock_ahead;
         (shared.delay, shared.rate, shared.tls) = (self.delay, self.rate, self.tls);
         let shared = Arc::new(shared);
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -418,6 +426,11 @@ impl Server {
         act: impl FnOnce(&Store) + Send + 'static,
     ) {
         self.shared.add_hook(When::After, nth, matches, act);
+    }
+
+    /// Calls `watcher` after each request was performed and before it is answered.
+    pub fn watch(&self, watcher: impl Fn(&Logged, &Store) + Send + Sync + 'static) {
+        self.shared.set_watcher(Arc::new(watcher));
     }
 }
 

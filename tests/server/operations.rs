@@ -584,6 +584,7 @@ impl S3 for Store {
                         )
                     })?,
             ),
+            None if self.limits.ignore_start_after => None,
             None => input.start_after.clone(),
         };
         let most = page(input.max_keys, self.limits.page_size)?;

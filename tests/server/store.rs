@@ -77,6 +77,8 @@ pub struct Limits {
     pub min_part: u64,
     /// GET answers with the whole object whatever range was asked for.
     pub ignore_range: bool,
+    /// Listings begin at the start whatever key they are to begin after.
+    pub ignore_start_after: bool,
     /// A missing key is 403, as on S3 without the permission to list.
     pub hide_missing: bool,
     /// A copy onto itself leaves LastModified as it was, as MinIO once did.
@@ -93,6 +95,7 @@ impl Default for Limits {
             put_limit: 5 << 30,
             min_part: 5 << 20,
             ignore_range: false,
+            ignore_start_after: false,
             hide_missing: false,
             stale_copies: false,
             undeletable: Vec::new(),

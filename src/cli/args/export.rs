@@ -7,8 +7,8 @@ use anyhow::Result;
 use crate::cache::digest::Digest;
 use crate::cli::args::specs::{SpecText, Specs, check_layout};
 use crate::cli::args::tag_name;
+use crate::config::Selection;
 use crate::config::{ExportTask, Resend, Task};
-use crate::layout::Selection;
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
@@ -54,11 +54,7 @@ impl ExportArgs {
         Ok(Task::Export(ExportTask {
             targets: specs.cache_to(self.cache_to)?,
             layout: self.layout,
-            selection: match (self.tag, self.digest) {
-                (_, Some(digest)) => Selection::Digest(digest),
-                (Some(tag), None) => Selection::Tag(tag),
-                (None, None) => Selection::Default,
-            },
+            selection: Selection::new(self.tag, self.digest),
             resend: match (self.force, self.verify_remote) {
                 (true, _) => Resend::All,
                 (_, true) => Resend::Damaged,

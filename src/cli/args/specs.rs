@@ -48,12 +48,23 @@ const CACHE_FROM: Flag = Flag {
     variable: "LAYERCACHE_CACHE_FROM",
 };
 
+/// No variable stands in for it: it may be absent.
+const ALSO: Flag = Flag {
+    name: "--also",
+    variable: "",
+};
+
 impl<'a> Specs<'a> {
     pub fn new(env: Env<'a>) -> Self {
         Specs {
             env,
             warnings: Vec::new(),
         }
+    }
+
+    /// A variable of the environment; an empty one counts as none.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        (self.env)(name).filter(|value| !value.is_empty())
     }
 
     pub fn into_warnings(self) -> Vec<String> {
@@ -105,6 +116,33 @@ impl<'a> Specs<'a> {
             )));
         }
         Ok((sources, targets.pop()))
+    }
+
+    /// The values of `--cache-from` for a command that looks at all caches of a place: each place once,
+    /// whatever names the specs have.
+    pub fn places_from(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {
+        let mut places: Vec<S3Config> = Vec::new();
+        for source in self.cache_from(typed)? {
+            let is_known = |known: &S3Config| {
+                let names = source.names.clone();
+                S3Config {
+                    names,
+                    ..known.clone()
+                } == source
+            };
+            if !places.iter().any(is_known) {
+                places.push(source);
+            }
+        }
+        Ok(places)
+    }
+
+    /// The values of `--also`, none twice.
+    pub fn also(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {
+        match typed.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.parse(&ALSO, typed, spec::cache_from),
+        }
     }
 
     fn parse<T: PartialEq>(

@@ -1,8 +1,8 @@
 use super::*;
 use crate::cache::digest::Digest;
 use crate::cli::spec::tests::{env_of, no_env};
+use crate::config::Selection;
 use crate::config::{ExportTask, ImportTask, Missing, Resend};
-use crate::layout::Selection;
 
 const SPEC: &str = "type=s3,region=us-east-1,bucket=cache";
 
@@ -119,16 +119,58 @@ fn global_flags_stand_before_or_after_the_subcommand() {
         "rawjson",
         "--metadata-file",
         "meta.json",
-        "-v",
+        "-vv",
     ];
     let rest = ["export", "--cache-to", SPEC, "dir"];
     let expected = Global {
         progress: Some(Display::Rawjson),
+        quiet: false,
         metadata_file: Some(PathBuf::from("meta.json")),
-        verbose: true,
+        verbose: 2,
     };
     assert_eq!(typed(&[&globals[..], &rest].concat()).global, expected);
     assert_eq!(typed(&[&rest[..], &globals].concat()).global, expected);
+}
+
+#[test]
+fn quiet_is_short_for_progress_quiet_and_the_last_of_the_two_wins() {
+    let shown = |words: &[&str]| typed(words).global.progress(&no_env).unwrap();
+    for words in [
+        &["export", "-q", "dir"][..],
+        &["-q", "export", "dir"],
+        &["export", "--progress=plain", "--quiet", "dir"],
+    ] {
+        assert_eq!(shown(words), Display::Quiet, "{words:?}");
+    }
+    for words in [
+        &["export", "-q", "--progress=plain", "dir"][..],
+        &["export", "--progress=tty", "--progress=plain", "dir"],
+        &["--progress=tty", "export", "--progress=plain", "dir"],
+    ] {
+        assert_eq!(shown(words), Display::Plain, "{words:?}");
+    }
+    let verbose = |words: &[&str]| typed(words).global.verbose;
+    assert_eq!(verbose(&["export", "-v", "-q", "dir"]), 0);
+    assert_eq!(verbose(&["export", "-q", "-v", "dir"]), 1);
+}
+
+#[test]
+fn of_a_repeated_flag_the_last_one_wins() {
+    let (task, _) = import(&[
+        "--cache-from",
+        SPEC,
+        "--tag=a",
+        "--require",
+        "--missing=error",
+        "--tag=b",
+        "--require",
+        "--missing=drop",
+        "dir",
+    ]);
+    assert_eq!(
+        (task.tag.as_deref(), task.require, task.missing),
+        (Some("b"), true, Missing::Drop)
+    );
 }
 
 #[test]
@@ -173,7 +215,7 @@ fn the_variable_holds_one_spec_a_line_and_yields_to_the_flag() {
     let env = env_of(&[
         (
             "LAYERCACHE_CACHE_TO",
-            "type=s3,region=a,bucket=one\n\n type=s3,region=a,bucket=two\n",
+            "# the shared one\ntype=s3,region=a,bucket=one\n\n  #type=gha\n type=s3,region=a,bucket=two\n",
         ),
         ("LAYERCACHE_CACHE_FROM", "type=s3,region=a,bucket=three"),
     ]);

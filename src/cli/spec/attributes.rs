@@ -87,6 +87,7 @@ impl Attributes {
         direction: Direction,
         warnings: &mut Vec<String>,
     ) -> Result<Self> {
+        refuse_lookalikes(spec)?;
         let fields = fields(spec)?;
         if let [only] = fields.as_slice()
             && !only.contains('=')
@@ -126,8 +127,12 @@ impl Attributes {
         if let Some((_, value)) = types.next()
             && value != "s3"
         {
+            let hint = match value.starts_with("s3") && value.contains('=') {
+                true => "; fields are separated by commas alone",
+                false => "",
+            };
             bail!(
-                "type: {} is not supported (accepted: s3)",
+                "type: {} is not supported (accepted: s3{hint})",
                 quoted(value.as_str())
             );
         }
@@ -198,6 +203,40 @@ fn unknown(key: &str, position: usize, after_secret: bool) -> anyhow::Error {
             TO_ONLY.join(", ")
         ),
     }
+}
+
+/// What people write where a spec belongs.
+fn refuse_lookalikes(spec: &str) -> Result<()> {
+    let spec = spec.trim();
+    if let Some(address) = strip_scheme(spec) {
+        let bucket = address.split(['/', ',']).next().unwrap_or_default();
+        // `s3://id:secret@bucket` is how some tools take credentials.
+        let sane = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        let bucket = match !bucket.is_empty() && bucket.chars().all(sane) {
+            true => bucket,
+            false => "...",
+        };
+        bail!(
+            "an s3:// address is not a spec (expected type=s3,region=...,bucket={bucket}, with \
+             prefix=... and name=... for the rest)"
+        );
+    }
+    // `"type=s3` alone is CSV's own quoting, which closes before the next comma.
+    let whole = |quote: char| {
+        let inside = spec.strip_prefix(quote)?.strip_suffix(quote)?;
+        Some(inside.contains(',') && !inside.contains(quote) && inside.contains('='))
+    };
+    ensure!(
+        !spec.starts_with('\'') && whole('"') != Some(true),
+        "the spec is still in quotes (remove them: .env files and YAML blocks keep them as part of \
+         the value)"
+    );
+    Ok(())
+}
+
+fn strip_scheme(spec: &str) -> Option<&str> {
+    let (scheme, rest) = spec.split_once("://")?;
+    scheme.eq_ignore_ascii_case("s3").then_some(rest)
 }
 
 /// The fields of a spec's one CSV record.

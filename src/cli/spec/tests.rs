@@ -646,9 +646,10 @@ fn a_key_has_at_most_1024_bytes() {
         to_error(&format!("name={}", "n".repeat(1015))),
         "name: with its prefixes it makes a key of 1025 bytes (accepted: up to 1024)"
     );
-    assert_eq!(to(&format!("prefix={}", "p".repeat(947))).warnings.len(), 0);
+    let prefix = |length: usize| format!("prefix={}/", "p".repeat(length - 1));
+    assert_eq!(to(&prefix(947)).warnings.len(), 0);
     assert_eq!(
-        to_error(&format!("prefix={}", "p".repeat(948))),
+        to_error(&prefix(948)),
         "blobs_prefix: with its prefixes it makes a key of 1025 bytes (accepted: up to 1024)"
     );
 }
@@ -947,4 +948,58 @@ proptest! {
             prop_assert!(!message.contains("HIDDEN"), "{}", message);
         }
     }
+}
+
+#[test]
+fn an_address_or_a_spec_that_is_still_in_quotes_is_explained() {
+    let address = |bucket: &str| {
+        format!(
+            "an s3:// address is not a spec (expected type=s3,region=...,bucket={bucket}, with \
+             prefix=... and name=... for the rest)"
+        )
+    };
+    let refused = |spec: &str| error(cache_to(spec, &no_env));
+    assert_eq!(refused("s3://ci-cache/team/app"), address("ci-cache"));
+    assert_eq!(refused(" S3://ci-cache,region=a"), address("ci-cache"));
+    assert_eq!(refused("s3://id:secret@ci-cache"), address("..."));
+    let quotes = "the spec is still in quotes (remove them: .env files and YAML blocks keep them as \
+                  part of the value)";
+    for spec in [
+        "'type=s3,region=a,bucket=b'",
+        "\"type=s3,region=a,bucket=b\"",
+        " \"type=s3,region=a,bucket=b\"\n",
+        "'type=s3",
+    ] {
+        assert_eq!(refused(spec), quotes, "{spec}");
+    }
+}
+
+#[test]
+fn a_prefix_without_a_slash_at_its_end_gets_a_warning() {
+    assert_eq!(
+        to("prefix=team,manifests_prefix=m-,blobs_prefix=b").warnings,
+        [
+            "prefix: \"team\" does not end in a slash, so keys will begin with \"teamb\"",
+            "blobs_prefix: \"b\" does not end in a slash, so keys will begin with \
+             \"teambsha256:\"",
+        ]
+    );
+    assert_eq!(to("prefix=team/").warnings, Vec::<String>::new());
+    assert_eq!(to("prefix=team-").warnings, Vec::<String>::new());
+}
+
+#[test]
+fn an_endpoint_that_holds_the_buckets_name_gets_a_warning() {
+    let warnings = |endpoint: &str| {
+        let spec = format!("type=s3,region=a,bucket=ci-cache,endpoint_url={endpoint}");
+        cache_to(&spec, &no_env).unwrap().warnings
+    };
+    let twice = "endpoint_url: holds the bucket's name, which will be in every address twice (write \
+                 the endpoint without it)";
+    assert_eq!(warnings("http://minio:9000/ci-cache"), [twice]);
+    assert_eq!(warnings("http://minio:9000/s3/ci-cache/"), [twice]);
+    assert_eq!(warnings("https://ci-cache.fra1.example.com"), [twice]);
+    let none: [&str; 0] = [];
+    assert_eq!(warnings("http://minio:9000/s3"), none);
+    assert_eq!(warnings("http://ci-cache:9000"), none);
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::cache::oci::{self, ImageIndex};
 use crate::cache::read::{MAX_DEPTH, REFERENCE_TYPE};
-use crate::layout::Selection;
+use crate::config::Selection;
 
 fn fixture(path: &str) -> PathBuf {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");

@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn described(size: u64, modified: u64) -> Reply {
+pub(super) fn described(size: u64, modified: u64) -> Reply {
     let date = SystemTime::UNIX_EPOCH + Duration::from_secs(modified);
     let date = httpdate::fmt_http_date(date);
     let head =
@@ -15,7 +15,7 @@ fn thrice(script: [Reply; 2]) -> Vec<Reply> {
     all.into_iter().flatten().collect()
 }
 
-fn old() -> ObjectInfo {
+pub(super) fn old() -> ObjectInfo {
     ObjectInfo {
         last_modified: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(7)),
         ..info()

@@ -201,7 +201,7 @@ async fn https_to_an_http_port_and_http_to_an_https_port_are_told_apart_from_oth
         e.message
             .starts_with(&format!("{host} does not speak https ("))
             && e.message.ends_with(&format!(
-                ", looking for s3://cache/a; check endpoint_url, or use http://{host}"
+                ", looking for s3://cache/a; check endpoint_url, or write http://{host}"
             )),
         "{e}"
     );
@@ -212,9 +212,11 @@ async fn https_to_an_http_port_and_http_to_an_https_port_are_told_apart_from_oth
     let host = server.url.trim_start_matches("http://");
     let e = server.store().head("a").await.unwrap_err();
     assert!(
-        e.message.ends_with(&format!(
-            "; that port may speak https: check endpoint_url, or use https://{host}"
-        )),
+        e.message
+            .starts_with(&format!("{host} does not speak http ("))
+            && e.message.ends_with(&format!(
+                "; if it speaks https, write endpoint_url=https://{host}"
+            )),
         "{e}"
     );
 }

@@ -140,3 +140,38 @@ async fn lifecycle_rules_come_and_go_as_they_are() {
     assert!(requests[3].ends_with(&format!("\r\n\r\n{rules}")));
     assert!(requests[3].contains("\r\ncontent-md5: "));
 }
+
+#[tokio::test]
+async fn deletes_are_conditional_until_the_store_refuses_that() {
+    let done = |keys: [&str; 2]| {
+        let keys = keys.map(|key| format!("<Deleted><Key>{key}</Key></Deleted>"));
+        ok(
+            "",
+            &format!("<DeleteResult>{}</DeleteResult>", keys.concat()),
+        )
+    };
+    let changed = "<DeleteResult><Deleted><Key>a&amp;b</Key></Deleted><Error><Key>c</Key>\
+                   <Code>PreconditionFailed</Code><Message>no</Message></Error></DeleteResult>";
+    let server = Server::new(vec![
+        ok("", changed),
+        error("400 Bad Request", "MalformedXML"),
+        done(["a&amp;b", "c"]),
+        done(["a&amp;b", "c"]),
+    ])
+    .await;
+    let store = server.store();
+    let objects = [("a&b", "\"1\""), ("c", "\"2\"")];
+    let objects = objects.map(|(key, etag)| (key.to_owned(), etag.to_owned()));
+    let results = store.delete_unchanged(&objects).await.unwrap();
+    assert!(results[0].is_ok());
+    assert_eq!(results[1].as_ref().unwrap_err().kind, Kind::Changed);
+    for _ in 0..2 {
+        let results = store.delete_unchanged(&objects).await.unwrap();
+        assert!(results.iter().all(Result::is_ok));
+    }
+    let requests = server.requests();
+    let conditional: Vec<_> = requests.iter().map(|r| r.contains("<ETag>")).collect();
+    assert_eq!(conditional, [true, true, false, false]);
+    let sent = "<Object><Key>a&amp;b</Key><ETag>\"1\"</ETag></Object>";
+    assert!(requests[0].contains(sent), "{}", requests[0]);
+}

@@ -47,7 +47,7 @@ pub async fn manifest(repository: &Arc<Repository>, reference: &str, head: bool)
 /// What the tag leads to. If S3 fails there is no cache, and the build goes on without.
 async fn tagged(repository: &Arc<Repository>) -> Option<Tagged> {
     let found = tokio::time::timeout(PATIENCE, repository.tagged()).await;
-    let late = |_| Err(anyhow!("s3 did not answer within {PATIENCE:?}"));
+    let late = |_| Err(anyhow!("S3 did not answer within {PATIENCE:?}"));
     found.unwrap_or_else(late).unwrap_or_else(|error| {
         let name = crate::quote::printable(repository.cache_name());
         repository.progress.warn(&format!(
@@ -110,7 +110,7 @@ pub async fn blob<B>(
         Err(_) => error(
             StatusCode::BAD_GATEWAY,
             "UNKNOWN",
-            "s3 failed; the output of layercache says why",
+            "S3 failed; the output of layercache says why",
         ),
     }
 }

@@ -340,7 +340,7 @@ fn failed(repository: &Repository, what: &str, failure: &anyhow::Error) -> Respo
         return error(
             StatusCode::BAD_GATEWAY,
             "UNKNOWN",
-            "s3 failed; the output of layercache says why",
+            "S3 failed; the output of layercache says why",
         );
     };
     error(status, code, &format!("{failure:#}"))

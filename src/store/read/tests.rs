@@ -236,12 +236,9 @@ async fn a_document_that_is_damaged_or_replaced_is_read_from_its_start() {
 #[tokio::test]
 async fn a_document_that_is_too_large_is_not_read() {
     for reply in [whole("", TAG), chunked(TAG, &["01234", "56789"])] {
-        let server = Server::new(vec![reply; 3]).await;
+        let server = Server::new(vec![reply]).await;
         let error = document(&server, 9).await.unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "a has 10 bytes, and at most 9 are read (3 tries)"
-        );
+        assert_eq!(error.to_string(), "a has 10 bytes, and at most 9 are read");
     }
 }
 

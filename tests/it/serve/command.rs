@@ -61,9 +61,9 @@ fn a_command_finds_the_variables_and_its_exit_status_is_the_programs() {
     "#]].assert_eq(&lasting(&run.stdout));
     expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        Ns served 'main' from s3://cache/manifests/main: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from s3; 0 requests in N s
-        Ns served 'Feature/X' from s3://cache/manifests/Feature/X: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from s3; 0 requests in N s
-        Ns stored 0 manifests in s3://cache/manifests/Feature/X: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
+        Ns served 'main' from s3://cache/manifests/main at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+        Ns served 'Feature/X' from s3://cache/manifests/Feature/X at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+        Ns stored 0 manifests in s3://cache/manifests/Feature/X at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
     "#]].assert_eq(&lasting(&run.stderr));
 }
 
@@ -88,8 +88,8 @@ fn a_cache_that_is_read_and_written_is_one_repository() {
     .assert_eq(&lasting(&run.stdout));
     expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        Ns served 'buildkit' from s3://cache/manifests/buildkit: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from s3; 0 requests in N s
-        Ns stored 0 manifests in s3://cache/manifests/buildkit: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
+        Ns served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+        Ns stored 0 manifests in s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
     "#]].assert_eq(&lasting(&run.stderr));
 }
 
@@ -132,8 +132,8 @@ fn the_variables_are_appended_to_a_file_or_printed_to_be_pasted() {
     .assert_eq(&lasting(&from));
     let summary = running.stop().succeeds();
     expect![[r#"
-        served 'main' from s3://cache/manifests/main: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from s3; 0 requests in N s
-        served 'main' from s3://cache/b/manifests/main: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from s3; 0 requests in N s
+        served 'main' from s3://cache/manifests/main at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+        served 'main' from s3://cache/b/manifests/main at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
     "#]].assert_eq(&lasting(&summary.stdout));
 }
 
@@ -161,6 +161,7 @@ fn the_summary_is_also_in_the_metadata_file() {
           "results": [
             {
               "command": "serve",
+              "endpoint": "http://127.0.0.1:PORT",
               "bucket": "cache",
               "names": [
                 "buildkit"
@@ -187,7 +188,7 @@ fn the_summary_is_also_in_the_metadata_file() {
           ]
         }
     "#]]
-    .assert_eq(&format!("{written:#}\n"));
+    .assert_eq(&lasting(&format!("{written:#}\n")));
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn a_run_says_what_was_read_and_writes_nothing() {
         (
             format!("blobs/{some}"),
             404,
-            format!(r#"{{"errors":[{{"code":"BLOB_UNKNOWN","message":"{some} is not on s3"}}]}}"#),
+            format!(r#"{{"errors":[{{"code":"BLOB_UNKNOWN","message":"{some} is not on S3"}}]}}"#),
         ),
         (
             format!("manifests/{some}"),
@@ -107,7 +107,7 @@ fn a_run_says_what_was_read_and_writes_nothing() {
     let deleted = client.send("DELETE", "manifests/latest", &[], &[]).is(405);
     assert_eq!(deleted.json()["errors"][0]["code"], "UNSUPPORTED");
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit: 1 lookup, 1 found; 10 blobs (62.9 KiB) read, 62.9 KiB fetched from s3; 24 requests in N s
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 1 lookup, 1 found; 10 blobs (62.9 KiB) read, 62.9 KiB fetched from S3; 24 requests in N s
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
     "#]]);
@@ -139,11 +139,11 @@ fn what_is_missing_on_s3_is_left_out_and_what_comes_back_is_there_at_the_next_he
     server.put(&format!("blobs/{gone}"), bytes);
     assert_eq!(client.resolve().0, whole);
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit: 3 lookups, 3 found; 2 blobs (12.0 KiB) read, 12.0 KiB fetched from s3; 35 requests in N s
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 3 lookups, 3 found; 2 blobs (12.0 KiB) read, 12.0 KiB fetched from S3; 35 requests in N s
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        warning: 1 blob that the manifest of 'buildkit' names is missing or damaged on s3: 9 results and 9 layers left out
-        Ns sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f is not on s3 any more
+        warning: 1 blob that the manifest of 'buildkit' names is missing or damaged on S3: 9 results and 9 layers left out
+        Ns sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f is not on S3 any more
     "#]]);
 }
 
@@ -237,11 +237,11 @@ fn a_damaged_blob_is_cut_off_before_its_end_and_left_out_from_then_on() {
     let (_, manifest) = client.resolve();
     assert_eq!(manifest["layers"].as_array().expect("layers").len(), 1);
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit: 2 lookups, 2 found; 1 blob (4.00 MiB) read, 4.00 MiB fetched from s3; 10 requests in N s
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 2 lookups, 2 found; 1 blob (4.00 MiB) read, 4.00 MiB fetched from S3; 10 requests in N s
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        warning: blob blobs/sha256:7762f243a4babd7adf1f86c69fdbf80b3edf0b5b4ac4062021e43416f47ddac2 on s3 is damaged: its bytes hash to sha256:96638e53f2caeb7589836791fd7a42f83b777b9271d54497a67dc97a9b74db72; export the cache again with --verify-remote
-        warning: 1 blob that the manifest of 'buildkit' names is missing or damaged on s3: 1 result and 1 layer left out
+        warning: blob blobs/sha256:7762f243a4babd7adf1f86c69fdbf80b3edf0b5b4ac4062021e43416f47ddac2 on S3 is damaged: its bytes hash to sha256:96638e53f2caeb7589836791fd7a42f83b777b9271d54497a67dc97a9b74db72; export the cache again with --verify-remote
+        warning: 1 blob that the manifest of 'buildkit' names is missing or damaged on S3: 1 result and 1 layer left out
     "#]]);
 }
 
@@ -273,10 +273,10 @@ fn without_s3_there_is_no_cache_and_the_log_says_why() {
         r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"there is no such cache yet"}]}"#
     );
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit: 1 lookup, 0 found; 0 blobs (0 B) read, 0 B fetched from s3; 1 request in N s
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 1 lookup, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 1 request in N s
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        warning: no cache for the build, because 'buildkit' cannot be read: reading the manifest manifests/buildkit on s3: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/buildkit; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+        warning: no cache for the build, because 'buildkit' cannot be read: the manifest manifests/buildkit is damaged: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/buildkit; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
     "#]]);
 }
 

@@ -57,8 +57,8 @@ fn a_run_says_what_was_stored() {
     let client = serve.client("LAYERCACHE_TO");
     client.push(&fixture("local-max")).is(201);
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit: 1 lookup, 0 found; 0 blobs (0 B) read, 0 B fetched from s3; 23 requests in N s
-        stored 1 manifest in s3://cache/manifests/buildkit: 10 blobs uploaded (62.9 KiB), 0 already there, 0 refreshed
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 1 lookup, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 24 requests in N s
+        stored 1 manifest in s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 10 blobs uploaded (62.9 KiB), 0 already there, 0 refreshed
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
         Ns wrote manifests/buildkit
@@ -79,8 +79,8 @@ fn a_run_says_what_was_stored() {
         );
     }
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit: 1 lookup, 1 found; 0 blobs (0 B) read, 0 B fetched from s3; 33 requests in N s
-        stored 1 manifest in s3://cache/manifests/buildkit: 0 blobs uploaded (0 B), 0 already there, 10 refreshed
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 1 lookup, 1 found; 0 blobs (0 B) read, 0 B fetched from S3; 34 requests in N s
+        stored 1 manifest in s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 10 refreshed
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
         Ns wrote manifests/buildkit

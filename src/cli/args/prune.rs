@@ -1,0 +1,192 @@
+//! `layercache prune`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::cli::args::format::TableFormat;
+use crate::cli::args::specs::{SpecText, Specs, check_layout};
+use crate::cli::args::usage;
+use crate::cli::spec;
+use crate::config::{CacheChoice, Consent, ExportConfig, PruneLayoutTask, PruneTask, Task};
+
+/// How old a blob in a layout must be unless `--grace` says so: builds write blobs before the index
+/// names them.
+const LAYOUT_GRACE: Duration = Duration::from_secs(60 * 60);
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Options about a bucket.
+const OF_BUCKETS: [&str; 10] = [
+    "cache_to",
+    "older_than",
+    "keep_last",
+    "name",
+    "keep",
+    "max_size",
+    "also",
+    "assume_no_others",
+    "allow_empty",
+    "repair",
+];
+
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+Without options no cache is removed, only garbage: blobs that no cache needs, and uploads that were
+abandoned. All caches of the spec's manifests_prefix count, whatever its name. Blobs younger than
+--grace stay, because an export may be about to name them. Everything below the spec's prefix is
+examined for caches of other specs that need the same blobs.
+Exit status 2 without --yes where nobody can be asked.
+
+Examples:
+  layercache prune --cache-to type=s3,region=eu-west-1,bucket=ci-cache --older-than 30d --keep main
+  layercache prune ./cache")]
+pub struct PruneArgs {
+    /// Where; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
+    #[arg(long, value_name = "SPEC")]
+    pub cache_to: Vec<SpecText>,
+
+    /// Remove caches written longer ago than this
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    pub older_than: Option<Duration>,
+
+    /// Keep so many caches, those that were written last
+    #[arg(long, value_name = "N")]
+    pub keep_last: Option<usize>,
+
+    /// Remove only caches whose names match; repeat for several
+    #[arg(long, value_name = "GLOB")]
+    pub name: Vec<glob::Pattern>,
+
+    /// Keep caches whose names match; repeat for several
+    #[arg(long, value_name = "GLOB")]
+    pub keep: Vec<glob::Pattern>,
+
+    /// Remove the oldest caches until the rest fits
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_size: Option<u64>,
+
+    /// Caches elsewhere that need the same blobs; repeat for several
+    #[arg(long, value_name = "SPEC")]
+    pub also: Vec<SpecText>,
+
+    /// Do not look below the prefix for other specs' caches
+    #[arg(long)]
+    pub assume_no_others: bool,
+
+    /// Remove the last cache, too
+    #[arg(long)]
+    pub allow_empty: bool,
+
+    /// Rewrite a manifest that was written meanwhile and names a deleted blob
+    #[arg(long)]
+    pub repair: bool,
+
+    /// Keep blobs younger than this [default: touch_refresh and a day; of a LAYOUT 1h]
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    pub grace: Option<Duration>,
+
+    /// Do not ask
+    #[arg(short, long, conflicts_with = "dry_run")]
+    pub yes: bool,
+
+    /// Say what would be removed, but remove nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// How the plan is printed
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "table")]
+    pub format: TableFormat,
+
+    /// Instead of a bucket: the directory of a local cache
+    #[arg(value_name = "LAYOUT", conflicts_with_all = OF_BUCKETS)]
+    pub layout: Option<PathBuf>,
+}
+
+impl PruneArgs {
+    pub fn task(self, specs: &mut Specs) -> Result<Task> {
+        let consent = match (self.yes, self.dry_run) {
+            (true, _) => Consent::Given,
+            (_, true) => Consent::DryRun,
+            _ => Consent::Ask,
+        };
+        let json = self.format.is_json();
+        if json && consent == Consent::Ask {
+            return Err(usage(
+                "--format json cannot ask: give --yes or --dry-run, too".to_owned(),
+            ));
+        }
+        if let Some(layout) = self.layout {
+            check_layout(&layout, "--cache-to")?;
+            return Ok(Task::PruneLayout(PruneLayoutTask {
+                layout,
+                grace: self.grace.unwrap_or(LAYOUT_GRACE),
+                consent,
+                json,
+            }));
+        }
+        let targets = specs.cache_to(self.cache_to)?;
+        if let Some(grace) = self.grace {
+            check_grace(grace, &targets)?;
+        }
+        Ok(Task::Prune(PruneTask {
+            targets,
+            choice: CacheChoice {
+                older_than: self.older_than,
+                keep_last: self.keep_last,
+                name: self.name,
+                keep: self.keep,
+                max_size: self.max_size,
+                allow_empty: self.allow_empty,
+            },
+            also: specs.also(self.also)?,
+            only_own: self.assume_no_others,
+            grace: self.grace,
+            repair: self.repair,
+            consent,
+            json,
+        }))
+    }
+}
+
+/// Exports rely on blobs that are younger than touch_refresh.
+fn check_grace(grace: Duration, targets: &[ExportConfig]) -> Result<()> {
+    for target in targets {
+        if grace < target.touch_refresh {
+            return Err(usage(format!(
+                "--grace: it must not be below touch_refresh ({} s): exports rely on blobs younger \
+                 than that",
+                target.touch_refresh.as_secs()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn age(text: &str) -> Result<Duration, &'static str> {
+    if let Some(days) = text
+        .strip_suffix('d')
+        .and_then(|days| days.parse::<u32>().ok())
+    {
+        return Ok(DAY.saturating_mul(days));
+    }
+    spec::duration("", text).map_err(|_| "accepted: days as in 30d, or hours as in 720h or 1h30m")
+}
+
+/// Bytes.
+fn size(text: &str) -> Result<u64, &'static str> {
+    const ACCEPTED: &str = "accepted: a number with B, KiB, MiB, GiB or TiB, as in 50GiB";
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.');
+    let (number, unit) = text.split_at(digits.unwrap_or(text.len()));
+    let unit = match unit.trim() {
+        "B" => 1_u64,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
+        _ => return Err(ACCEPTED),
+    };
+    let number: f64 = number.parse().map_err(|_| ACCEPTED)?;
+    Ok((number * unit as f64) as u64)
+}

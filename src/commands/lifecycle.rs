@@ -1,0 +1,235 @@
+//! Lifecycle: prints the bucket's rules that fit a cache, writes them beside those of others, or judges
+//! the ones that the bucket has.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context as _, Result, anyhow};
+use async_trait::async_trait;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::bucket::Bucket;
+use crate::bucket::rules::{self, Document, Fitting, Judged};
+use crate::commands::{Context, PerSpec, Work, for_each_spec};
+use crate::config::{ExportConfig, LifecycleAction, LifecycleTask, S3Config};
+use crate::progress::Progress;
+use crate::quote::{printable, quoted};
+use crate::report::{Details, Outcome, Place, Report, count, quoted_names};
+
+/// Does it for every target of the task. A rule that can break builds is no failure of the check, so
+/// the report is printed like any other, but it makes the run fail.
+pub async fn run(task: &LifecycleTask, context: &Context<'_>) -> Outcome {
+    let command = Lifecycle { task };
+    let (reports, mut errors) = for_each_spec(&command, &task.targets, context).await;
+    for report in reports.iter().filter(|report| report.error.is_none()) {
+        errors.extend(report.details.verdict(&report.place));
+    }
+    (reports, errors).into()
+}
+
+/// What came of it at one target.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LifecycleDetails {
+    action: Option<LifecycleAction>,
+    /// The rules that fit, as JSON for `aws s3api`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    configuration: Option<Value>,
+    /// Under `--check`: every rule of the bucket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rules: Option<Vec<Judged>>,
+    /// Under `--apply`: rules of others that stay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kept: Option<u64>,
+    /// Under `--apply`: the bucket had these rules already.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unchanged: Option<bool>,
+    #[serde(skip)]
+    ours: u64,
+}
+
+impl LifecycleDetails {
+    /// The error of a bucket whose rules can break builds.
+    fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
+        let rules = self.rules.iter().flatten();
+        let breaking = rules.filter(|rule| rule.breaks).count();
+        (breaking > 0).then(|| {
+            anyhow!(
+                "{} of {} can break builds",
+                count(breaking as u64, "lifecycle rule"),
+                place.addresses()
+            )
+        })
+    }
+}
+
+impl Details for LifecycleDetails {
+    fn summary(&self, place: &Place, cost: &str) -> String {
+        let address = place.addresses();
+        if let Some(rules) = &self.rules {
+            let mut text = format!(
+                "{address} has {}; {cost}",
+                count(rules.len() as u64, "lifecycle rule")
+            );
+            for rule in rules {
+                let verdict = if rule.breaks { "BREAKS" } else { "ok" };
+                let _ = write!(
+                    text,
+                    "\n  {verdict:<7} {} (prefix \"{}\")",
+                    printable(&rule.id),
+                    printable(&rule.prefix)
+                );
+                for effect in &rule.effects {
+                    let _ = write!(text, "\n          {}", printable(effect));
+                }
+            }
+            return text;
+        }
+        let ours = count(self.ours, "lifecycle rule");
+        match (self.unchanged, self.kept) {
+            (Some(true), _) => format!("{address} has these {ours} already; {cost}"),
+            (_, Some(0)) => format!("wrote {ours} to {address}; {cost}"),
+            (_, Some(kept)) => format!(
+                "wrote {ours} to {address}, beside {} of others; {cost}",
+                count(kept, "rule")
+            ),
+            // What is piped on: nothing but the document.
+            _ => serde_json::to_string_pretty(&self.configuration).unwrap_or_default(),
+        }
+    }
+
+    fn of_failure(self) -> Self {
+        LifecycleDetails {
+            action: self.action,
+            ..LifecycleDetails::default()
+        }
+    }
+}
+
+struct Lifecycle<'a> {
+    task: &'a LifecycleTask,
+}
+
+#[async_trait]
+impl PerSpec for Lifecycle<'_> {
+    type Spec = ExportConfig;
+    type Details = LifecycleDetails;
+    type Ready = ();
+
+    fn s3<'a>(&self, target: &'a ExportConfig) -> &'a S3Config {
+        &target.s3
+    }
+
+    /// `ignore-error` is about exports.
+    fn ignores_errors(&self, _: &ExportConfig) -> bool {
+        false
+    }
+
+    fn blank(&self, target: &ExportConfig) -> Report<LifecycleDetails> {
+        let details = LifecycleDetails {
+            action: Some(self.task.action),
+            ..LifecycleDetails::default()
+        };
+        let doing = match self.task.action {
+            LifecycleAction::Print => "choosing lifecycle rules for",
+            LifecycleAction::Check => "checking the lifecycle rules of",
+            LifecycleAction::Apply => "writing lifecycle rules to",
+        };
+        Report::new(Place::whole("lifecycle", doing, &target.s3), details)
+    }
+
+    async fn prepare(&self, _: &Context<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn work<'a>(
+        &'a self,
+        (): &'a (),
+        target: &'a ExportConfig,
+        bucket: Bucket,
+        _: &[Report<LifecycleDetails>],
+        context: &'a Context<'_>,
+    ) -> Box<dyn Work<LifecycleDetails> + 'a> {
+        Box::new(RulesOf {
+            task: self.task,
+            target,
+            bucket,
+            progress: context.progress,
+        })
+    }
+}
+
+/// The rules of one target.
+struct RulesOf<'a> {
+    task: &'a LifecycleTask,
+    target: &'a ExportConfig,
+    bucket: Bucket,
+    progress: &'a Progress,
+}
+
+#[async_trait]
+impl Work<LifecycleDetails> for RulesOf<'_> {
+    async fn run(&mut self, report: &mut Report<LifecycleDetails>) -> Result<()> {
+        let details = &mut report.details;
+        if self.task.action == LifecycleAction::Check {
+            let rules = self.read().await?.rules;
+            let judged = rules::judge(&rules, &self.target.s3, self.target.touch_refresh);
+            details.rules = Some(judged);
+            return Ok(());
+        }
+        let (s3, touch_refresh) = (&self.target.s3, self.target.touch_refresh);
+        let ours = rules::fitting(s3, touch_refresh, self.task.expire_after);
+        if rules::only_named_expire(s3) {
+            self.progress.warn(&format!(
+                "manifests share the prefix of the blobs, so only {} can expire: other caches would \
+                 outlive their blobs",
+                quoted_names(&s3.names)
+            ));
+        }
+        details.ours = ours.len() as u64;
+        details.configuration = Some(rules::to_json(&ours));
+        match self.task.action {
+            LifecycleAction::Apply => self.apply(&ours, details).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn clean_up(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl RulesOf<'_> {
+    async fn read(&self) -> Result<Document> {
+        let store = self.bucket.store();
+        match store.lifecycle().await? {
+            None => Ok(Document::default()),
+            Some(xml) => {
+                Document::parse(&xml).map_err(|error| anyhow!(store.outside(&format!("{error:#}"))))
+            }
+        }
+    }
+
+    async fn apply(&self, ours: &[Fitting], details: &mut LifecycleDetails) -> Result<()> {
+        let document = self.read().await?;
+        let unchanged = document.holds(ours);
+        if !unchanged {
+            let xml = document.merged(ours)?;
+            let written = self.bucket.store().set_lifecycle(&xml).await;
+            written.context("the bucket keeps the rules that it had")?;
+        }
+        details.unchanged = Some(unchanged);
+        details.kept = Some(document.others(ours).count() as u64);
+        // Together with ours, as the bucket has them now.
+        let now = Document::parse(&document.merged(ours)?)?;
+        let judged = rules::judge(&now.rules, &self.target.s3, self.target.touch_refresh);
+        for rule in judged.iter().filter(|rule| rule.breaks) {
+            self.progress.warn(&format!(
+                "the rule {} {}",
+                quoted(&rule.id),
+                rule.effects.join("; it ")
+            ));
+        }
+        Ok(())
+    }
+}

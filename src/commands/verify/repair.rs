@@ -1,0 +1,184 @@
+//! Repair on S3: manifests without what is missing or damaged, and then no damaged objects.
+//!
+//! Others go on exporting meanwhile. So everything is looked at again right before it is changed: a
+//! manifest is rewritten only as it is by then, and an object is deleted only if it is still the one that
+//! was found damaged and no manifest names it any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Result, bail};
+use bytes::Bytes;
+
+use crate::bucket::{Bucket, Certainty};
+use crate::cache::Dropped;
+use crate::cache::digest::Digest;
+use crate::progress::{Progress, Verb};
+use crate::store::ObjectInfo;
+use crate::transfer::download::Downloader;
+
+/// How often a manifest may be replaced by others while it is repaired.
+const ATTEMPTS: usize = 5;
+
+/// How often manifests are looked through for new ones that name a damaged object.
+const PASSES: usize = 3;
+
+/// Keys in one DeleteObjects.
+const BATCH: usize = 1_000;
+
+/// A repair of one bucket.
+pub(super) struct Repair<'a> {
+    pub(super) bucket: &'a Bucket,
+    pub(super) downloader: &'a Downloader,
+    pub(super) progress: &'a Progress,
+    /// The objects whose bytes are wrong, as they were found.
+    pub(super) damaged: BTreeMap<Digest, ObjectInfo>,
+}
+
+/// What a repair has done.
+#[derive(Default)]
+pub(super) struct Repaired {
+    /// The caches that were rewritten, by name, and what they lost.
+    pub(super) caches: BTreeMap<String, Dropped>,
+    /// The caches that could not be, by name, and why.
+    pub(super) failed: BTreeMap<String, String>,
+    pub(super) deleted: u64,
+    /// Damaged objects that are still there.
+    pub(super) undeleted: u64,
+}
+
+impl Repair<'_> {
+    /// Repairs the caches called `names`, then deletes the objects of `doomed`, which are damaged or have
+    /// a size that no cache gives them: with the sizes that caches give them.
+    ///
+    /// # Errors
+    /// The store's. What could not be repaired is none.
+    pub(super) async fn run(
+        &self,
+        names: BTreeSet<String>,
+        doomed: &BTreeMap<Digest, BTreeSet<u64>>,
+    ) -> Result<Repaired> {
+        let mut done = Repaired::default();
+        let mut names = names;
+        let mut named = BTreeSet::new();
+        for _ in 0..PASSES {
+            for name in &names {
+                match self.cache(name).await {
+                    Ok(None) => {}
+                    Ok(Some(dropped)) => {
+                        done.caches.insert(name.clone(), dropped);
+                    }
+                    Err(error) => {
+                        done.failed.insert(name.clone(), format!("{error:#}"));
+                    }
+                }
+            }
+            if doomed.is_empty() {
+                return Ok(done);
+            }
+            named.clear();
+            names.clear();
+            for cache in self.bucket.caches().await? {
+                let blobs = cache.contents.into_iter().flat_map(|found| found.blobs);
+                let doomed = blobs.filter(|(blob, _)| doomed.contains_key(blob));
+                let doomed: Vec<Digest> = doomed.map(|(blob, _)| blob).collect();
+                if !doomed.is_empty() {
+                    named.extend(doomed);
+                    names.insert(cache.named.name);
+                }
+            }
+            names.retain(|name| !done.failed.contains_key(name));
+            if names.is_empty() {
+                break;
+            }
+        }
+        let unnamed = doomed.iter().filter(|(blob, _)| !named.contains(blob));
+        done.undeleted = (doomed.len() - unnamed.clone().count()) as u64;
+        self.delete(unnamed, &mut done).await?;
+        Ok(done)
+    }
+
+    /// Rewrites the manifest called `name` without what is missing or damaged by now. `None`: nothing is.
+    async fn cache(&self, name: &str) -> Result<Option<Dropped>> {
+        for _ in 0..ATTEMPTS {
+            let Some(cache) = self.bucket.manifest(name).await? else {
+                return Ok(None);
+            };
+            let blobs = cache.blobs()?;
+            let digests = blobs.keys().copied();
+            let found = self.bucket.survey(digests, Certainty::Known).await?;
+            let mut bad = BTreeSet::new();
+            for (blob, size) in blobs {
+                let is_there = found.get(&blob).is_some_and(|info| info.size == size);
+                if !is_there || self.is_damaged(&blob).await? {
+                    bad.insert(blob);
+                }
+            }
+            if bad.is_empty() {
+                return Ok(None);
+            }
+            let (left, dropped) = cache.without_blobs(&bad);
+            let manifest = Bytes::from(left.to_s3()?);
+            if self.bucket.manifest(name).await?.as_ref() == Some(&cache) {
+                self.bucket.write_manifest(name, manifest).await?;
+                return Ok(Some(dropped));
+            }
+            self.progress
+                .note("the manifest was replaced meanwhile; looking again");
+        }
+        bail!("other programs keep replacing the manifest")
+    }
+
+    /// Whether the blob was found damaged and still is.
+    async fn is_damaged(&self, blob: &Digest) -> Result<bool> {
+        let Some(damaged) = self.damaged.get(blob) else {
+            return Ok(false);
+        };
+        match self.bucket.blob(blob).await? {
+            None => Ok(true),
+            Some(info) if info == *damaged => Ok(true),
+            Some(info) => {
+                let shown = self.progress.blob(Verb::Hash, blob, info.size);
+                let key = self.bucket.blob_key(blob);
+                let good = self
+                    .downloader
+                    .verify(&key, *blob, info.size, &shown)
+                    .await?;
+                shown.done();
+                Ok(!good)
+            }
+        }
+    }
+
+    async fn delete(
+        &self,
+        doomed: impl Iterator<Item = (&Digest, &BTreeSet<u64>)>,
+        done: &mut Repaired,
+    ) -> Result<()> {
+        let mut keys = Vec::new();
+        for (blob, sizes) in doomed {
+            let Some(info) = self.bucket.blob(blob).await? else {
+                continue;
+            };
+            if self.damaged.get(blob) == Some(&info) || !sizes.contains(&info.size) {
+                keys.push(self.bucket.blob_key(blob));
+            }
+        }
+        for batch in keys.chunks(BATCH) {
+            let deleted = self.bucket.store().delete(batch).await?;
+            for (key, deleted) in batch.iter().zip(deleted) {
+                match deleted {
+                    Ok(()) => {
+                        done.deleted += 1;
+                        self.progress.note(&format!("deleted {key}"));
+                    }
+                    Err(error) => {
+                        done.undeleted += 1;
+                        self.progress
+                            .warn(&format!("{key} is damaged and stays: {error}"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
