@@ -7,6 +7,7 @@
 
 mod child;
 mod layouts;
+mod pull;
 #[path = "../../tests/server/mod.rs"]
 mod s3;
 mod serve;
@@ -77,6 +78,9 @@ enum Internal {
         /// Unix seconds
         mtime: u64,
     },
+    /// Reads through `layercache serve`
+    #[command(hide = true)]
+    Pull,
     /// Runs the S3 server
     #[command(hide = true)]
     Serve {
@@ -124,7 +128,7 @@ enum When {
     Full,
 }
 
-use Operation::{ColdExport, ColdImport, WarmExport, WarmImport};
+use Operation::{ColdExport, ColdImport, Served, WarmExport, WarmImport};
 const ALL: &[Operation] = &[ColdExport, WarmExport, ColdImport, WarmImport];
 
 const BIG_LIKE_S3: &str = "8 × 128 MiB, 20 ms a request, 90 MiB/s a connection";
@@ -140,7 +144,7 @@ const SCENARIOS: &[Scenario] = &[
         layers: 8,
         size: 128 << 20,
         network: PLAIN,
-        operations: ALL,
+        operations: &[ColdExport, WarmExport, ColdImport, WarmImport, Served],
         wide: false,
         filled: false,
         single: false,
@@ -162,7 +166,7 @@ const SCENARIOS: &[Scenario] = &[
         layers: 1,
         size: 2 << 30,
         network: LIKE_S3,
-        operations: &[ColdExport, ColdImport],
+        operations: &[ColdExport, ColdImport, Served],
         wide: false,
         filled: false,
         single: true,
@@ -256,6 +260,7 @@ fn main() -> Result<()> {
             size,
             mtime,
         }) => return layouts::write(&dir, layers, size, mtime),
+        Some(Internal::Pull) => return pull::run().map(drop),
         Some(Internal::Serve {
             blobs,
             delay_ms,
@@ -390,7 +395,8 @@ impl Bench {
         for &operation in scenario.operations {
             for tool in &self.tools {
                 let wide = tool.kind == Kind::LayercacheWide;
-                if !wide || (scenario.wide && operation.is_export()) {
+                let served = operation == Served && tool.kind != Kind::Layercache;
+                if !served && (!wide || (scenario.wide && operation.is_export())) {
                     self.series.push(Series {
                         scenario: scenario.name,
                         operation,
@@ -660,6 +666,35 @@ impl Bench {
                 }),
             );
         }
+        for (goal, scenario, most, of) in [
+            (
+                "2 GiB through serve at 90 MiB/s a connection: at most 1.2 times the import's wall time",
+                HUGE,
+                1.2,
+                Series::wall as fn(&Series) -> f64,
+            ),
+            (
+                "1 GiB through serve: at most 1.3 times the import's CPU time",
+                BIG,
+                1.3,
+                Series::cpu,
+            ),
+        ] {
+            let served = self.find(scenario, Served, Kind::Layercache);
+            let import = self.find(scenario, ColdImport, Kind::Layercache);
+            add(
+                goal,
+                served.zip(import).map(|(served, import)| {
+                    let times = of(served) / of(import);
+                    let text = format!(
+                        "{times:.2} times ({} against {})",
+                        seconds(of(served)),
+                        seconds(of(import))
+                    );
+                    (text, times <= most)
+                }),
+            );
+        }
         let warm = self.find(SMALL_DISTANT, WarmExport, Kind::Layercache);
         add(
             "warm export of 500 layers at 20 ms: at most 6 round trips",
@@ -770,7 +805,7 @@ fn one_run(
     if operation.is_export() {
         let (objects, bytes) = server.objects(tool.bucket())?;
         layout.check(objects, bytes)?;
-    } else {
+    } else if operation != Served {
         layout.check_arrived(&target)?;
     }
     Ok((cost, asked))
