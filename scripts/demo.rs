@@ -1,10 +1,13 @@
 //! A demonstration without an account or a network: it exports a build cache from an OCI layout to an S3
-//! server, imports it into a new layout, and compares both byte for byte.
+//! server, imports it into a new layout, compares both byte for byte, and reads the cache as a builder
+//! would, through `layercache serve`.
 //!
 //! `cargo run --example demo -- target/debug/layercache`
 //!
 //! The server is that of the tests; the program is the real one, run as a user would run it.
 
+#[path = "bench/pull.rs"]
+mod pull;
 #[path = "../tests/server/mod.rs"]
 mod server;
 
@@ -21,13 +24,28 @@ use server::{ACCESS_KEY, SECRET_KEY, Server};
 const CACHE: &str = "tests/fixtures/local-max";
 
 fn main() -> ExitCode {
-    match demonstrate() {
+    // The builder of the last step.
+    let done = match std::env::args().nth(1).as_deref() {
+        Some("builder") => build(),
+        _ => demonstrate(),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\nThe demonstration failed: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Reads all layers, as a build would that needs every one.
+fn build() -> Result<()> {
+    let (layers, bytes) = pull::run()?;
+    println!(
+        "the builder has read {}, {bytes} bytes",
+        counted(layers, "layer")
+    );
+    Ok(())
 }
 
 fn demonstrate() -> Result<()> {
@@ -43,7 +61,7 @@ fn demonstrate() -> Result<()> {
     let temporary = tempfile::tempdir().context("make a temporary directory")?;
     let copy = temporary.path().join("imported");
     let server = Server::start();
-    let run = |arguments: [&OsStr; 4]| run(&program, here, temporary.path(), &arguments);
+    let run = |arguments: &[&OsStr]| run(&program, here, temporary.path(), arguments);
 
     println!(
         "The tests' S3 server listens at {}, with an empty bucket `cache`.",
@@ -55,7 +73,7 @@ fn demonstrate() -> Result<()> {
         "1. Send a build cache that BuildKit wrote to a local directory, all of it (mode=max):\n"
     );
     let to = server.spec("mode=max");
-    run([
+    run(&[
         "export".as_ref(),
         "--cache-to".as_ref(),
         to.as_ref(),
@@ -79,7 +97,7 @@ fn demonstrate() -> Result<()> {
 
     println!("\n2. Send it again. What is there already is not sent twice:\n");
     server.clear_log();
-    run([
+    run(&[
         "export".as_ref(),
         "--cache-to".as_ref(),
         to.as_ref(),
@@ -104,7 +122,7 @@ fn demonstrate() -> Result<()> {
     println!("\n3. Fetch it into a new directory:\n");
     server.clear_log();
     let from = server.spec("");
-    run([
+    run(&[
         "import".as_ref(),
         "--cache-from".as_ref(),
         from.as_ref(),
@@ -122,15 +140,30 @@ fn demonstrate() -> Result<()> {
         println!("   {size:>9} bytes  {name}");
     }
     println!("\nThe cache went to S3 and came back unchanged.");
+
+    println!("\n5. Serve it to a builder, which reads blob by blob what it needs:\n");
+    server.clear_log();
+    let this = std::env::current_exe().context("find this program")?;
+    run(&[
+        "serve".as_ref(),
+        "--cache-from".as_ref(),
+        from.as_ref(),
+        "--".as_ref(),
+        this.as_ref(),
+        "builder".as_ref(),
+    ])?;
+    show_requests(&server);
     Ok(())
 }
 
 /// Runs the program and shows its command line and its output, with the keys as `***`.
 fn run(program: &Path, here: &Path, temporary: &Path, arguments: &[&OsStr]) -> Result<()> {
+    let this = std::env::current_exe().context("find this program")?;
     let masked = |text: &str| {
         text.replace(ACCESS_KEY, "***")
             .replace(SECRET_KEY, "***")
             .replace(&*temporary.to_string_lossy(), "/tmp/demo")
+            .replace(&*this.to_string_lossy(), "a-builder")
     };
     let shown: Vec<String> = arguments
         .iter()
@@ -138,7 +171,10 @@ fn run(program: &Path, here: &Path, temporary: &Path, arguments: &[&OsStr]) -> R
         .collect();
     println!(
         "   $ layercache {} {} \\\n       {} \\\n       {}",
-        shown[0], shown[1], shown[2], shown[3]
+        shown[0],
+        shown[1],
+        shown[2],
+        shown[3..].join(" ")
     );
 
     let mut command = Command::new(program);

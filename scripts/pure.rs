@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use layercache::cache::documents::Documents;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
-use layercache::layout::Documents;
 
 mod synthetic;
 

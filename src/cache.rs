@@ -3,9 +3,11 @@
 
 pub mod diff_id;
 pub mod digest;
+pub mod documents;
 mod graph;
 mod merge;
 pub mod oci;
+pub mod read;
 mod reduce;
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ pub mod inspect;
 pub mod lifecycle;
 pub mod ls;
 pub mod prune;
+pub mod serve;
 pub mod verify;
 
 use std::sync::Arc;
@@ -131,6 +132,7 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
         Task::Ls(task) => ls::run(task, context).await,
         Task::Inspect(task) => inspect::run(task, context).await,
         Task::Verify(task) => verify::run(task, context).await,
+        Task::Serve(task) => serve::run(task, context).await,
     }
 }
 

@@ -5,6 +5,8 @@
 //! - `s3::credentials`, if the spec has no keys, runs AWS's default chain, which reads the AWS_
 //!   variables and files that its documentation lists.
 
+use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -111,6 +113,7 @@ pub enum Task {
     Ls(LsTask),
     Inspect(InspectTask),
     Verify(VerifyTask),
+    Serve(Box<ServeTask>),
 }
 
 /// From one layout to at least one cache on S3.
@@ -179,6 +182,20 @@ pub struct ImportTask {
 pub struct DoctorTask {
     /// At least one, none twice.
     pub targets: Vec<ExportConfig>,
+}
+
+/// Serve caches on S3 to builders on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServeTask {
+    /// In the order in which a build is to look at them. None twice.
+    pub sources: Vec<S3Config>,
+    /// Where builds may write. With no source, there is one.
+    pub target: Option<ExportConfig>,
+    pub listen: SocketAddr,
+    /// The variables are appended to it.
+    pub env_file: Option<PathBuf>,
+    /// What to run, and its arguments. Empty: serve until a signal arrives.
+    pub command: Vec<OsString>,
 }
 
 /// What becomes of results whose layers are no longer on S3 (moby/buildkit#3223).

@@ -141,23 +141,25 @@ impl Interrupt {
         *self.signal.borrow() != 0
     }
 
+    /// Waits for a signal; returns its number.
+    pub async fn arrives(&self) -> i32 {
+        let mut signal = self.signal.clone();
+        let arrived = signal.wait_for(|signal| *signal != 0).await;
+        match arrived.map(|signal| *signal) {
+            Ok(signal) => signal,
+            // Nobody is left to send one.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// Does `work`, or drops it where it stands when a signal arrives.
     ///
     /// # Errors
     /// The work's own, or [`Interrupted`].
     pub async fn or<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let mut signal = self.signal.clone();
-        let arrived = async {
-            let arrived = signal.wait_for(|signal| *signal != 0).await;
-            match arrived.map(|signal| *signal) {
-                Ok(signal) => signal,
-                // Nobody is left to send one.
-                Err(_) => std::future::pending().await,
-            }
-        };
         tokio::select! {
             biased;
-            signal = arrived => Err(Interrupted { signal }.into()),
+            signal = self.arrives() => Err(Interrupted { signal }.into()),
             done = work => done,
         }
     }

@@ -34,7 +34,7 @@ pub use self::prune::{Dangling, Orphan, PrunePlan, Pruned};
 pub use self::staging::Staged;
 use self::staging::{Held, STAGING};
 pub use self::tag::{Tagged, check_tag, tag_of};
-pub use self::write::{Documents, Published};
+pub use self::write::Published;
 use crate::cache::DOCUMENT_LIMIT;
 use crate::cache::digest::{Digest, Hasher};
 use crate::cache::oci::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, IMAGE_INDEX, IMAGE_MANIFEST};

@@ -29,6 +29,7 @@ pub mod redact;
 pub mod report;
 pub mod retry;
 pub mod s3;
+pub mod serve;
 pub mod store;
 mod terminal;
 pub mod transfer;
@@ -64,8 +65,16 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return end(&Progress::new(progress::Display::Quiet, 0), &[error]);
         }
     };
-    let errors = run_command(args, &env, &progress).unwrap_or_else(|error| vec![error]);
-    end(&progress, &errors)
+    match run_command(args, &env, &progress) {
+        Ok((errors, status)) => {
+            let code = end(&progress, &errors);
+            match status {
+                Some(status) if status != 0 => ExitCode::from(status),
+                _ => code,
+            }
+        }
+        Err(error) => end(&progress, &[error]),
+    }
 }
 
 /// Prints what went wrong, if anything did. Returns the exit code for it.
@@ -93,8 +102,13 @@ fn exit_code(errors: &[anyhow::Error]) -> ExitCode {
     }
 }
 
-/// Arguments → task → outcome → output. Returns what went wrong; an error if nothing was begun.
-fn run_command(args: Args, env: cli::spec::Env, progress: &Progress) -> Result<Vec<anyhow::Error>> {
+/// Arguments → task → outcome → output. Returns what went wrong, and the exit status of a command that
+/// was run; an error if nothing was begun.
+fn run_command(
+    args: Args,
+    env: cli::spec::Env,
+    progress: &Progress,
+) -> Result<(Vec<anyhow::Error>, Option<u8>)> {
     let metadata_file = args.global.metadata_file.clone();
     let (task, warnings) = args::resolve(args, env)?;
     for warning in warnings {
@@ -108,6 +122,7 @@ fn run_command(args: Args, env: cli::spec::Env, progress: &Progress) -> Result<V
     let Outcome {
         reports,
         mut errors,
+        status,
     } = outcome;
     if let Err(error) = printed {
         errors.push(anyhow::Error::new(error).context("cannot write the result to stdout"));
@@ -118,7 +133,7 @@ fn run_command(args: Args, env: cli::spec::Env, progress: &Progress) -> Result<V
     {
         errors.push(error);
     }
-    Ok(errors)
+    Ok((errors, status))
 }
 
 /// Performs `task` on a runtime of its own, until a signal arrives, and prints each result as soon as

@@ -268,6 +268,14 @@ impl Progress {
         Self::with(None, false, clock())
     }
 
+    /// The same screen, on which blobs are not shown: what else writes on it has priority.
+    pub fn without_blobs(&self) -> Self {
+        let view = self.hub.view.clone();
+        let progress = Self::with(view, self.hub.verbose, self.hub.clock.clone());
+        progress.hub.over.store(true, Relaxed);
+        progress
+    }
+
     fn with(view: Option<Arc<dyn View>>, verbose: bool, clock: Clock) -> Self {
         let hub = Hub {
             view,

@@ -281,6 +281,8 @@ pub struct Outcome {
     pub reports: Vec<Box<dyn AnyReport>>,
     /// What went wrong and is not ignored: with any, the run has failed.
     pub errors: Vec<anyhow::Error>,
+    /// How the command ended that was run. `None`: there was none.
+    pub status: Option<u8>,
 }
 
 impl<D: Details> From<(Vec<Report<D>>, Vec<anyhow::Error>)> for Outcome {
@@ -291,6 +293,7 @@ impl<D: Details> From<(Vec<Report<D>>, Vec<anyhow::Error>)> for Outcome {
         Outcome {
             reports: reports.collect(),
             errors,
+            status: None,
         }
     }
 }

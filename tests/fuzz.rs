@@ -15,11 +15,12 @@ use async_trait::async_trait;
 use layercache::bucket::{Bucket, Certainty};
 use layercache::cache::diff_id;
 use layercache::cache::digest::Digest;
+use layercache::cache::documents::Documents;
 use layercache::cache::{CacheConfig, LayerAnnotations, Time};
 use layercache::cli::spec;
 use layercache::config;
 use layercache::config::Selection;
-use layercache::layout::{Documents, Layout, Tagged};
+use layercache::layout::{Layout, Tagged};
 use layercache::progress::Progress;
 use layercache::retry::RetryPolicy;
 use layercache::store::{

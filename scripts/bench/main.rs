@@ -8,6 +8,7 @@
 mod bucket;
 mod child;
 mod layouts;
+mod pull;
 #[path = "../../tests/server/mod.rs"]
 mod s3;
 mod serve;
@@ -78,6 +79,9 @@ enum Internal {
         /// Unix seconds
         mtime: u64,
     },
+    /// Reads through `layercache serve`
+    #[command(hide = true)]
+    Pull,
     /// Runs the S3 server
     #[command(hide = true)]
     Serve {
@@ -128,7 +132,7 @@ enum When {
     Full,
 }
 
-use Operation::{ColdExport, ColdImport, WarmExport, WarmImport};
+use Operation::{ColdExport, ColdImport, Served, WarmExport, WarmImport};
 const ALL: &[Operation] = &[ColdExport, WarmExport, ColdImport, WarmImport];
 
 const BIG_LIKE_S3: &str = "8 × 128 MiB, 20 ms a request, 90 MiB/s a connection";
@@ -144,7 +148,7 @@ const SCENARIOS: &[Scenario] = &[
         layers: 8,
         size: 128 << 20,
         network: PLAIN,
-        operations: ALL,
+        operations: &[ColdExport, WarmExport, ColdImport, WarmImport, Served],
         wide: false,
         filled: false,
         single: false,
@@ -166,7 +170,7 @@ const SCENARIOS: &[Scenario] = &[
         layers: 1,
         size: 2 << 30,
         network: LIKE_S3,
-        operations: &[ColdExport, ColdImport],
+        operations: &[ColdExport, ColdImport, Served],
         wide: false,
         filled: false,
         single: true,
@@ -260,6 +264,7 @@ fn main() -> Result<()> {
             size,
             mtime,
         }) => return layouts::write(&dir, layers, size, mtime),
+        Some(Internal::Pull) => return pull::run().map(drop),
         Some(Internal::Serve {
             blobs,
             delay_ms,
@@ -405,7 +410,8 @@ impl Bench {
         for &operation in scenario.operations {
             for tool in &self.tools {
                 let wide = tool.kind == Kind::LayercacheWide;
-                if !wide || (scenario.wide && operation.is_export()) {
+                let served = operation == Served && tool.kind != Kind::Layercache;
+                if !served && (!wide || (scenario.wide && operation.is_export())) {
                     self.series.push(Series {
                         scenario: scenario.name,
                         operation,
@@ -675,6 +681,35 @@ impl Bench {
                 }),
             );
         }
+        for (goal, scenario, most, of) in [
+            (
+                "2 GiB through serve at 90 MiB/s a connection: at most 1.2 times the import's wall time",
+                HUGE,
+                1.2,
+                Series::wall as fn(&Series) -> f64,
+            ),
+            (
+                "1 GiB through serve: at most 1.3 times the import's CPU time",
+                BIG,
+                1.3,
+                Series::cpu,
+            ),
+        ] {
+            let served = self.find(scenario, Served, Kind::Layercache);
+            let import = self.find(scenario, ColdImport, Kind::Layercache);
+            add(
+                goal,
+                served.zip(import).map(|(served, import)| {
+                    let times = of(served) / of(import);
+                    let text = format!(
+                        "{times:.2} times ({} against {})",
+                        seconds(of(served)),
+                        seconds(of(import))
+                    );
+                    (text, times <= most)
+                }),
+            );
+        }
         let warm = self.find(SMALL_DISTANT, WarmExport, Kind::Layercache);
         add(
             "warm export of 500 layers at 20 ms: at most 6 round trips",
@@ -785,7 +820,7 @@ fn one_run(
     if operation.is_export() {
         let (objects, bytes) = server.objects(tool.bucket())?;
         layout.check(objects, bytes)?;
-    } else {
+    } else if operation != Served {
         layout.check_arrived(&target)?;
     }
     Ok((cost, asked))

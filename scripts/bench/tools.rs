@@ -11,6 +11,8 @@ pub enum Operation {
     WarmExport,
     ColdImport,
     WarmImport,
+    /// Every layer through `layercache serve`; no other tool has anything like it.
+    Served,
 }
 
 impl Operation {
@@ -20,6 +22,7 @@ impl Operation {
             Operation::WarmExport => "warm export",
             Operation::ColdImport => "cold import",
             Operation::WarmImport => "warm import",
+            Operation::Served => "pull through serve",
         }
     }
 
@@ -132,6 +135,11 @@ impl Tool {
                         .args(["export", "--progress", "quiet", "--cache-to"])
                         .arg(format!("{spec},mode=max{wide}"))
                         .arg(&layout.dir);
+                } else if operation == Operation::Served {
+                    command
+                        .args(["serve", "--progress", "quiet", "--cache-from", &spec, "--"])
+                        .arg(std::env::current_exe().unwrap_or_default())
+                        .arg("pull");
                 } else {
                     command
                         .args(["import", "--progress", "quiet", "--cache-from", &spec])

@@ -36,6 +36,15 @@ impl Bucket {
         self.read_manifest_at(&self.config.manifest_key(name)).await
     }
 
+    /// The bytes of the manifest called `name`, as they are; `None` if there is none.
+    ///
+    /// # Errors
+    /// The store's, or it is no JSON.
+    pub async fn manifest_bytes(&self, name: &str) -> Result<Option<Bytes>> {
+        let key = self.config.manifest_key(name);
+        Ok(store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await?)
+    }
+
     /// The manifest at `key`, wherever that is.
     pub(super) async fn read_manifest_at(&self, key: &str) -> Result<Option<CacheConfig>, Unread> {
         let Some(bytes) = self.read(key).await? else {

@@ -10,6 +10,7 @@ mod inspect;
 mod lifecycle;
 mod ls;
 mod prune;
+mod serve;
 mod specs;
 mod verify;
 
@@ -29,6 +30,7 @@ use self::inspect::InspectArgs;
 use self::lifecycle::LifecycleArgs;
 use self::ls::LsArgs;
 use self::prune::PruneArgs;
+use self::serve::ServeArgs;
 use self::specs::Specs;
 use self::verify::VerifyArgs;
 use crate::cli::manual::Manual;
@@ -125,6 +127,8 @@ pub enum Command {
     Prune(PruneArgs),
     /// Choose, check or write the lifecycle rules of a bucket
     Lifecycle(LifecycleArgs),
+    /// Let builders on this machine read and write a cache on S3, blob by blob
+    Serve(ServeArgs),
 }
 
 /// Something is wrong with the command line, a spec, or a variable in their stead: exit status 2.
@@ -213,6 +217,7 @@ pub fn resolve(args: Args, env: Env) -> Result<(Task, Vec<String>)> {
         Command::Copy(copy) => copy.task(&mut specs)?,
         Command::Prune(prune) => prune.task(&mut specs)?,
         Command::Lifecycle(lifecycle) => lifecycle.task(&mut specs)?,
+        Command::Serve(serve) => serve.task(&mut specs)?,
     };
     Ok((task, specs.into_warnings()))
 }

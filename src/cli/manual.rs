@@ -132,6 +132,7 @@ mod tests {
                 "layercache-lifecycle.1",
                 "layercache-ls.1",
                 "layercache-prune.1",
+                "layercache-serve.1",
                 "layercache-verify.1",
                 "layercache-version.1",
                 "layercache.1"

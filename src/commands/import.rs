@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::blocking::blocking;
 use crate::bucket::{Bucket, Certainty};
 use crate::cache::digest::Digest;
+use crate::cache::documents::BUILDKIT_CONFIG_LIMIT;
 use crate::cache::{CacheConfig, Record};
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ImportTask, Missing, S3Config};
@@ -30,9 +31,6 @@ use crate::transfer::upload::Uploader;
 
 /// Blobs hashed at once under `--verify`.
 const HASHES: usize = 4;
-
-/// Bytes of the largest cache config that BuildKit's local import reads.
-const BUILDKIT_CONFIG_LIMIT: u64 = 1 << 20;
 
 /// How often blobs that another process deletes during the import are fetched again.
 const REFETCHES: usize = 10;

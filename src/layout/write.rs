@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::Layout;
 use super::tag::Tagged;
+use crate::cache::CacheConfig;
 use crate::cache::digest::Digest;
-use crate::cache::oci::{self, Descriptor, ImageManifest};
-use crate::cache::{CacheConfig, check_written};
+use crate::cache::documents::Documents;
+use crate::cache::oci::Descriptor;
 use crate::progress::Progress;
 
 /// How often documents that another process keeps deleting are written again.
@@ -22,55 +23,6 @@ pub enum Published {
     Done { manifest: Digest, config_size: u64 },
     /// Nothing is set: another process has deleted these blobs of the cache. Fetch them and try again.
     Gone(Vec<(Digest, u64)>),
-}
-
-/// The documents of a cache in a layout.
-pub struct Documents {
-    pub config: Vec<u8>,
-    pub manifest: Vec<u8>,
-    /// Of `manifest`, without annotations.
-    pub descriptor: Descriptor,
-}
-
-impl Documents {
-    /// Byte for byte what BuildKit's `--cache-to type=local` writes for this cache.
-    ///
-    /// # Errors
-    /// One of them would exceed [`crate::cache::DOCUMENT_LIMIT`].
-    pub fn of(cache: &CacheConfig) -> Result<Self> {
-        let config = cache.to_local();
-        let layers = cache.layers.iter().map(|layer| {
-            let annotations = &layer.annotations;
-            let mut descriptor =
-                Descriptor::new(&annotations.media_type, layer.blob, annotations.size);
-            let mut annotate = |name: &str, value: String| {
-                descriptor.annotations.insert(name.to_owned(), value);
-            };
-            if !annotations.created_at.is_unknown() {
-                annotate(oci::CREATED_AT, annotations.created_at.to_string());
-            }
-            annotate(oci::UNCOMPRESSED, annotations.diff_id.to_string());
-            descriptor
-        });
-        let manifest = oci::to_json(&ImageManifest {
-            schema_version: 2,
-            media_type: oci::IMAGE_MANIFEST.to_owned(),
-            config: Descriptor::new(oci::CACHE_CONFIG, Digest::of(&config), config.len() as u64),
-            layers: layers.collect(),
-        })
-        .context("writing the cache's manifest")?;
-        check_written("config", &config)?;
-        check_written("manifest", &manifest)?;
-        Ok(Documents {
-            descriptor: Descriptor::new(
-                oci::IMAGE_MANIFEST,
-                Digest::of(&manifest),
-                manifest.len() as u64,
-            ),
-            config,
-            manifest,
-        })
-    }
 }
 
 impl Layout {
@@ -173,45 +125,6 @@ mod tests {
     fn s3(name: &str) -> CacheConfig {
         let path = fixture(&format!("s3-manifests/{name}.json"));
         CacheConfig::parse_s3(&std::fs::read(path).unwrap()).unwrap()
-    }
-
-    fn text(bytes: &[u8]) -> &str {
-        std::str::from_utf8(bytes).unwrap()
-    }
-
-    #[test]
-    fn the_documents_of_each_cache_are_the_ones_that_buildkit_wrote() {
-        for (name, folder) in [
-            ("max", "local-max"),
-            ("min", "local-min"),
-            ("multiarch", "local-multiarch"),
-        ] {
-            let documents = Documents::of(&s3(name)).unwrap();
-            let layout = Layout::open(&fixture(folder), Duration::ZERO).unwrap();
-            let mut root = layout.select(&Selection::Default).unwrap();
-            let manifest = layout.read_document(&root).unwrap();
-            assert_eq!(text(&documents.manifest), text(&manifest), "{name}");
-            root.annotations.clear();
-            assert_eq!(documents.descriptor, root);
-            let config = ImageManifest::parse(&root, &manifest).unwrap().config;
-            let config = layout.read_document(&config).unwrap();
-            assert_eq!(text(&documents.config), text(&config), "{name}");
-        }
-    }
-
-    #[test]
-    fn an_empty_cache_has_an_empty_array_of_layers() {
-        let documents = Documents::of(&CacheConfig::default()).unwrap();
-        assert_eq!(text(&documents.config), "{}");
-        assert_eq!(
-            text(&documents.manifest),
-            format!(
-                r#"{{"schemaVersion":2,"mediaType":"{}","config":{{"mediaType":"{}","digest":"{}","size":2}},"layers":[]}}"#,
-                oci::IMAGE_MANIFEST,
-                oci::CACHE_CONFIG,
-                Digest::of(b"{}")
-            )
-        );
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::transfer::limits::Limits;
 use crate::transfer::piece::{Next, Pieces};
 
 /// Times a blob whose bytes are wrong is fetched again.
-const REFETCHES: u32 = 2;
+pub(super) const REFETCHES: u32 = 2;
 
 /// A file that a blob grows in.
 #[derive(Debug, Clone)]
@@ -63,13 +63,13 @@ pub enum Fetched {
 pub struct Downloader {
     pub(super) store: Arc<dyn Store>,
     pub(super) buffers: Buffers,
-    hashing: Hashing,
+    pub(super) hashing: Hashing,
     pub(super) progress: Progress,
     pub(super) limits: Limits,
     /// Blobs of several pieces in flight.
     pub(super) active: AtomicUsize,
     /// The store ignores ranges: blobs are fetched in one stream.
-    one_stream: AtomicBool,
+    pub(super) one_stream: AtomicBool,
 }
 
 impl Downloader {
@@ -201,7 +201,7 @@ impl Downloader {
     }
 }
 
-fn ignores_ranges(error: &anyhow::Error) -> bool {
+pub(super) fn ignores_ranges(error: &anyhow::Error) -> bool {
     let error = error.downcast_ref::<StoreError>();
     error.is_some_and(|error| error.kind == Kind::NoRanges)
 }

@@ -18,7 +18,7 @@ use crate::transfer::buffers::Room;
 use crate::transfer::download::{Damaged, Downloader};
 
 /// Pieces of one blob in flight.
-const WINDOW: usize = 20;
+pub(super) const WINDOW: usize = 20;
 
 /// The fewest of them, however many blobs are in flight.
 const LEAST: usize = 3;
@@ -52,6 +52,8 @@ pub(super) struct Pieces<'a> {
     ranges: Box<dyn Iterator<Item = Range<u64>> + Send + 'a>,
     /// Counts this blob among those in flight if it has several pieces.
     active: Option<Active<'a>>,
+    /// Pieces in flight at most.
+    most: usize,
     fetching: FuturesUnordered<BoxFuture<'a, Result<Option<u64>>>>,
     /// Those not taken whole yet, in order.
     waiting: VecDeque<Arc<Piece>>,
@@ -83,11 +85,17 @@ impl<'a> Pieces<'a> {
             blob,
             ranges: Box::new(ranges),
             active: (count > 1).then(|| Active::new(&downloader.active)),
+            most: WINDOW,
             fetching: FuturesUnordered::new(),
             waiting: VecDeque::new(),
             outcome: Ok(true),
             fetched: 0,
         }
+    }
+
+    /// Bounds the pieces in flight, beside this blob's share.
+    pub(super) fn at_most(&mut self, pieces: usize) {
+        self.most = pieces;
     }
 
     /// Bytes that came over the network.
@@ -159,7 +167,7 @@ impl<'a> Pieces<'a> {
     /// Begins as many pieces as this blob's share allows.
     fn begin_more(&mut self) {
         while matches!(self.outcome, Ok(true))
-            && self.waiting.len() < self.active.as_ref().map_or(1, Active::share)
+            && self.waiting.len() < self.active.as_ref().map_or(1, Active::share).min(self.most)
             && let Some(range) = self.ranges.next()
         {
             let piece = Arc::new(Piece::new(range, self.waiting.is_empty()));

@@ -44,7 +44,7 @@ enum Work {
     Import(&'static str, Option<&'static str>),
 }
 
-fn small() -> Limits {
+pub fn small() -> Limits {
     Limits {
         multipart: 100,
         part: 5000,
@@ -84,7 +84,7 @@ fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-fn put_blobs(server: &Server, layout: &str) {
+pub fn put_blobs(server: &Server, layout: &str) {
     for (name, bytes) in files(&fixture(layout)) {
         let hex = name.strip_prefix("blobs/sha256/").unwrap_or_default();
         if let Ok(digest) = format!("sha256:{hex}").parse::<Digest>() {
@@ -157,7 +157,7 @@ struct Reference {
 
 /// How a run must end.
 #[derive(Clone, Copy, PartialEq)]
-enum End {
+pub enum End {
     Succeeds,
     Fails,
     Either,
@@ -363,7 +363,7 @@ fn references() -> Vec<(Scenario, Reference)> {
 
 /// A fault of the server, how a run ends that meets it once, and how one ends that meets it from some
 /// request to the end.
-fn wire_faults() -> Vec<(Fault, End, End)> {
+pub fn wire_faults() -> Vec<(Fault, End, End)> {
     use End::{Either, Fails, Succeeds};
     let tick = Duration::from_millis(30);
     vec![

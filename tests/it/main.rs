@@ -33,6 +33,7 @@ mod retries;
 #[path = "../scripted/mod.rs"]
 mod scripted;
 mod secrets;
+mod serve;
 #[path = "../server/mod.rs"]
 mod server;
 mod several;

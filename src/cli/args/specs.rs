@@ -81,6 +81,43 @@ impl<'a> Specs<'a> {
         self.parse(&CACHE_FROM, typed, spec::cache_from)
     }
 
+    /// The values of both flags for a command that can do with either. The variables stand in only
+    /// where neither flag was typed: a variable must not make writable what was typed as read-only.
+    pub fn either(
+        &mut self,
+        from: Vec<SpecText>,
+        to: Option<SpecText>,
+    ) -> Result<(Vec<S3Config>, Option<ExportConfig>)> {
+        let typed = !from.is_empty() || to.is_some();
+        let stands_in = |flag: &Flag| {
+            let value = (self.env)(flag.variable).unwrap_or_default();
+            !typed && !spec::specs_from_env(&value).is_empty()
+        };
+        let (any_from, any_to) = (stands_in(&CACHE_FROM), stands_in(&CACHE_TO));
+        if !typed && !any_from && !any_to {
+            return Err(usage(format!(
+                "no cache is given (use {} or {} type=s3,region=...,bucket=..., or set {} or {})",
+                CACHE_FROM.name, CACHE_TO.name, CACHE_FROM.variable, CACHE_TO.variable
+            )));
+        }
+        let sources = match !from.is_empty() || any_from {
+            true => self.cache_from(from)?,
+            false => Vec::new(),
+        };
+        let mut targets = match to.is_some() || any_to {
+            true => self.cache_to(Vec::from_iter(to))?,
+            false => Vec::new(),
+        };
+        if targets.len() > 1 {
+            return Err(usage(format!(
+                "{}: it holds {} specs (accepted: one)",
+                CACHE_TO.variable,
+                targets.len()
+            )));
+        }
+        Ok((sources, targets.pop()))
+    }
+
     /// The values of `--cache-from` for a command that looks at all caches of a place: each place once,
     /// whatever names the specs have.
     pub fn places_from(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {

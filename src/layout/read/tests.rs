@@ -1,11 +1,12 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::*;
-use crate::cache::oci::ImageIndex;
+use crate::cache::oci::{self, ImageIndex};
+use crate::cache::read::{MAX_DEPTH, REFERENCE_TYPE};
 use crate::config::Selection;
 
 fn fixture(path: &str) -> PathBuf {

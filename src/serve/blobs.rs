@@ -1,0 +1,368 @@
+//! The blobs of a cache as clients read them: each download is shared by those who read the same blob at
+//! the same time, verified, and resumed where it broke off.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use anyhow::{Result, anyhow, bail};
+use bytes::Bytes;
+use futures::stream::{BoxStream, StreamExt};
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use crate::bucket::Bucket;
+use crate::cache::DOCUMENT_LIMIT;
+use crate::cache::digest::{Digest, Hasher};
+use crate::progress::{Progress, Verb};
+use crate::serve::flow::{End, Filling, Flow, Flows, Next, Place};
+use crate::store::ObjectInfo;
+use crate::transfer::download::{Damaged, Downloader};
+use crate::transfer::forward::{Forwarded, Wanted};
+use crate::transfer::limits::Limits;
+
+/// Downloads at once; more wait.
+const DOWNLOADS: usize = 64;
+
+/// Bytes between two points from which an interrupted download can be hashed on.
+const CHECKPOINT: u64 = 8 << 20;
+
+/// Bytes sent to clients, and received from S3.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    pub served: AtomicU64,
+    pub fetched: AtomicU64,
+    /// Blobs asked for.
+    pub blobs: AtomicU64,
+}
+
+/// What is known of the blobs of one bucket, and the downloads under way.
+pub struct Blobs {
+    bucket: Bucket,
+    downloader: Downloader,
+    progress: Progress,
+    traffic: Arc<Traffic>,
+    known: Mutex<Known>,
+    flows: Mutex<HashMap<Digest, Vec<Weak<Flow>>>>,
+    count: Flows,
+    downloads: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct Known {
+    /// In bytes, on S3.
+    sizes: HashMap<Digest, u64>,
+    /// The bytes were wrong.
+    damaged: HashSet<Digest>,
+    /// Clients may have got wrong bytes of these, which must not become the beginning of a whole.
+    spoiled: HashSet<Digest>,
+    /// All bytes were right in this run.
+    verified: HashSet<Digest>,
+    /// States of interrupted downloads, in order of their lengths.
+    checkpoints: HashMap<Digest, Vec<Hasher>>,
+}
+
+impl Blobs {
+    pub fn new(bucket: Bucket, progress: &Progress, limits: Limits, traffic: Arc<Traffic>) -> Self {
+        let store = Arc::clone(bucket.store());
+        Blobs {
+            downloader: Downloader::new(store, progress.clone(), limits),
+            progress: progress.clone(),
+            bucket,
+            traffic,
+            known: Mutex::default(),
+            flows: Mutex::default(),
+            count: Flows::default(),
+            downloads: Arc::new(Semaphore::new(DOWNLOADS)),
+        }
+    }
+
+    /// Takes note of what a survey found.
+    pub fn found<'a>(&self, found: impl IntoIterator<Item = (&'a Digest, &'a ObjectInfo)>) {
+        let mut known = self.known.lock();
+        let sizes = found.into_iter().map(|(digest, info)| (*digest, info.size));
+        known.sizes.extend(sizes);
+    }
+
+    /// A blob has been sent, of which nothing was or what was there was wrong.
+    pub fn sent(&self, digest: &Digest, size: u64) {
+        let mut known = self.known.lock();
+        known.sizes.insert(*digest, size);
+        known.damaged.remove(digest);
+    }
+
+    /// Whether the blob's bytes were wrong when they were read last.
+    pub fn is_damaged(&self, digest: &Digest) -> bool {
+        self.known.lock().damaged.contains(digest)
+    }
+
+    /// The bytes of a blob on S3; `None` if it is not there.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn size(&self, digest: &Digest) -> Result<Option<u64>> {
+        let known = self.known.lock().sizes.get(digest).copied();
+        match known {
+            Some(size) => Ok(Some(size)),
+            None => self.look(digest).await,
+        }
+    }
+
+    /// The same, as it is now; a damaged blob counts as absent.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn look(&self, digest: &Digest) -> Result<Option<u64>> {
+        if self.is_damaged(digest) {
+            return Ok(None);
+        }
+        let found = self.bucket.blob(digest).await?.map(|info| info.size);
+        let mut known = self.known.lock();
+        match found {
+            Some(size) => known.sizes.insert(*digest, size),
+            None => known.sizes.remove(digest),
+        };
+        Ok(found)
+    }
+
+    /// A small blob, verified; `None` if it is not there.
+    ///
+    /// # Errors
+    /// The store's; or it is damaged, or larger than a document.
+    pub async fn document(self: &Arc<Self>, digest: &Digest) -> Result<Option<Bytes>> {
+        let Some(size) = self.size(digest).await? else {
+            return Ok(None);
+        };
+        if size > DOCUMENT_LIMIT {
+            bail!("blob {digest} has {size} bytes, more than the {DOCUMENT_LIMIT} of a document");
+        }
+        let Some(mut body) = self.read(*digest, size, 0..size).await? else {
+            return Ok(None);
+        };
+        let mut bytes = Vec::new();
+        while let Some(chunk) = body.next().await {
+            bytes.extend_from_slice(&chunk?);
+        }
+        Ok(Some(bytes.into()))
+    }
+
+    /// The bytes of `range` of a blob. The first of them have arrived. `None`: it is not there.
+    ///
+    /// # Errors
+    /// What keeps the first bytes from arriving; the stream yields what comes between later.
+    pub async fn read(
+        self: &Arc<Self>,
+        digest: Digest,
+        size: u64,
+        range: Range<u64>,
+    ) -> Result<Option<BoxStream<'static, Result<Bytes>>>> {
+        if range.start > 0 && self.known.lock().spoiled.contains(&digest) {
+            bail!(
+                "blob {digest} was damaged when it was sent, and has to be read from its beginning"
+            );
+        }
+        let mut reader = Reader {
+            blobs: Arc::clone(self),
+            digest,
+            size,
+            end: range.end,
+            place: self.place(digest, size, &range),
+        };
+        let first = match reader.next().await {
+            Ok(Some(first)) => first,
+            Ok(None) => return Ok(Some(futures::stream::empty().boxed())),
+            Err(Stopped::Missing) => {
+                self.known.lock().sizes.remove(&digest);
+                return Ok(None);
+            }
+            Err(Stopped::Broken(error)) => return Err(error),
+        };
+        let rest = futures::stream::unfold(Some(reader), |reader| async {
+            let mut reader = reader?;
+            match reader.next().await {
+                Ok(Some(chunk)) => Some((Ok(chunk), Some(reader))),
+                Ok(None) => None,
+                Err(stopped) => Some((Err(stopped.into()), None)),
+            }
+        });
+        let first = futures::stream::once(async { Ok(first) });
+        Ok(Some(first.chain(rest).boxed()))
+    }
+
+    /// A place in a download that has `range` ahead of it: one under way, or a new one.
+    fn place(self: &Arc<Self>, digest: Digest, size: u64, range: &Range<u64>) -> Place {
+        let mut flows = self.flows.lock();
+        let of_blob = flows.entry(digest).or_default();
+        of_blob.retain(|flow| flow.strong_count() > 0);
+        let joined = of_blob.iter().filter_map(Weak::upgrade);
+        if let Some(place) = joined.filter_map(|flow| flow.join(range.start)).next() {
+            return place;
+        }
+        let (flow, place) = Flow::new(range.start, &self.count);
+        let wanted = self.wanted(digest, size, range);
+        // The end of one that does not reach the blob's end is none for others.
+        if wanted.range.end == size {
+            of_blob.push(Arc::downgrade(&flow));
+        } else if of_blob.is_empty() {
+            flows.remove(&digest);
+        }
+        drop(flows);
+        tokio::spawn(Arc::clone(self).fill(flow, wanted));
+        place
+    }
+
+    /// From where on to download: a blob is verified whole, unless it has been before.
+    fn wanted(&self, digest: Digest, size: u64, range: &Range<u64>) -> Wanted {
+        let known = self.known.lock();
+        if range.start > 0 && known.verified.contains(&digest) {
+            return Wanted {
+                digest,
+                size,
+                range: range.clone(),
+                hasher: None,
+            };
+        }
+        let checkpoints = known.checkpoints.get(&digest);
+        let before = checkpoints.and_then(|hashers| {
+            let mut hashers = hashers.iter();
+            hashers.rfind(|hasher| hasher.length() <= range.start)
+        });
+        let hasher = before.cloned().unwrap_or_default();
+        Wanted {
+            digest,
+            size,
+            range: hasher.length()..size,
+            hasher: Some(hasher),
+        }
+    }
+
+    /// Reads a blob whose bytes were wrong once more: if they went wrong on the way, builds need not go
+    /// without it.
+    async fn confirm_damage(&self, digest: Digest, size: u64) {
+        let blob = self.progress.blob(Verb::Hash, &digest, size);
+        let key = self.bucket.blob_key(&digest);
+        let good = self.downloader.verify(&key, digest, size, &blob).await;
+        if let Ok(true) = good {
+            self.known.lock().damaged.remove(&digest);
+        }
+        blob.done();
+    }
+
+    async fn fill(self: Arc<Self>, flow: Arc<Flow>, wanted: Wanted) {
+        let Wanted { digest, size, .. } = wanted;
+        let (verifies, start) = (wanted.hasher.is_some(), wanted.range.start);
+        let key = self.bucket.blob_key(&digest);
+        let _download = Arc::clone(&self.downloads).acquire_owned().await;
+        let note = |received, hasher: Option<&Hasher>| {
+            self.traffic.fetched.fetch_add(received, Ordering::Relaxed);
+            if let Some(hasher) = hasher {
+                self.known.lock().checkpoint(digest, hasher);
+            }
+        };
+        let mut filling = Filling::new(Arc::clone(&flow), start, note);
+        let forwarded = self.downloader.forward(&key, wanted, &mut filling).await;
+        let end = match forwarded {
+            Ok(Forwarded::Whole | Forwarded::Unwanted) => End::Whole,
+            Ok(Forwarded::Missing) => {
+                self.progress
+                    .note(&format!("{digest} is not on S3 any more"));
+                End::Missing
+            }
+            Err(error) => {
+                // What went wrong may have to do with what was believed.
+                let damaged = error.is::<Damaged>();
+                {
+                    let mut known = self.known.lock();
+                    known.sizes.remove(&digest);
+                    if damaged {
+                        known.damaged.insert(digest);
+                        known.spoiled.insert(digest);
+                    }
+                }
+                self.progress.warn(&format!("{error:#}"));
+                flow.end(End::Broken(Arc::new(error)));
+                if damaged {
+                    self.confirm_damage(digest, size).await;
+                }
+                return;
+            }
+        };
+        if verifies && matches!(end, End::Whole) && filling.at == size {
+            let mut known = self.known.lock();
+            known.verified.insert(digest);
+            known.checkpoints.remove(&digest);
+        }
+        flow.end(end);
+    }
+}
+
+impl Known {
+    fn checkpoint(&mut self, digest: Digest, hasher: &Hasher) {
+        if hasher.length() < CHECKPOINT {
+            return;
+        }
+        let hashers = self.checkpoints.entry(digest).or_default();
+        let last = hashers.last().map_or(0, Hasher::length);
+        if hasher.length() >= last + CHECKPOINT {
+            hashers.push(hasher.clone());
+        }
+    }
+}
+
+/// Why a reader gets no more.
+enum Stopped {
+    Missing,
+    Broken(anyhow::Error),
+}
+
+impl From<Stopped> for anyhow::Error {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::Missing => anyhow!("the blob was deleted while it was read"),
+            Stopped::Broken(error) => error,
+        }
+    }
+}
+
+/// A client that reads a blob.
+struct Reader {
+    blobs: Arc<Blobs>,
+    digest: Digest,
+    size: u64,
+    /// Where in the blob it stops.
+    end: u64,
+    place: Place,
+}
+
+impl Reader {
+    async fn next(&mut self) -> Result<Option<Bytes>, Stopped> {
+        loop {
+            if self.place.at >= self.end && self.size > 0 {
+                return Ok(None);
+            }
+            match self.place.next().await {
+                Next::Chunk(mut chunk) => {
+                    let past = self.place.at.saturating_sub(self.end);
+                    chunk.truncate(chunk.len() - past.min(chunk.len() as u64) as usize);
+                    let length = chunk.len() as u64;
+                    self.blobs
+                        .traffic
+                        .served
+                        .fetch_add(length, Ordering::Relaxed);
+                    return Ok(Some(chunk));
+                }
+                Next::End(End::Whole) if self.place.at >= self.end => return Ok(None),
+                // Others were served faster.
+                Next::Behind | Next::End(End::Whole) => {
+                    let rest = self.place.at..self.end;
+                    self.place = self.blobs.place(self.digest, self.size, &rest);
+                }
+                Next::End(End::Missing) => return Err(Stopped::Missing),
+                Next::End(End::Broken(error)) => {
+                    return Err(Stopped::Broken(anyhow!("{error:#}")));
+                }
+            }
+        }
+    }
+}

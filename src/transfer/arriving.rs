@@ -1,0 +1,215 @@
+//! One blob's way from a client that sends it once, in order, to the store. Nothing is kept on disk:
+//! a part stays in memory until the store has it, so that it can be sent again.
+
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use async_trait::async_trait;
+use bytes::{Buf, Bytes};
+use futures::stream::{BoxStream, StreamExt};
+use tokio::sync::Mutex;
+
+use crate::cache::digest::{Digest, Hasher};
+use crate::progress::Verb;
+use crate::transfer::body::{FileSource, InMemory, Means, Source};
+use crate::transfer::buffers::BUFFER;
+use crate::transfer::hashing::Feed;
+use crate::transfer::upload::Uploader;
+
+/// The bytes that a client sends.
+pub type Incoming = BoxStream<'static, Result<Bytes>>;
+
+/// What arrived is not what was announced.
+#[derive(Debug)]
+pub struct WrongBytes {
+    pub announced: Digest,
+    pub found: Digest,
+}
+
+impl std::fmt::Display for WrongBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let WrongBytes { announced, found } = self;
+        write!(f, "the bytes sent as {announced} hash to {found}")
+    }
+}
+
+impl std::error::Error for WrongBytes {}
+
+impl Uploader {
+    /// Uploads a blob of `size` bytes while it arrives: in parts, or, if it is smaller than one, whole
+    /// from memory.
+    ///
+    /// # Errors
+    /// [`WrongBytes`], the error of `incoming`, or the store's. Nothing is visible at `key` then.
+    pub async fn upload_arriving(
+        &self,
+        key: &str,
+        digest: Digest,
+        size: u64,
+        incoming: Incoming,
+    ) -> Result<()> {
+        let source = Arriving {
+            digest,
+            size,
+            rest: Mutex::new(Unread {
+                incoming,
+                chunk: Bytes::new(),
+                at: 0,
+            }),
+        };
+        let blob = self.progress.blob(Verb::Upload, &digest, size);
+        if size < self.limits.part {
+            let _room = self.means.buffers.room(size).await;
+            let (chunks, hasher) = source.read(0..size, Hasher::default(), &self.means).await?;
+            let found = hasher.digest();
+            if found != digest {
+                return Err(source.damaged(found));
+            }
+            let bytes = InMemory(chunks.concat().into());
+            self.store.put(key, Arc::new(bytes)).await?;
+        } else {
+            self.upload_parts(key, &source, &blob).await?;
+        }
+        blob.done();
+        Ok(())
+    }
+
+    /// Uploads a blob that arrived in an order of its own, and waits in a file.
+    ///
+    /// # Errors
+    /// As [`upload_arriving`](Self::upload_arriving), and the file's.
+    pub async fn upload_arrived(
+        &self,
+        key: &str,
+        digest: Digest,
+        size: u64,
+        file: File,
+    ) -> Result<()> {
+        let path = std::env::temp_dir();
+        let source = Arrived(FileSource::new(file, path, digest, size));
+        self.upload(key, Arc::new(source)).await
+    }
+}
+
+struct Arriving {
+    digest: Digest,
+    size: u64,
+    rest: Mutex<Unread>,
+}
+
+/// What has not been read yet.
+struct Unread {
+    incoming: Incoming,
+    /// The rest of the chunk that came last.
+    chunk: Bytes,
+    /// Bytes read so far.
+    at: u64,
+}
+
+impl Unread {
+    /// Fills a buffer with the next `length` bytes.
+    async fn fill(&mut self, buffer: &mut Vec<u8>, length: usize) -> Result<()> {
+        while buffer.len() < length {
+            if self.chunk.is_empty() {
+                match self.incoming.next().await {
+                    Some(chunk) => self.chunk = chunk?,
+                    None => bail!("the client sent fewer bytes than it announced"),
+                }
+            }
+            let fits = self.chunk.len().min(length - buffer.len());
+            buffer.extend_from_slice(&self.chunk[..fits]);
+            self.chunk.advance(fits);
+            self.at += fits as u64;
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Source for Arriving {
+    fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    async fn read(
+        &self,
+        range: Range<u64>,
+        hasher: Hasher,
+        means: &Means,
+    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        let mut rest = self.rest.lock().await;
+        if rest.at != range.start {
+            bail!("the upload was taken away, and the client has to send the blob again");
+        }
+        let mut read = Read {
+            chunks: Vec::new(),
+            at: None,
+        };
+        while rest.at < range.end {
+            let length = (range.end - rest.at).min(BUFFER) as usize;
+            let mut buffer = means.buffers.take(length);
+            rest.fill(&mut buffer, length).await?;
+            read.chunks.push(buffer);
+        }
+        let (hasher, read) = means.hashing.run(hasher, read).await?;
+        Ok((read.chunks, hasher))
+    }
+
+    fn damaged(&self, found: Digest) -> anyhow::Error {
+        wrong_bytes(self.digest, found)
+    }
+}
+
+fn wrong_bytes(announced: Digest, found: Digest) -> anyhow::Error {
+    WrongBytes { announced, found }.into()
+}
+
+/// Buffers that have been filled.
+struct Read {
+    chunks: Vec<Vec<u8>>,
+    at: Option<usize>,
+}
+
+impl Feed for Read {
+    fn advance(&mut self) -> Result<bool> {
+        let next = self.at.map_or(0, |at| at + 1);
+        self.at = Some(next);
+        Ok(next < self.chunks.len())
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.at.map_or(&[], |at| &self.chunks[at])
+    }
+}
+
+struct Arrived(FileSource);
+
+#[async_trait]
+impl Source for Arrived {
+    fn digest(&self) -> Digest {
+        self.0.digest()
+    }
+
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    async fn read(
+        &self,
+        range: Range<u64>,
+        hasher: Hasher,
+        means: &Means,
+    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        self.0.read(range, hasher, means).await
+    }
+
+    fn damaged(&self, found: Digest) -> anyhow::Error {
+        wrong_bytes(self.digest(), found)
+    }
+}
