@@ -146,9 +146,12 @@ fn an_import_that_finds_nothing_or_fails_lets_the_build_go_on_without_cache() {
         "#]], expect![[r#"
             Ns reading the manifest
         "#]]);
-    job.holds("output", expect![[r#"
+    job.holds(
+        "output",
+        expect![[r#"
         build-args=--cache-to type=local,dest=TMP/layercache,mode=max
-    "#]]);
+    "#]],
+    );
     let elsewhere = absent.replace("bucket=cache", "bucket=absent");
     job.step("import", &[("INPUT_CACHE_FROM", &elsewhere)])
         .succeeds()
@@ -168,9 +171,12 @@ fn an_export_that_fails_fails_the_step() {
         &[("INPUT_CACHE_TO", "type=s3,region=a,bucket=cache")],
     )
     .ends_with(1)
-    .prints(expect![[""]], expect![[r#"
+    .prints(
+        expect![[""]],
+        expect![[r#"
         error: no OCI layout at TMP/layercache: no such directory
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -197,11 +203,12 @@ fn a_release_with_another_checksum_is_not_run() {
     job.step("import", &[("INPUT_VERSION", "v9.9.9")])
         .ends_with(1)
         .says("::error title=layercache::cannot download file://");
-    job.step("fetch", &[])
-        .ends_with(1)
-        .prints(expect![[""]], expect![[r#"
+    job.step("fetch", &[]).ends_with(1).prints(
+        expect![[""]],
+        expect![[r#"
             ::error title=layercache::mode is import, export or serve, not 'fetch'
-        "#]]);
+        "#]],
+    );
 }
 
 #[test]
@@ -246,11 +253,12 @@ fn serve_goes_on_in_the_background_and_its_variables_reach_later_steps() {
     assert_eq!(log, "from type=s3,bucket=b\n");
 
     let job = Job::with(b"#!/bin/sh\necho 'error: no'\nexit 1\n");
-    job.step("serve", &[])
-        .ends_with(1)
-        .prints(expect![[""]], expect![[r#"
+    job.step("serve", &[]).ends_with(1).prints(
+        expect![[""]],
+        expect![[r#"
             ::error title=layercache::serve ended: error: no
-        "#]]);
+        "#]],
+    );
 }
 
 #[test]
