@@ -64,6 +64,20 @@ pub trait Person: Send + Sync {
     async fn confirm(&self, question: &str) -> std::io::Result<Option<bool>>;
 }
 
+/// Reads no plan, and agrees to none: for callers other than the program.
+pub struct Nobody;
+
+#[async_trait]
+impl Person for Nobody {
+    async fn show(&self, _: &str) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    async fn confirm(&self, _: &str) -> std::io::Result<Option<bool>> {
+        Ok(None)
+    }
+}
+
 /// A plan needs consent, and nobody can be asked: exit status 2.
 #[derive(Debug)]
 pub struct NobodyToAsk;
@@ -223,7 +237,8 @@ async fn for_each_spec<C: PerSpec>(
 
 /// The error, with what was being done at its end unless it says where on S3 it happened.
 fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
-    if error.is::<Interrupted>() {
+    // They have exit codes of their own.
+    if error.is::<Interrupted>() || error.is::<NobodyToAsk>() {
         return error;
     }
     let of_store = error.chain().find_map(|cause| cause.downcast_ref());

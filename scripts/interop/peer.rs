@@ -86,6 +86,7 @@ impl Peer<'_> {
             limits,
             interrupt: &Interrupt::never(),
             progress: &Progress::silent(),
+            person: &commands::Nobody,
             finished: &drop,
         };
         let outcome = self.runtime.block_on(commands::perform(&task, &frame));

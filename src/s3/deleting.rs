@@ -125,11 +125,11 @@ impl S3Store {
             Some(Some(refusal)) if refusal.is_absence() => Ok(()),
             Some(Some(refusal)) if refusal.code.as_deref() == Some("PreconditionFailed") => {
                 Err(StoreError {
-                    located: false,
                     kind: Kind::Changed,
                     status: Some(412),
                     code: refusal.code,
                     message: format!("{key} is no longer the same object"),
+                    located: true,
                 })
             }
             Some(Some(refusal)) => {

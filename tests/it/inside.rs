@@ -5,10 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use futures::future::BoxFuture;
 use layercache::cli::args::{self, Asked};
-use layercache::commands::{Context, Person, perform};
+use layercache::commands::{Context, Nobody, perform};
 use layercache::config::{S3Config, Task};
 use layercache::interrupt::Interrupt;
 use layercache::progress::Progress;
@@ -99,20 +98,6 @@ impl Inside {
     }
 }
 
-/// Reads no plan, and agrees to none.
-struct Nobody;
-
-#[async_trait]
-impl Person for Nobody {
-    async fn show(&self, _: &str) -> std::io::Result<()> {
-        Ok(())
-    }
-
-    async fn confirm(&self, _: &str) -> std::io::Result<Option<bool>> {
-        Ok(None)
-    }
-}
-
 /// Helps the compiler infer the closure's lifetimes.
 fn connector<F>(connect: F) -> F
 where
@@ -159,6 +144,12 @@ pub fn import(spec: &str, layout: &Path) -> Task {
         spec,
         layout,
     ])
+}
+
+/// The task of any command line, given without the program's name.
+pub fn command(args: &[&str]) -> Task {
+    let args = std::iter::once("layercache").chain(args.iter().copied());
+    task(&args.map(AsRef::as_ref).collect::<Vec<_>>())
 }
 
 pub fn copy(from: &str, to: &str) -> Task {

@@ -28,7 +28,9 @@ mod ls;
 mod mistakes;
 mod output;
 mod program;
+mod prune;
 mod races;
+mod refresh;
 mod retries;
 #[path = "../scripted/mod.rs"]
 mod scripted;
@@ -37,7 +39,9 @@ mod secrets;
 mod server;
 mod several;
 mod stuck;
+mod sweep;
 mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;
+mod verify;
