@@ -264,7 +264,7 @@ fn json_has_the_whole_plan_and_what_was_done() {
         {
           "version": 1,
           "command": "prune",
-          "endpoint": "http://127.0.0.1:37473",
+          "endpoint": "http://127.0.0.1:40391",
           "bucket": "cache",
           "dryRun": false,
           "caches": [

@@ -50,11 +50,11 @@ fn whole_caches_are_ok() {
             feature/min      5  30.1 KiB        0        -           0  ok
             max             10  62.9 KiB        0        -           0  ok
 
-            looked for the blobs of 2 caches in s3://cache, 10 blobs (62.9 KiB); 13 requests in N s
+            looked for the blobs of 2 caches in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 13 requests in N s
         "#]],
         expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
         "#]],
     );
     verify(&server, &["--deep"]).succeeds().prints(
@@ -63,21 +63,21 @@ fn whole_caches_are_ok() {
             feature/min      5  30.1 KiB        0        0           0  ok
             max             10  62.9 KiB        0        0           0  ok
 
-            hashed the blobs of 2 caches in s3://cache, 10 blobs (62.9 KiB); 23 requests in N s
+            hashed the blobs of 2 caches in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 23 requests in N s
         "#]],
         expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns verifying (10 blobs, 62.9 KiB)
         "#]],
     );
     verify(&Server::start(), &[]).succeeds().prints(
         expect![[r#"
-            looked for the blobs of 0 caches in s3://cache, 0 blobs (0 B); 1 request in N s
+            looked for the blobs of 0 caches in s3://cache at http://127.0.0.1:PORT, 0 blobs (0 B); 1 request in N s
         "#]],
         expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
         "#]],
     );
 }
@@ -96,7 +96,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
             feature/min      5  30.1 KiB        1        -           0  BROKEN
             max             10  62.9 KiB        1        -           1  BROKEN
 
-            looked for the blobs of 3 caches in s3://cache, 10 blobs (62.9 KiB); 14 requests in N s
+            looked for the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 14 requests in N s
             broken cannot be read: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
             feature/min: 1 blob, missing:
               sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2
@@ -106,8 +106,8 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
               sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece
         "#]], expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
-            error: 3 of 3 caches in s3://cache are not whole; --repair makes those usable whose manifests can be read
+            Ns looking for blobs on S3
+            error: 3 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair makes those usable whose manifests can be read
         "#]]);
     verify(&server, &["--format=json"])
         .ends_with(1)
@@ -115,6 +115,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
             {
               "version": 1,
               "command": "verify",
+              "endpoint": "http://127.0.0.1:PORT",
               "bucket": "cache",
               "caches": [
                 {
@@ -153,8 +154,8 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
             }
         "#]], expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
-            error: 3 of 3 caches in s3://cache are not whole; --repair makes those usable whose manifests can be read
+            Ns looking for blobs on S3
+            error: 3 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair makes those usable whose manifests can be read
         "#]]);
 }
 
@@ -179,14 +180,14 @@ fn only_a_deep_look_finds_wrong_bytes_and_a_hiccup_of_the_network_is_none() {
             feature/min      5  30.1 KiB        0        0           0  ok
             max             10  62.9 KiB        0        1           0  BROKEN
 
-            hashed the blobs of 2 caches in s3://cache, 10 blobs (62.9 KiB); 28 requests in N s
+            hashed the blobs of 2 caches in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 28 requests in N s
             max: 1 blob, damaged:
               sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece
         "#]], expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns verifying (10 blobs, 62.9 KiB)
-            error: 1 of 2 caches in s3://cache is not whole; --repair makes those usable whose manifests can be read
+            error: 1 of 2 caches in s3://cache at http://127.0.0.1:PORT is not whole; --repair makes those usable whose manifests can be read
         "#]]);
 }
 
@@ -205,7 +206,7 @@ fn a_repair_leaves_caches_that_a_build_can_use_and_deletes_what_is_damaged() {
             feature/min      5  30.1 KiB        1        0           0  repaired
             max             10  62.9 KiB        1        1           0  repaired
 
-            hashed the blobs of 3 caches in s3://cache, 10 blobs (62.9 KiB); 58 requests in N s
+            hashed the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 58 requests in N s
             broken cannot be read: manifests/broken is damaged: it is not JSON (trailing characters at line 1 column 3) (3 tries)
             feature/min: 1 blob, missing:
               sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317
@@ -220,12 +221,12 @@ fn a_repair_leaves_caches_that_a_build_can_use_and_deletes_what_is_damaged() {
             Ns reading the manifests
             Ns manifests/broken is damaged: it is not JSON (trailing characters at line 1 column 3), trying again (2 of 3)
             Ns manifests/broken is damaged: it is not JSON (trailing characters at line 1 column 3), trying again (3 of 3)
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns verifying (9 blobs, 62.3 KiB)
             Ns repairing
             Ns wrote manifests/feature/min
             Ns wrote manifests/max
-            error: 1 of 3 caches in s3://cache is not whole
+            error: 1 of 3 caches in s3://cache at http://127.0.0.1:PORT is not whole
         "#]]);
     server.remove("manifests/broken");
     assert_store_is_sound(&server, "repaired");
@@ -259,53 +260,54 @@ fn a_repair_in_json_says_what_was_found_and_what_it_took_away() {
         .succeeds()
         .prints(
             expect![[r#"
-            {
-              "version": 1,
-              "command": "verify",
-              "bucket": "cache",
-              "caches": [
                 {
-                  "name": "feature/min",
-                  "ok": true,
-                  "missing": [],
-                  "damaged": [],
-                  "wrongSize": [
-                    "sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2"
+                  "version": 1,
+                  "command": "verify",
+                  "endpoint": "http://127.0.0.1:PORT",
+                  "bucket": "cache",
+                  "caches": [
+                    {
+                      "name": "feature/min",
+                      "ok": true,
+                      "missing": [],
+                      "damaged": [],
+                      "wrongSize": [
+                        "sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2"
+                      ],
+                      "repaired": {
+                        "layers": 5,
+                        "results": 5
+                      }
+                    },
+                    {
+                      "name": "max",
+                      "ok": true,
+                      "missing": [
+                        "sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece"
+                      ],
+                      "damaged": [],
+                      "wrongSize": [
+                        "sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2"
+                      ],
+                      "repaired": {
+                        "layers": 10,
+                        "results": 10
+                      }
+                    }
                   ],
-                  "repaired": {
-                    "layers": 5,
-                    "results": 5
-                  }
-                },
-                {
-                  "name": "max",
-                  "ok": true,
-                  "missing": [
-                    "sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece"
-                  ],
-                  "damaged": [],
-                  "wrongSize": [
-                    "sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2"
-                  ],
-                  "repaired": {
-                    "layers": 10,
-                    "results": 10
-                  }
+                  "blobs": 10,
+                  "bytes": 64446,
+                  "deep": false,
+                  "removed": 1
                 }
-              ],
-              "blobs": 10,
-              "bytes": 64446,
-              "deep": false,
-              "removed": 1
-            }
-        "#]],
+            "#]],
             expect![[r#"
-            Ns reading the manifests
-            Ns looking for blobs on s3
-            Ns repairing
-            Ns wrote manifests/feature/min
-            Ns wrote manifests/max
-        "#]],
+                Ns reading the manifests
+                Ns looking for blobs on S3
+                Ns repairing
+                Ns wrote manifests/feature/min
+                Ns wrote manifests/max
+            "#]],
         );
     assert_store_is_sound_but_for_orphans(&server);
     assert!(!server.keys().contains(&ROOT.to_owned()));
@@ -333,15 +335,15 @@ fn a_manifest_that_is_replaced_during_its_repair_is_repaired_as_it_is_then() {
             name  blobs      size  missing  damaged  wrong size  verdict
             max      10  62.9 KiB        1        -           0  ok
 
-            looked for the blobs of 1 cache in s3://cache, 10 blobs (62.9 KiB); 30 requests in N s
+            looked for the blobs of 1 cache in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 30 requests in N s
             max: 1 blob, missing:
               sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece
         "#]],
         expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns repairing
-            Ns the manifest was replaced meanwhile; looking again
+            Ns max: replaced meanwhile; looking again
         "#]],
     );
     assert_eq!(server.objects()["manifests/max"], s3_manifest("min.json"));
@@ -396,18 +398,18 @@ fn what_may_not_be_deleted_or_written_is_told_and_fails_the_run() {
             name  blobs   size  missing  damaged  wrong size  verdict
             main      2  300 B        0        1           0  repaired
 
-            hashed the blobs of 1 cache in s3://cache, 2 blobs (300 B); 19 requests in N s
+            hashed the blobs of 1 cache in s3://cache at http://127.0.0.1:PORT, 2 blobs (300 B); 19 requests in N s
             main: 1 blob, damaged:
               sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6
             main: repaired, without 1 layer and 1 result
         "#]], expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns verifying (2 blobs, 300 B)
             Ns repairing
             Ns wrote manifests/main
             warning: blobs/sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6 is damaged and stays: http://127.0.0.1:PORT answered 403 AccessDenied, deleting s3://cache/blobs/sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6
-            error: 1 damaged object could not be deleted from s3://cache
+            error: 1 damaged object could not be deleted from s3://cache at http://127.0.0.1:PORT
         "#]]);
 
     let server = Server::builder()
@@ -422,16 +424,16 @@ fn what_may_not_be_deleted_or_written_is_told_and_fails_the_run() {
             name  blobs   size  missing  damaged  wrong size  verdict
             main      2  300 B        0        1           0  BROKEN
 
-            hashed the blobs of 1 cache in s3://cache, 2 blobs (300 B); 18 requests in N s
+            hashed the blobs of 1 cache in s3://cache at http://127.0.0.1:PORT, 2 blobs (300 B); 18 requests in N s
             main: 1 blob, damaged:
               sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6
-            main: not repaired: writing the manifest manifests/main: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), uploading s3://cache/manifests/main
+            main: not repaired: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), uploading s3://cache/manifests/main
         "#]], expect![[r#"
             Ns reading the manifests
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns verifying (2 blobs, 300 B)
             Ns repairing
-            error: 1 of 1 cache in s3://cache is not whole
+            error: 1 of 1 cache in s3://cache at http://127.0.0.1:PORT is not whole
         "#]]);
     // Without it, an import of the old manifest would fail in another way, not succeed.
     assert!(server.keys().contains(&damaged));
