@@ -115,8 +115,8 @@ impl Details for ImportDetails {
         );
         let refreshed = match (self.refresh, self.dry_run) {
             (false, _) => String::new(),
-            (true, false) => format!(", {} refreshed on s3", self.refreshed),
-            (true, true) => format!(", would refresh {} on s3", self.refreshed),
+            (true, false) => format!(", {} refreshed on S3", self.refreshed),
+            (true, true) => format!(", would refresh {} on S3", self.refreshed),
         };
         if self.dry_run {
             format!(

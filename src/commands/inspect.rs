@@ -284,7 +284,7 @@ impl Details for InspectDetails {
             }
             None => {
                 let (names, addresses) = (place.quoted_names(), place.addresses());
-                let _ = write!(text, "{names} at {addresses}");
+                let _ = write!(text, "{names} in {addresses}");
             }
         }
         if let Some(written) = self.written {

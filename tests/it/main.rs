@@ -38,6 +38,7 @@ mod secrets;
 #[path = "../server/mod.rs"]
 mod server;
 mod several;
+mod story;
 mod stuck;
 mod sweep;
 mod terminal;

@@ -52,15 +52,15 @@ fn a_plain_import_leaves_blobs_old_and_one_with_refresh_does_not() {
     import(&server.spec(""), &[]);
     assert_eq!(old(&server), 2);
     import(&server.spec(""), &["--refresh", "--dry-run"]).prints(expect![[r#"
-        dry run: would import 'buildkit' from s3://cache/manifests/buildkit into TMP/cache as latest: 3 blobs: would fetch 3 (31.3 KiB), 0 already there, would refresh 2 on s3; 7 requests in N s
+        dry run: would import 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/cache as latest: 3 blobs: would fetch 3 (31.3 KiB), 0 already there, would refresh 2 on S3; 7 requests in N s
     "#]], expect![[r#"
         Ns reading the manifest
-        Ns looking for blobs on s3
+        Ns looking for blobs on S3
     "#]]);
     assert_eq!(old(&server), 2);
     server.clear_log();
     import(&server.spec(""), &["--refresh"]).prints(expect![[r#"
-        imported 'buildkit' from s3://cache/manifests/buildkit into TMP/cache as latest: 3 blobs: 3 fetched (31.3 KiB), 0 already there, 2 refreshed on s3; 9 requests in N s
+        imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/cache as latest: 3 blobs: 3 fetched (31.3 KiB), 0 already there, 2 refreshed on S3; 9 requests in N s
     "#]], expect![[r#"
         Ns reading the manifest
         Ns fetching (3 blobs, 31.3 KiB)
@@ -69,7 +69,7 @@ fn a_plain_import_leaves_blobs_old_and_one_with_refresh_does_not() {
     assert_eq!(old(&server), 0);
     assert_eq!(server.count("CopyObject"), 2);
     import(&server.spec(""), &["--refresh"]).prints(expect![[r#"
-        imported 'buildkit' from s3://cache/manifests/buildkit into TMP/cache as latest: 3 blobs: 3 fetched (31.3 KiB), 0 already there, 0 refreshed on s3; 7 requests in N s
+        imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/cache as latest: 3 blobs: 3 fetched (31.3 KiB), 0 already there, 0 refreshed on S3; 7 requests in N s
     "#]], expect![[r#"
         Ns reading the manifest
         Ns fetching (3 blobs, 31.3 KiB)
@@ -84,7 +84,7 @@ fn a_refresh_that_is_not_allowed_is_a_warning() {
         "access_key_id={READER_ACCESS_KEY},secret_access_key={READER_SECRET_KEY}"
     ));
     import(&spec, &["--refresh"]).prints(expect![[r#"
-        imported 'buildkit' from s3://cache/manifests/buildkit into TMP/cache as latest: 3 blobs: 3 fetched (31.3 KiB), 0 already there, 0 refreshed on s3; 9 requests in N s
+        imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/cache as latest: 3 blobs: 3 fetched (31.3 KiB), 0 already there, 0 refreshed on S3; 9 requests in N s
     "#]], expect![[r#"
         Ns reading the manifest
         Ns fetching (3 blobs, 31.3 KiB)

@@ -36,7 +36,7 @@ impl ImportFrom<'_> {
             Ok(old) => old,
             Err(error) => {
                 self.progress
-                    .warn(&format!("no blob was refreshed on s3: {error:#}"));
+                    .warn(&format!("no blob was refreshed on S3: {error:#}"));
                 return 0;
             }
         };
