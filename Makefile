@@ -7,7 +7,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 SHARE := $(if $(filter $(HOME)/%,$(abspath $(PREFIX))),$(or $(XDG_DATA_HOME),$(HOME)/.local/share),$(PREFIX)/share)
 
 .DEFAULT_GOAL := help
-.PHONY: help build check test soak fuzz demo bench interop install dist clean toolchain
+.PHONY: help build check docs test soak fuzz demo bench interop install dist clean toolchain
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ check: toolchain ## formatting, lints, documentation: what a change must pass
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --document-private-items --locked
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --locked check; \
 	else echo "make: cargo-deny is not installed; licenses and advisories were not checked"; fi
+
+docs: toolchain ## docs/cli.md and every transcript, written anew from the program
+	UPDATE_EXPECT=1 $(CARGO) test --locked --lib --test it -- docs:: the_readme_shows
 
 test: toolchain ## all tests, the long ones scaled down
 	$(CARGO) test --locked

@@ -3,8 +3,8 @@
 # glibc 2.17 or newer. `make dist` calls it. Needs python3 and objdump besides Rust's toolchain.
 #
 # Zig's C compiler and linker can target an old glibc; both come from PyPI, into target/dist-tools.
-# The same commit built with the same toolchain gives the same bytes: paths of this machine are
-# remapped, and the archive has sorted names, no owners, and the commit's time.
+# The same commit built with the same toolchain gives the same bytes: paths of this machine are remapped,
+# and scripts/archive.sh adds nothing of its own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +12,6 @@ target=x86_64-unknown-linux-gnu
 glibc=2.17
 tools=target/dist-tools
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
-name=layercache-$version-$target
 
 fail() {
   echo "dist: $1" >&2
@@ -42,20 +41,5 @@ newest=$(objdump -T "$binary" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -1)
   fail "$binary needs $newest, newer than GLIBC_$glibc"
 echo "dist: the newest glibc symbol version that the binary needs is $newest"
 
-# What goes into the archive.
-stage=target/dist/$name
-rm -rf target/dist
-mkdir -p "$stage/completions" "$stage/man" dist
-cp LICENSE README.md CHANGELOG.md "$stage"
-cp "$binary" "$stage/layercache"
-"$binary" completion bash >"$stage/completions/layercache.bash"
-"$binary" completion zsh >"$stage/completions/_layercache"
-"$binary" completion fish >"$stage/completions/layercache.fish"
-"$binary" completion elvish >"$stage/completions/layercache.elv"
-"$binary" completion powershell >"$stage/completions/_layercache.ps1"
-"$binary" man "$stage/man"
-
-archive=$name.tar.gz
-tar --create --format=ustar --directory target/dist --sort=name --owner=0 --group=0 --numeric-owner \
-  --mode='u=rwX,go=rX' --mtime="@$SOURCE_DATE_EPOCH" "$name" | gzip -9 -n >"dist/$archive"
-(cd dist && sha256sum "$archive" >SHA256SUMS && cat SHA256SUMS)
+scripts/archive.sh "$target" "$binary"
+(cd dist && sha256sum "layercache-$version-$target.tar.gz" >SHA256SUMS && cat SHA256SUMS)

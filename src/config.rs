@@ -201,7 +201,7 @@ pub struct ServeTask {
 /// What becomes of results whose layers are no longer on S3 (moby/buildkit#3223).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Missing {
-    /// leave them out and import the rest
+    /// leave out the results that need them, and import the rest
     Drop,
     /// fail
     Error,

@@ -39,7 +39,7 @@ use crate::config::Task;
 use crate::layout::check_tag;
 use crate::progress::Display;
 
-/// Moves BuildKit's build cache between a local OCI layout and S3, without a build.
+/// Move BuildKit's build cache between a local OCI layout and S3, without a build
 #[derive(Debug, Clone, Parser)]
 #[command(
     name = "layercache",
@@ -51,9 +51,12 @@ use crate::progress::Display;
 Exit status: 0 done, 1 failed, 2 wrong usage, 129, 130 or 143 interrupted.
 
 Examples:
-  layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache
-  docker buildx build --cache-from type=local,src=./cache --cache-to type=local,dest=./cache-new .
-  layercache export --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache-new"
+  export LAYERCACHE_CACHE_FROM=type=s3,region=eu-west-1,bucket=ci-cache,name=app
+  export LAYERCACHE_CACHE_TO=type=s3,region=eu-west-1,bucket=ci-cache,name=app,mode=max
+  layercache import ../cache
+  docker buildx build --cache-from type=local,src=../cache \\
+    --cache-to type=local,dest=../cache,mode=max .
+  layercache export ../cache"
 )]
 struct Line {
     #[command(subcommand)]
@@ -86,34 +89,37 @@ pub struct Args {
     pub global: Global,
 }
 
+/// The heading, in the help of each command, of what all of them take.
+const GLOBAL: &str = "Global options";
+
 /// What every subcommand takes.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct Global {
     /// How to show progress [default: BUILDKIT_PROGRESS, else auto]
     // The variable is read by `Global::progress`: an empty one counts as none, unlike with clap.
-    #[arg(long, global = true, value_enum, value_name = "MODE")]
+    #[arg(long, global = true, value_enum, value_name = "MODE", help_heading = GLOBAL)]
     pub progress: Option<Display>,
 
     /// Print only the results, warnings and errors: --progress=quiet
-    #[arg(short, long, global = true, overrides_with_all = ["progress", "verbose"])]
+    #[arg(short, long, global = true, overrides_with_all = ["progress", "verbose"], help_heading = GLOBAL)]
     pub quiet: bool,
 
-    /// Write the summary to this file, as JSON
-    #[arg(long, global = true, value_name = "FILE")]
+    /// Write the results to this file, as JSON
+    #[arg(long, global = true, value_name = "FILE", help_heading = GLOBAL)]
     pub metadata_file: Option<PathBuf>,
 
     /// Say more about what is done and why
-    #[arg(short, long, global = true, action = ArgAction::Count, overrides_with = "quiet")]
+    #[arg(short, long, global = true, action = ArgAction::Count, overrides_with = "quiet", help_heading = GLOBAL)]
     pub verbose: u8,
 }
 
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Upload a cache or an image from a local OCI layout to S3
+    /// Send a cache or an image from a local OCI layout to S3
     Export(ExportArgs),
-    /// Download a cache from S3 into a local OCI layout
+    /// Fetch a cache from S3 into a local OCI layout
     Import(ImportArgs),
-    /// Try out whether a bucket allows what an export and an import need
+    /// Check that a bucket and its credentials allow an export and an import
     Doctor(DoctorArgs),
     /// List the caches in a bucket, and what else is there
     Ls(LsArgs),

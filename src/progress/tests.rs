@@ -781,3 +781,39 @@ fn a_frame_that_a_narrower_terminal_has_wrapped_goes_as_a_whole() {
         format!("\x1b[1A{ERASE}reading the manifest, 0:00\n")
     );
 }
+
+#[test]
+fn the_readme_shows_a_frame_of_bars() {
+    const MIB: u64 = 1 << 20;
+    let rig = Rig::new(Display::Tty, 0);
+    rig.progress.stage("fetching", 37, 1_400 * MIB);
+    for n in 0..30_u8 {
+        let blob = rig
+            .progress
+            .blob(Verb::Download, &Digest::of(&[n]), 20 * MIB);
+        blob.advance(20 * MIB);
+        blob.done();
+    }
+    let _blobs: Vec<_> = [(400, 260), (200, 31), (100, 77)]
+        .into_iter()
+        .enumerate()
+        .map(|(n, (size, done))| {
+            let digest = Digest::of(&[100 + n as u8]);
+            let blob = rig.progress.blob(Verb::Download, &digest, size * MIB);
+            blob.advance(done * MIB);
+            blob
+        })
+        .collect();
+    rig.pass(9_000);
+    let frame = rig.frame(100).join("\n");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+    let readme = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = readme.split_once("<!-- frame -->\n```text\n").unwrap();
+    let (shown, after) = rest.split_once("\n```\n").unwrap();
+    if shown != frame && std::env::var_os("UPDATE_EXPECT").is_some() {
+        let text = format!("{before}<!-- frame -->\n```text\n{frame}\n```\n{after}");
+        std::fs::write(path, text).unwrap();
+        return;
+    }
+    assert_eq!(shown, frame, "run `make docs`");
+}

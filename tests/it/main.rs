@@ -1,5 +1,6 @@
 //! The program as a whole: the real binary over HTTP against an S3 server that verifies signatures.
 
+mod action;
 mod aftermath;
 mod behaviour;
 mod claims;
@@ -9,6 +10,7 @@ mod crashes;
 mod credentials;
 mod damaged;
 mod disk;
+mod docs;
 mod doctor;
 mod expired;
 mod faults;

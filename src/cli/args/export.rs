@@ -13,33 +13,33 @@ use crate::config::{ExportTask, Resend, Task};
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, name, prefix, mode=min|max, endpoint_url and so on.
-Credentials are best left to the environment; the AWS default chain finds them.
+Leave credentials to the environment: the AWS default chain finds them.
 
 Example:
-  layercache export --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app,mode=max ./cache")]
+  layercache export --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app,mode=max ../cache")]
 pub struct ExportArgs {
     /// Where to; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
     // By hand rather than by clap's `env`, which knows no lines and could show the value.
     #[arg(long, value_name = "SPEC")]
     pub cache_to: Vec<SpecText>,
 
-    /// Export what has this tag [default: latest, or the only entry]
+    /// Export the entry with this tag [default: latest, or the only entry]
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
     pub tag: Option<String>,
 
-    /// Export the manifest with this digest
+    /// Export the entry with this digest
     #[arg(long, value_name = "DIGEST", conflicts_with = "tag")]
     pub digest: Option<Digest>,
 
-    /// Read back the blobs that S3 has already, and send damaged ones again
+    /// Read back the blobs that S3 already has, and send damaged ones again
     #[arg(long, conflicts_with = "force")]
     pub verify_remote: bool,
 
-    /// Send every blob, even those that S3 has already
+    /// Send every blob, even those that S3 already has
     #[arg(long)]
     pub force: bool,
 
-    /// Say what would be sent, but write nothing
+    /// Say what would be sent, and write nothing
     #[arg(long)]
     pub dry_run: bool,
 

@@ -15,38 +15,38 @@ const REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, name, prefix, endpoint_url and so on.
-Credentials are best left to the environment; the AWS default chain finds them.
-Where there is no cache yet it is a warning, unless --require is given.
+Leave credentials to the environment: the AWS default chain finds them.
+If there is no cache yet, the import succeeds, unless --require is given.
 
 Example:
-  layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ./cache")]
+  layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ../cache")]
 pub struct ImportArgs {
     /// Where from; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec a line]
     #[arg(long, value_name = "SPEC")]
     pub cache_from: Vec<SpecText>,
 
-    /// Tag to give what is imported [default: latest]
+    /// The tag for the first cache found [default: latest]
     #[arg(long, value_name = "NAME", value_parser = tag_name)]
     pub tag: Option<String>,
 
-    /// Fail unless there is a cache that a build can use
+    /// Fail if there is no cache that a build can use
     #[arg(long)]
     pub require: bool,
 
-    /// What to do with results whose layers are missing or damaged on S3
+    /// What to do about blobs that are missing or damaged on S3
     #[arg(long, value_enum, value_name = "WHAT", default_value = "drop")]
     pub missing: Missing,
 
-    /// Hash the blobs that are in the layout already, and fetch damaged ones again
+    /// Hash the blobs that the layout already has, and fetch damaged ones again
     #[arg(long)]
     pub verify: bool,
 
-    /// Refresh the cache's blobs on S3 that are older than 24h, as an export does: a lifecycle rule
-    /// then lets those live that are only imported. Needs the permission to write
+    /// Refresh blobs on S3 that are older than 24 h, as an export does, so that lifecycle rules spare a
+    /// cache that is only imported. Needs the permission to write
     #[arg(long)]
     pub refresh: bool,
 
-    /// Say what would be fetched, but write nothing
+    /// Say what would be fetched, and write nothing
     #[arg(long)]
     pub dry_run: bool,
 

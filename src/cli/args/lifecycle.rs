@@ -9,8 +9,9 @@ use crate::config::{LifecycleAction, LifecycleTask, Task};
 #[command(after_help = "\
 Caches expire by age: manifests some days after the last export, blobs later, so that no manifest
 outlives its blobs. The spec's touch_refresh and prefixes count, its name does not, unless manifests
-share the blobs' prefix. The rules are those of `aws s3api put-bucket-lifecycle-configuration`, which
-replaces all rules of the bucket; --apply keeps those of others.
+share the blobs' prefix. The rules are printed for
+`aws s3api put-bucket-lifecycle-configuration`, which replaces all rules of the bucket; --apply
+keeps those of others.
 Exit status 1 if --check finds a rule that can break builds.
 
 Example:

@@ -8,8 +8,8 @@ use crate::config::{LsTask, Sort, Task};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
-SPEC is buildx's: type=s3 with region, bucket, prefix, endpoint_url and so on. Its name does not matter:
-all caches are listed.
+SPEC is buildx's: type=s3 with region, bucket, prefix, endpoint_url and so on. All caches
+are listed, whatever its name.
 
 Example:
   layercache ls --cache-from type=s3,region=eu-west-1,bucket=ci-cache --sort size")]

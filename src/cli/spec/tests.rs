@@ -951,6 +951,24 @@ proptest! {
 }
 
 #[test]
+fn the_documents_table_lists_every_attribute_and_its_direction() {
+    let text = include_str!("../../../docs/spec.md");
+    let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
+    let listed: Vec<(&str, &str)> = rows
+        .filter_map(|row| row.split_once("` | "))
+        .map(|(key, rest)| (key, rest.split(" | ").next().unwrap_or_default()))
+        .filter(|(_, direction)| ["both", "cache-to"].contains(direction))
+        .collect();
+    let own = attributes::BOTH.iter().map(|key| (*key, "both"));
+    let to = attributes::TO_ONLY.iter().map(|key| (*key, "cache-to"));
+    let mut expected: Vec<_> = own.chain(to).collect();
+    let mut sorted = listed.clone();
+    expected.sort_unstable();
+    sorted.sort_unstable();
+    assert_eq!(sorted, expected);
+}
+
+#[test]
 fn an_address_or_a_spec_that_is_still_in_quotes_is_explained() {
     let address = |bucket: &str| {
         format!(

@@ -1,0 +1,187 @@
+//! The documents: what is generated is up to date, and each transcript is what the program prints.
+//! `make docs` rewrites both.
+//!
+//! A transcript is a block of commands and their output below `<!-- transcript -->`. All those of a document
+//! are run in order, in a directory beside `cache`, a layout that BuildKit wrote. The server is the
+//! tests'; its address is left out of what is shown, as it is for a bucket at AWS.
+
+use std::path::Path;
+use std::process::Command;
+
+use expect_test::expect_file;
+
+use crate::output::lasting;
+use crate::program::{Program, copy_of, fixture};
+use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
+
+const DOCUMENTS: [&str; 7] = [
+    "README.md",
+    "docs/bucket.md",
+    "docs/ci.md",
+    "docs/credentials.md",
+    "docs/format.md",
+    "docs/output.md",
+    "docs/spec.md",
+];
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn help(words: &[&str]) -> String {
+    let run = Program::new().args(words).arg("--help").run().succeeds();
+    let lines = run.stdout.lines().map(str::trim_end);
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn cli_md_is_the_help_of_every_command() {
+    let program = help(&[]);
+    let (_, listed) = program.split_once("Commands:\n").expect("commands");
+    let commands = listed
+        .lines()
+        .map_while(|line| {
+            line.trim_start()
+                .split(' ')
+                .next()
+                .filter(|name| !name.is_empty())
+        })
+        .filter(|name| *name != "help");
+    let mut text = format!(
+        "<!-- `make docs` writes this from the program's own help. -->\n# Commands\n\n\
+         Global options may stand before or after the command. Of a repeated flag the last one \
+         wins.\n\n```text\n{program}\n```\n"
+    );
+    for command in commands {
+        let help = help(&[command]);
+        // What all commands share is above.
+        let own = match help.split_once("\nGlobal options:\n") {
+            Some((own, rest)) => {
+                let after = rest
+                    .lines()
+                    .skip_while(|line| line.is_empty() || line.starts_with(' '));
+                let after: Vec<_> = after.collect();
+                format!("{}\n\n{}", own.trim_end(), after.join("\n"))
+            }
+            None => help,
+        };
+        text.push_str(&format!(
+            "\n## {command}\n\n```text\n{}\n```\n",
+            own.trim_end()
+        ));
+    }
+    expect_file!["../../docs/cli.md"].assert_eq(&text);
+}
+
+#[test]
+fn every_transcript_is_what_the_program_prints() {
+    for name in DOCUMENTS {
+        let path = repository().join(name);
+        let text = std::fs::read_to_string(&path).expect("the document");
+        let printed = with_output(&text);
+        if std::env::var_os("UPDATE_EXPECT").is_some() {
+            // What differs in each run alone stays as it is.
+            if steady(&printed) != steady(&text) {
+                std::fs::write(&path, printed).expect("the document can be written");
+            }
+        } else {
+            assert_eq!(steady(&text), steady(&printed), "{name}: run `make docs`");
+        }
+    }
+}
+
+/// A document without what differs from run to run, in JSON too.
+fn steady(text: &str) -> String {
+    let mut steady = lasting(text);
+    for field in ["\"seconds\": ", "\"seconds\":", "\"time\":\""] {
+        let parts: Vec<_> = steady.split(field).collect();
+        let value = |part: &str| part.find(['"', ',', '}', '\n']).unwrap_or(0);
+        let parts = parts.iter().enumerate().map(|(n, part)| match n {
+            0 => part,
+            _ => &part[value(part)..],
+        });
+        steady = parts.collect::<Vec<_>>().join(field);
+    }
+    steady
+}
+
+/// The document with each transcript's commands run, and their output below them.
+fn with_output(text: &str) -> String {
+    const MARK: &str = "<!-- transcript -->\n```console\n";
+    let mut parts = text.split(MARK);
+    let mut out = parts.next().expect("a first part").to_owned();
+    let terminal = Terminal::new();
+    for part in parts {
+        let (transcript, rest) = part.split_once("```\n").expect("the transcript ends");
+        out.push_str(MARK);
+        for line in transcript.lines() {
+            if let Some(command) = line.strip_prefix("$ ") {
+                out.push_str(&format!("{line}\n{}", terminal.run(command)));
+            }
+        }
+        out.push_str("```\n");
+        out.push_str(rest);
+    }
+    out
+}
+
+/// Where the commands of one document run: variables that they export stay.
+struct Terminal {
+    server: Server,
+    directory: tempfile::TempDir,
+}
+
+impl Terminal {
+    fn new() -> Terminal {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        std::fs::create_dir(directory.path().join("app")).expect("a directory");
+        std::fs::write(directory.path().join("variables"), "").expect("a file");
+        let cache = copy_of(&fixture("local-max"));
+        std::fs::rename(cache.path(), directory.path().join("cache")).expect("moved");
+        Terminal {
+            server: Server::builder().bucket("ci-cache").start(),
+            directory,
+        }
+    }
+
+    fn run(&self, command: &str) -> String {
+        let program = Path::new(env!("CARGO_BIN_EXE_layercache"));
+        let program = program.parent().expect("a directory").display();
+        let path = std::env::var("PATH").unwrap_or_default();
+        let script = format!(". ../variables\n{{ {command}\n}} 2>&1\nexport -p > ../variables");
+        let output = Command::new("sh")
+            .args(["-c", &script])
+            .current_dir(self.directory.path().join("app"))
+            .env_clear()
+            .env("PATH", format!("{program}:{path}"))
+            .env("HOME", "/nonexistent")
+            .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+            .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+            .env("AWS_ENDPOINT_URL_S3", self.server.url())
+            .output()
+            .expect("sh runs");
+        let text = String::from_utf8(output.stdout).expect("UTF-8");
+        let url = self.server.url();
+        let text = text.replace(&format!(" at {url}"), "");
+        let text = text.replace(&format!("      \"endpoint\": \"{url}\",\n"), "");
+        text.replace(&format!("\"endpoint\":\"{url}\","), "")
+    }
+}
+
+#[test]
+fn no_document_names_another_repository_or_a_file_that_is_not_there() {
+    for name in DOCUMENTS {
+        let path = repository().join(name);
+        let text = std::fs::read_to_string(&path).expect("the document");
+        assert!(!text.contains("LAYERCACHE_REPOSITORY"), "{name}");
+        let folder = path.parent().expect("a directory");
+        for link in text.split("](").skip(1) {
+            let target = link.split([')', '#']).next().unwrap_or_default();
+            if !target.is_empty() && !target.contains("://") {
+                assert!(folder.join(target).exists(), "{name}: {target}");
+            }
+        }
+    }
+    let readme = std::fs::read_to_string(repository().join("README.md")).expect("the README");
+    assert!(readme.lines().count() <= 190, "the README is to stay short");
+}
