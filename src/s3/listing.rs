@@ -9,7 +9,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::S3Store;
 use super::call::{Call, Expect};
-use super::objects::printable;
+use super::objects::entity_tag;
 use crate::store::{ObjectInfo, Page, StoreResult};
 
 const DOING: &str = "listing";
@@ -54,7 +54,7 @@ impl S3Store {
             let info = ObjectInfo {
                 size,
                 last_modified: xml_date(object.last_modified),
-                etag: printable(object.e_tag),
+                etag: entity_tag(object.e_tag),
                 storage_class: object.storage_class,
             };
             objects.push((key, info));

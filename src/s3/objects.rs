@@ -45,7 +45,7 @@ impl S3Store {
         Ok(Some(ObjectInfo {
             size,
             last_modified: http_date(found.last_modified),
-            etag: printable(found.e_tag),
+            etag: entity_tag(found.e_tag),
             storage_class: found.storage_class,
         }))
     }
@@ -95,7 +95,7 @@ impl S3Store {
         Ok(Some(Response {
             size,
             last_modified: http_date(found.last_modified),
-            etag: printable(found.e_tag),
+            etag: entity_tag(found.e_tag),
             storage_class: found.storage_class,
             body: body.boxed(),
         }))
@@ -115,7 +115,7 @@ impl S3Store {
             call,
             |client| async move { client.put_object(request).await },
         );
-        if printable(sent.await?.e_tag).is_none() {
+        if entity_tag(sent.await?.e_tag).is_none() {
             self.confirm(DOING, key, size).await?;
         }
         Ok(())
@@ -146,7 +146,7 @@ impl S3Store {
             Err(e) => return self.absent(e, DOING, key).await.map(|()| false),
         };
         let etag = done.copy_object_result.and_then(|result| result.e_tag);
-        if printable(etag).is_none() {
+        if entity_tag(etag).is_none() {
             let copied = self.confirm(DOING, key, info.size).await?;
             // rclone does that; lifecycle rules go by Last-Modified, so it must move.
             if copied.last_modified.is_some() && copied.last_modified <= info.last_modified {
@@ -185,7 +185,7 @@ impl S3Store {
             Err(e) => return self.absent(e, DOING, key).await.map(|()| false),
         };
         let etag = done.copy_object_result.and_then(|result| result.e_tag);
-        if printable(etag).is_none() {
+        if entity_tag(etag).is_none() {
             self.confirm(DOING, key, info.size).await?;
         }
         Ok(true)
@@ -242,9 +242,15 @@ pub(super) fn http_date(text: Option<String>) -> Option<SystemTime> {
     httpdate::parse_http_date(&text?).ok()
 }
 
-/// An ETag that can be sent back.
-pub(super) fn printable(etag: Option<String>) -> Option<String> {
-    etag.filter(|etag| !etag.is_empty() && etag.bytes().all(|c| (b' '..=b'~').contains(&c)))
+/// An ETag that can be sent back. Some stores leave out the quotes in XML, and not in headers: two looks
+/// at one object must agree.
+pub(super) fn entity_tag(found: Option<String>) -> Option<String> {
+    let is_sendable = |tag: &String| tag.bytes().all(|c| (b' '..=b'~').contains(&c));
+    let tag = found.filter(|tag| !tag.is_empty() && is_sendable(tag))?;
+    Some(match tag.contains('"') {
+        true => tag,
+        false => format!("\"{tag}\""),
+    })
 }
 
 /// STANDARD is the default, and some stores refuse to have it named.

@@ -13,7 +13,7 @@ use super::S3Store;
 use super::call::{Call, Expect, Failure};
 use super::endpoint::encode_key;
 use super::listing::{decode, is_url, xml_date};
-use super::objects::{OCTETS, printable, storage_class, touched_now};
+use super::objects::{OCTETS, entity_tag, storage_class, touched_now};
 use crate::store::{Kind, ObjectInfo, Part, StoreError, StoreResult, Upload, UploadBody};
 
 /// S3's limit for the parts of an upload, and ours for the uploads that we look at.
@@ -62,7 +62,7 @@ impl S3Store {
             call,
             |client| async move { client.upload_part(request).await },
         );
-        let etag = printable(sent.await.map_err(of_upload)?.e_tag);
+        let etag = entity_tag(sent.await.map_err(of_upload)?.e_tag);
         etag.ok_or_else(|| self.lacks(DOING, Some(key), "a part without an ETag"))
     }
 
@@ -100,7 +100,7 @@ impl S3Store {
             client.upload_part_copy(request).await
         });
         let copied = sent.await?.copy_part_result;
-        printable(copied.and_then(|copied| copied.e_tag))
+        entity_tag(copied.and_then(|copied| copied.e_tag))
             .ok_or_else(|| self.lacks(DOING, Some(key), "a part without an ETag"))
     }
 
@@ -136,7 +136,7 @@ impl S3Store {
             client.complete_multipart_upload(request).await
         });
         let done = sent.await.map_err(of_upload)?;
-        if printable(done.e_tag).is_none() {
+        if entity_tag(done.e_tag).is_none() {
             self.confirm(DOING, key, size).await?;
         }
         Ok(())
@@ -233,7 +233,7 @@ impl S3Store {
             for part in found.parts.unwrap_or_default() {
                 let number = part.part_number.and_then(|n| u32::try_from(n).ok());
                 let size = part.size.and_then(|size| u64::try_from(size).ok());
-                let (Some(number), Some(size), Some(etag)) = (number, size, printable(part.e_tag))
+                let (Some(number), Some(size), Some(etag)) = (number, size, entity_tag(part.e_tag))
                 else {
                     return Err(self.lacks(
                         DOING,
