@@ -239,7 +239,8 @@ async fn for_each_spec<C: PerSpec>(
 
 /// The error, with what was being done at its end unless it says where on S3 it happened.
 fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
-    if error.is::<Interrupted>() {
+    // They have exit codes of their own.
+    if error.is::<Interrupted>() || error.is::<NobodyToAsk>() {
         return error;
     }
     let of_store = error.chain().find_map(|cause| cause.downcast_ref());

@@ -171,6 +171,8 @@ pub struct ImportTask {
     pub missing: Missing,
     /// Hash the blobs that are there already, too.
     pub verify: bool,
+    /// Refresh the blobs on S3 that are older than this.
+    pub refresh: Option<Duration>,
     /// Say what would be fetched; write nothing.
     pub dry_run: bool,
 }

@@ -54,6 +54,10 @@ const OCI_LAYOUT_LIMIT: u64 = 64 << 10;
 /// What an unfinished layout may consist of, whether we or BuildKit's content store began it.
 const UNFINISHED: [&str; 6] = [BLOBS, "ingest", STAGING, INDEX, INDEX_LOCK, OCI_LAYOUT];
 
+/// An entry of `index.json`: its tag or full name, if it has one, and its descriptor or why it cannot be
+/// used.
+pub type NamedEntry = (Option<String>, Result<Descriptor, String>);
+
 /// A layout's directory. Opening it neither locks nor changes anything.
 #[derive(Debug, Clone)]
 pub struct Layout {
@@ -171,12 +175,11 @@ impl Layout {
         }
     }
 
-    /// The entries of `index.json`: the tag or full name of each, if it has one, and its descriptor or
-    /// why it cannot be used.
+    /// The entries of `index.json`, in their order.
     ///
     /// # Errors
     /// The index cannot be read.
-    pub fn entries(&self) -> Result<Vec<(Option<String>, Result<Descriptor, String>)>> {
+    pub fn entries(&self) -> Result<Vec<NamedEntry>> {
         let root = self.open_root()?;
         let _lock = IndexLock::shared(&root, self.lock_wait)?;
         Ok(read_index(&root)?.map_or_else(Vec::new, |index| index.named()))

@@ -9,11 +9,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const OPEN_FILES: u64 = 8_192;
 
 /// Open files that a run needs apart from its transfers: standard streams, the runtime's and the
-/// signals' pipes, the layout's directories and lock, files that a DNS look-up reads.
-const BASE_FILES: usize = 32;
+/// signals' pipes, the layout's directories and lock, idle connections, files that a DNS look-up
+/// reads.
+const BASE_FILES: usize = 40;
 
 /// Fewer open files than this are not enough for one transfer.
-const LEAST_FILES: usize = BASE_FILES + 8;
+const LEAST_FILES: usize = BASE_FILES + 24;
 
 /// Raises the soft limit on open files: many blobs at once are many files and connections. The usual
 /// soft limits (1,024, or 256 on macOS) exist for programs that use select(2).

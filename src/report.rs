@@ -310,10 +310,10 @@ pub fn count(n: u64, what: &str) -> String {
 pub fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     match seconds {
-        ..60 => format!("{seconds} s"),
-        ..3_600 => format!("{} min", seconds / 60),
+        0..60 => format!("{seconds} s"),
+        60..3_600 => format!("{} min", seconds / 60),
         // Up to two days, hours say more.
-        ..172_800 => format!("{} h", seconds / 3_600),
+        3_600..172_800 => format!("{} h", seconds / 3_600),
         _ => format!("{} d", seconds / 86_400),
     }
 }

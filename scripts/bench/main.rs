@@ -5,6 +5,7 @@
 //! turns: in each round every tool does the first operation, then every tool the second. The output
 //! shows medians, and each target with what was measured.
 
+mod bucket;
 mod child;
 mod layouts;
 mod pull;
@@ -89,6 +90,9 @@ enum Internal {
         delay_ms: u64,
         rate_mib: u64,
     },
+    /// Runs the S3 server over a bucket that has grown
+    #[command(hide = true)]
+    ServeBucket { objects: usize, delay_ms: u64 },
 }
 
 const PLAIN: Network = Network {
@@ -269,6 +273,9 @@ fn main() -> Result<()> {
             let network = Network { delay_ms, rate_mib };
             return serve::run(&blobs, network);
         }
+        Some(Internal::ServeBucket { objects, delay_ms }) => {
+            return serve::run_bucket(objects, Duration::from_millis(delay_ms));
+        }
         None => {}
     }
     ensure!(args.runs > 0, "no rounds, nothing to measure");
@@ -342,6 +349,14 @@ fn measure(
         if named.map_or(wanted, |text| scenario.name.contains(text)) {
             bench.run(scenario)?;
         }
+    }
+
+    let wanted = !bench.args.quick;
+    let named = bench.args.only.as_deref();
+    if named.map_or(wanted, |text| bucket::NAME.contains(text)) {
+        eprintln!("{}: filling it", bucket::NAME);
+        let server = Server::start_bucket(bucket::OBJECTS, DISTANT)?;
+        bucket::measure(&bench.layercache, &server, &bench.scratch.join("log"))?;
     }
 
     let start_up = bench.start_up();

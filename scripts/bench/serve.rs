@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use crate::bucket;
 use crate::s3::{Logged, Server, Stored, round_trips};
 use crate::server::Network;
 
@@ -22,6 +23,22 @@ pub fn run(blobs: &Path, network: Network) -> Result<()> {
         .delay(Duration::from_millis(network.delay_ms))
         .rate(network.rate_mib << 20)
         .start();
+    obey(&server, &blobs)
+}
+
+/// A server over a bucket that has grown.
+pub fn run_bucket(objects: usize, delay: Duration) -> Result<()> {
+    let blobs = HashMap::new();
+    let server = Server::builder()
+        .unverified(blobs.clone())
+        .delay(delay)
+        .start();
+    bucket::fill(&server, objects);
+    obey(&server, &blobs)
+}
+
+/// Performs the runner's commands.
+fn obey(server: &Server, blobs: &HashMap<String, Bytes>) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", json!({ "url": server.url() }))?;
     for line in std::io::stdin().lock().lines() {
@@ -32,7 +49,7 @@ pub fn run(blobs: &Path, network: Network) -> Result<()> {
                 server.clear_log();
                 json!({})
             }
-            ["asked"] => asked(&server),
+            ["asked"] => asked(server),
             ["clear", bucket] => {
                 server.empty(bucket);
                 json!({})
@@ -44,7 +61,7 @@ pub fn run(blobs: &Path, network: Network) -> Result<()> {
                 json!({"objects": objects.len(), "bytes": bytes})
             }
             ["fill", bucket, prefix, mtime] => {
-                fill(&server, &blobs, bucket, prefix, mtime)?;
+                fill(server, blobs, bucket, prefix, mtime)?;
                 json!({})
             }
             _ => bail!("unknown command {line:?}"),

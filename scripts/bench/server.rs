@@ -57,9 +57,21 @@ impl Server {
         command
             .arg("serve")
             .arg(blobs)
-            .args([network.delay_ms.to_string(), network.rate_mib.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
+            .args([network.delay_ms.to_string(), network.rate_mib.to_string()]);
+        Server::spawn(command)
+    }
+
+    /// Starts a server whose bucket holds so many objects.
+    pub fn start_bucket(objects: usize, network: Network) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .arg("serve-bucket")
+            .args([objects.to_string(), network.delay_ms.to_string()]);
+        Server::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         child::dies_with_runner(&mut command);
         let mut process = command.spawn().context("starting the server")?;
         let commands = process.stdin.take().context("the server's input")?;

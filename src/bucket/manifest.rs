@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::bucket::Bucket;
 use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
-use crate::store::{self, Kind, StoreError};
+use crate::store::{self, Kind, StoreError, StoreResult};
 use crate::transfer::body::InMemory;
 
 /// Why a manifest was not read.
@@ -24,14 +24,12 @@ impl Bucket {
     /// # Errors
     /// The store fails, or the manifest is not one that BuildKit could read.
     pub async fn manifest(&self, name: &str) -> Result<Option<CacheConfig>> {
-        let read = self.read_manifest(name).await;
-        read.map_err(|unread| match unread {
-            Unread::Store(error) => anyhow::Error::new(error),
-            Unread::Invalid(reason) => {
-                let key = self.config.manifest_key(name);
-                anyhow!("the manifest {key} is damaged: {reason}")
-            }
-        })
+        let key = self.config.manifest_key(name);
+        let Some(bytes) = self.read(&key).await? else {
+            return Ok(None);
+        };
+        let parsed = self.parse(&bytes).map(Some);
+        parsed.map_err(|reason| anyhow!("the manifest {key} is damaged: {reason}"))
     }
 
     pub(super) async fn read_manifest(&self, name: &str) -> Result<Option<CacheConfig>, Unread> {
@@ -49,14 +47,19 @@ impl Bucket {
 
     /// The manifest at `key`, wherever that is.
     pub(super) async fn read_manifest_at(&self, key: &str) -> Result<Option<CacheConfig>, Unread> {
-        let read = store::read_whole(&self.store, key, DOCUMENT_LIMIT, check_json).await;
-        let Some(bytes) = read.map_err(Unread::from)? else {
+        let Some(bytes) = self.read(key).await? else {
             return Ok(None);
         };
-        CacheConfig::parse_s3(&bytes)
-            .map(Some)
-            // The error quotes what the bucket holds.
-            .map_err(|error| Unread::Invalid(self.store.outside(&format!("{error:#}"))))
+        self.parse(&bytes).map(Some).map_err(Unread::Invalid)
+    }
+
+    async fn read(&self, key: &str) -> StoreResult<Option<Bytes>> {
+        store::read_whole(&self.store, key, DOCUMENT_LIMIT, check_json).await
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Result<CacheConfig, String> {
+        // The error quotes what the bucket holds.
+        CacheConfig::parse_s3(bytes).map_err(|error| self.store.outside(&format!("{error:#}")))
     }
 
     /// Writes the manifest called `name`. Every blob that it names must be there.

@@ -21,7 +21,7 @@ use crate::transfer::refresh::Refreshed;
 use crate::transfer::upload::Uploader;
 
 /// Refreshes in flight at once. Each is one request, and the store does the rest.
-const REFRESHES: usize = 32;
+pub const REFRESHES: usize = 32;
 
 /// How often blobs may vanish from S3 during one run before it gives up.
 const CHECKS: usize = 5;
@@ -203,6 +203,7 @@ impl Publisher<'_> {
             let manifest = plan.manifest.clone();
             self.bucket.write_manifest(name, manifest).await?;
         }
+        self.check_refreshed(&plan, counts).await?;
         self.uploader.abort_pointless(plan.pointless).await;
         Ok(())
     }
@@ -215,7 +216,6 @@ impl Publisher<'_> {
         let mut settled = BTreeSet::new();
         let mut missing = plan.send.clone();
         let not_refreshed = self.refresh(&plan.refresh).await;
-        settled.extend(plan.refresh.iter().map(|(digest, _)| *digest));
         // Each is looked at again before the manifest is written, unless it is sent.
         let (gone, refused): (Vec<_>, Vec<_>) = not_refreshed
             .into_iter()
@@ -230,9 +230,9 @@ impl Publisher<'_> {
             if renewed {
                 counts.transferred += 1;
                 counts.bytes += size;
+                settled.insert(digest);
             } else {
                 counts.present += 1;
-                settled.remove(&digest);
             }
         }
         for (digest, size, _) in gone {
@@ -240,9 +240,7 @@ impl Publisher<'_> {
             counts.transferred += 1;
             counts.bytes += size;
         }
-        let Words {
-            sending, run, done, ..
-        } = self.supply.words();
+        let done = self.supply.words().done;
         for _ in 0..CHECKS {
             self.send_all(&missing).await?;
             settled.extend(missing.drain(..).map(|(digest, _)| digest));
@@ -252,16 +250,44 @@ impl Publisher<'_> {
             if missing.is_empty() {
                 return Ok(());
             }
-            let bytes: u64 = missing.iter().map(|(_, size)| size).sum();
-            counts.present -= missing.len() as u64;
-            counts.transferred += missing.len() as u64;
-            counts.bytes += bytes;
-            self.progress.note(&format!(
-                "{} disappeared from S3 during the {run}; {sending} again",
-                count(missing.len() as u64, "blob")
-            ));
+            self.count_vanished(plan, &missing, counts);
         }
         bail!("something keeps deleting blobs of this cache from S3 while they are {done}")
+    }
+
+    /// A prune that listed a blob before it was refreshed may delete it once this run has looked for it
+    /// the last time. After its deletions, a prune reads the manifests once more: so either it finds the
+    /// manifest, or this finds the blob missing.
+    async fn check_refreshed(&self, plan: &Plan, counts: &mut Counts) -> Result<()> {
+        let refreshed = plan.refresh.iter();
+        let refreshed = refreshed
+            .map(|(digest, info)| (*digest, info.size))
+            .collect();
+        let missing = self.vanished(&refreshed, &BTreeSet::new()).await?;
+        if !missing.is_empty() {
+            self.count_vanished(plan, &missing, counts);
+            self.send_all(&missing).await?;
+        }
+        Ok(())
+    }
+
+    /// Blobs that were found are going to be sent after all.
+    fn count_vanished(&self, plan: &Plan, missing: &[(Digest, u64)], counts: &mut Counts) {
+        let Words { sending, run, .. } = self.supply.words();
+        self.progress.note(&format!(
+            "{} disappeared from S3 during the {run}; {sending} again",
+            count(missing.len() as u64, "blob")
+        ));
+        for (digest, size) in missing {
+            let was_old = plan.refresh.iter().any(|(old, _)| old == digest);
+            let before = match was_old && counts.refreshed > 0 {
+                true => &mut counts.refreshed,
+                false => &mut counts.present,
+            };
+            *before = before.saturating_sub(1);
+            counts.transferred += 1;
+            counts.bytes += size;
+        }
     }
 
     /// Refreshes old blobs; returns those that still are.

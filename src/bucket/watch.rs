@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use futures::stream::{StreamExt, TryStreamExt};
 
 use crate::bucket::manifest::Unread;
@@ -108,15 +108,25 @@ impl Watch {
         self.caches.remove(&id);
     }
 
-    /// What is new or has changed at a place.
+    /// What there is at a place, but blobs.
     async fn list(&mut self, at: usize) -> Result<Vec<Found>> {
-        let place = &self.places[at];
-        let prefix = match self.only_own || at > 0 {
-            true => place.manifests(),
-            false => place.config.prefix.clone(),
-        };
-        let mut pages = place.all_but_blobs(&prefix);
-        let (mut found, mut others) = (Vec::new(), 0);
+        let place = self.places[at].clone();
+        if at == 0 && !self.only_own && !self.too_many_others {
+            let prefix = &place.config.prefix;
+            if let Some(found) = self.list_below(at, prefix).await? {
+                return Ok(found);
+            }
+            self.too_many_others = true;
+        }
+        let found = self.list_below(at, &place.manifests()).await?;
+        Ok(found.unwrap_or_default())
+    }
+
+    /// What there is below a prefix, but blobs. `None`: too much of it is not a manifest.
+    async fn list_below(&self, at: usize, prefix: &str) -> Result<Option<Vec<Found>>> {
+        let mut pages = self.places[at].all_but_blobs(prefix);
+        let mut found = Vec::new();
+        let mut others = 0;
         while let Some(objects) = pages.try_next().await? {
             for (key, info) in objects {
                 if let Some(object) = self.found(at, key, info) {
@@ -125,13 +135,10 @@ impl Watch {
                 }
             }
             if others > MOST_OTHERS {
-                self.too_many_others = true;
-                found.retain(|object| object.name.is_some());
-                break;
+                return Ok(None);
             }
         }
-        found.retain(|object| self.seen.get(&object.id) != Some(&object.info));
-        Ok(found)
+        Ok(Some(found))
     }
 
     fn found(&self, at: usize, key: String, info: ObjectInfo) -> Option<Found> {
@@ -146,7 +153,8 @@ impl Watch {
         Some(Found { id, info, name })
     }
 
-    async fn take_in(&mut self, found: Vec<Found>) -> Result<Vec<Watched>> {
+    async fn take_in(&mut self, mut found: Vec<Found>) -> Result<Vec<Watched>> {
+        found.retain(|object| self.seen.get(&object.id) != Some(&object.info));
         let mut reads = futures::stream::iter(found)
             .map(|found| {
                 let place = self.places[found.id.0].clone();
@@ -213,9 +221,7 @@ async fn read_one(place: &Bucket, found: &Found) -> Result<Option<Watched>> {
         Ok(Some(cache)) => Contents::of(&cache).map_err(|error| format!("{error:#}")),
         Err(Unread::Invalid(reason)) => Err(reason),
         Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
-        Err(Unread::Store(error)) => {
-            return Err(anyhow!(error).context(format!("reading the manifest {key} on s3")));
-        }
+        Err(Unread::Store(error)) => return Err(error.into()),
     };
     Ok(Some(watched(contents)))
 }

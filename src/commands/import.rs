@@ -2,9 +2,12 @@
 //! tag to it.
 
 mod fetch;
+mod refresh;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use async_trait::async_trait;
@@ -24,12 +27,16 @@ use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report, count};
 use crate::transfer::download::Damaged;
 use crate::transfer::limits::Limits;
+use crate::transfer::upload::Uploader;
 
 /// Blobs hashed at once under `--verify`.
 const HASHES: usize = 4;
 
 /// How often blobs that another process deletes during the import are fetched again.
 const REFETCHES: usize = 10;
+
+/// How long to go on aborting copies after an import failed or was interrupted.
+const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Digests that an error lists.
 const LISTED: usize = 5;
@@ -75,6 +82,9 @@ pub struct ImportDetails {
     /// `--require` was given.
     #[serde(skip)]
     require: bool,
+    /// `--refresh` was given.
+    #[serde(skip)]
+    refresh: bool,
     /// Whether a build can use what was imported: it has a result, or is an image.
     #[serde(skip)]
     usable: bool,
@@ -101,15 +111,20 @@ impl Details for ImportDetails {
             count(transferred + present, "blob"),
             progress::bytes(self.bytes),
         );
+        let refreshed = match (self.refresh, self.dry_run) {
+            (false, _) => String::new(),
+            (true, false) => format!(", {} refreshed on S3", self.refreshed),
+            (true, true) => format!(", would refresh {} on S3", self.refreshed),
+        };
         if self.dry_run {
             format!(
                 "dry run: would import {names} from {addresses}{destination}: {blobs}: \
-                 would fetch {transferred} ({bytes}), {present} already there; {cost}"
+                 would fetch {transferred} ({bytes}), {present} already there{refreshed}; {cost}"
             )
         } else {
             format!(
                 "imported {names} from {addresses}{destination}: {blobs}: \
-                 {transferred} fetched ({bytes}), {present} already there; {cost}"
+                 {transferred} fetched ({bytes}), {present} already there{refreshed}; {cost}"
             )
         }
     }
@@ -184,6 +199,7 @@ impl PerSpec for Import<'_> {
             layout: self.task.layout.display().to_string(),
             dry_run: self.task.dry_run,
             require: self.task.require,
+            refresh: self.task.refresh.is_some(),
             ..ImportDetails::default()
         };
         // Like BuildKit, an import reads the first name only.
@@ -208,11 +224,13 @@ impl PerSpec for Import<'_> {
         context: &'a Context<'_>,
     ) -> Box<dyn Work<ImportDetails> + 'a> {
         let name = &source.names[0];
+        let store = Arc::clone(bucket.store());
         let taken = earlier.iter().filter_map(|r| r.details.tag.as_deref());
         Box::new(ImportFrom {
             task: self.task,
             name,
             tag: tag_for(self.task, name, &taken.collect::<Vec<_>>()),
+            uploader: Uploader::new(store, context.progress.clone(), context.limits),
             bucket,
             layout,
             progress: context.progress,
@@ -246,6 +264,8 @@ struct ImportFrom<'a> {
     /// The tag that it gets in the layout.
     tag: String,
     bucket: Bucket,
+    /// Refreshes blobs.
+    uploader: Uploader,
     layout: &'a Layout,
     progress: &'a Progress,
     limits: Limits,
@@ -278,6 +298,7 @@ impl Work<ImportDetails> for ImportFrom<'_> {
         if self.task.dry_run {
             return Ok(());
         }
+        self.uploader.abort_unfinished(ABORT_PATIENCE).await;
         let layout = self.layout.clone();
         // Only what the next run can resume stays.
         blocking(move || {
@@ -399,6 +420,10 @@ impl ImportFrom<'_> {
             let kept = self.without(&plan.cache, &missing, details)?;
             details.usable = is_usable(&kept);
         }
+        if let Some(age) = self.task.refresh {
+            let blobs = plan.cache.blobs()?;
+            details.refreshed = self.old(blobs.into_keys(), age).await?.len() as u64;
+        }
         Ok(())
     }
 
@@ -412,7 +437,11 @@ impl ImportFrom<'_> {
             self.set_damaged_aside(&missing, &cache.blobs()?).await?;
             cache = self.without(&cache, &missing, details)?;
         }
+        let used = cache.blobs()?;
         let (manifest, config_size) = self.publish(cache, details).await?;
+        if let Some(age) = self.task.refresh {
+            details.refreshed = self.refresh(used.into_keys(), age).await;
+        }
         if config_size > BUILDKIT_CONFIG_LIMIT {
             let size = progress::bytes(config_size);
             self.progress.warn(&format!(

@@ -284,7 +284,7 @@ impl Details for InspectDetails {
             }
             None => {
                 let (names, addresses) = (place.quoted_names(), place.addresses());
-                let _ = write!(text, "{names} at {addresses}");
+                let _ = write!(text, "{names} in {addresses}");
             }
         }
         if let Some(written) = self.written {
@@ -458,7 +458,7 @@ impl Work<InspectDetails> for Inspection<'_> {
             );
         };
         let blobs = cache.blobs()?;
-        self.progress.stage("looking for blobs on s3", 0, 0);
+        self.progress.stage("looking for blobs on S3", 0, 0);
         let found = self
             .bucket
             .survey(blobs.into_keys(), Certainty::Known)

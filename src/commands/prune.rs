@@ -41,8 +41,8 @@ pub async fn run(task: &PruneTask, context: &Context<'_>) -> Outcome {
     let prune = Prune { task };
     let (reports, mut errors) = for_each_spec(&prune, &task.targets, context).await;
     for report in reports.iter().filter(|report| report.error.is_none()) {
-        let address = report.place.addresses();
-        let of = |problem: &String| anyhow!("pruning {address}: {problem}");
+        let work = report.place.work();
+        let of = |problem: &String| anyhow!("{problem} ({work})");
         errors.extend(report.details.problems.iter().map(of));
     }
     (reports, errors).into()

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use async_trait::async_trait;
 use futures::stream::{StreamExt, TryStreamExt};
 use serde::Serialize;
@@ -19,7 +19,7 @@ use crate::bucket::{Bucket, Cache, Certainty};
 use crate::cache::digest::Digest;
 use crate::commands::{Context, PerSpec, Work, for_each_spec, on_layout};
 use crate::config::{Origin, S3Config, VerifyTask};
-use crate::progress::{self, Progress, Verb};
+use crate::progress::{self, Blob, Progress, Verb};
 use crate::quote::printable;
 use crate::report::table::{Column, Table};
 use crate::report::{Details, Outcome, Place, Report, count};
@@ -30,8 +30,8 @@ use crate::transfer::limits::Limits;
 /// Blobs read at once.
 const READS: usize = 16;
 
-/// How often a blob is read before its bytes count as wrong: the network may be at fault.
-const TRIES: usize = 2;
+/// How often a blob may be replaced while it is read again.
+const TRIES: usize = 3;
 
 /// Digests that the summary lists of one cache.
 const LISTED: usize = 10;
@@ -369,7 +369,7 @@ impl Work<VerifyDetails> for Verification<'_> {
         let named = contents.flat_map(|contents| &contents.blobs);
         let mut details = VerifyDetails::new(self.task);
         details.count(named.clone());
-        self.progress.stage("looking for blobs on s3", 0, 0);
+        self.progress.stage("looking for blobs on S3", 0, 0);
         let digests = named.clone().map(|(blob, _)| *blob);
         let mut found = Found {
             blobs: self.bucket.survey(digests, Certainty::Known).await?,
@@ -488,22 +488,35 @@ impl Verification<'_> {
     ) -> Result<Health> {
         let (key, size) = (self.bucket.blob_key(&blob), info.size);
         let shown = self.progress.blob(Verb::Hash, &blob, size);
+        if self.is_good(&key, blob, size, &shown).await? {
+            shown.done();
+            if let Some(verified) = verified {
+                verified.note(&key, info);
+            }
+            return Ok(Health::Good);
+        }
+        // The network may be at fault, or another program has just replaced the object.
         for _ in 0..TRIES {
-            if self.downloader.verify(&key, blob, size, &shown).await? {
+            let before = match self.bucket.blob(&blob).await? {
+                None => return Ok(Health::Missing),
+                Some(before) if before.size != size => return Ok(Health::Other(before)),
+                Some(before) => before,
+            };
+            shown.take_back(size);
+            if self.is_good(&key, blob, size, &shown).await? {
                 shown.done();
-                if let Some(verified) = verified {
-                    verified.note(&key, info);
-                }
                 return Ok(Health::Good);
             }
-            shown.take_back(size);
+            if self.bucket.blob(&blob).await?.as_ref() == Some(&before) {
+                shown.done();
+                return Ok(Health::Damaged(before));
+            }
         }
-        shown.done();
-        Ok(match self.bucket.blob(&blob).await? {
-            None => Health::Missing,
-            Some(info) if info.size == size => Health::Damaged(info),
-            Some(info) => Health::Other(info),
-        })
+        bail!("other programs keep replacing {key}")
+    }
+
+    async fn is_good(&self, key: &str, blob: Digest, size: u64, shown: &Blob) -> Result<bool> {
+        self.downloader.verify(key, blob, size, shown).await
     }
 
     async fn repair(

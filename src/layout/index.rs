@@ -8,6 +8,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use super::NamedEntry;
 use crate::cache::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
 use crate::config::Selection;
 use crate::quote::{one_line, quoted};
@@ -220,8 +221,7 @@ impl IndexJson {
             .collect()
     }
 
-    /// Each entry: its tag or full name, if it has one, and its descriptor or why it cannot be used.
-    pub(super) fn named(&self) -> Vec<(Option<String>, Result<Descriptor, String>)> {
+    pub(super) fn named(&self) -> Vec<NamedEntry> {
         let entries = self.manifests.iter().map(|raw| Entry::new(raw));
         entries
             .map(|entry| {

@@ -21,7 +21,7 @@ impl S3Store {
         &self,
         keys: &[String],
     ) -> StoreResult<Vec<StoreResult<()>>> {
-        if keys.len() > 1 && keys.iter().all(fits_xml) {
+        if keys.len() > 1 && keys.iter().all(|key| fits_xml(key)) {
             match self.delete_batch(keys, None).await {
                 Err(e) if e.kind == Kind::Unsupported => {}
                 done => return done,
@@ -46,7 +46,7 @@ impl S3Store {
         let keys: Vec<String> = objects.iter().map(|(key, _)| key.clone()).collect();
         let plain = &self.remote.plain_deletes;
         let etags = objects.iter().map(|(_, etag)| etag.as_str());
-        if plain.load(Ordering::Relaxed) || !keys.iter().all(fits_xml) {
+        if plain.load(Ordering::Relaxed) || !keys.iter().all(|key| fits_xml(key)) {
             return self.delete_objects(&keys).await;
         }
         match self
@@ -144,7 +144,7 @@ impl S3Store {
 }
 
 /// XML cannot carry control characters.
-fn fits_xml(key: &String) -> bool {
+fn fits_xml(key: &str) -> bool {
     !key.contains(char::is_control)
 }
 

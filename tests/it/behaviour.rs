@@ -57,7 +57,7 @@ fn touch_refresh_0s_copies_each_blob_once_and_last_modified_moves() {
     .run()
     .succeeds()
     .prints(expect![[r#"
-        exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 0 already there, 10 refreshed; 22 requests in N s
+        exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 0 already there, 10 refreshed; 42 requests in N s
     "#]], expect![[r#"
         Ns looking for blobs on S3
         Ns refreshing (10 blobs, 62.9 KiB)
@@ -105,7 +105,7 @@ fn only_blobs_older_than_touch_refresh_are_refreshed_and_keep_their_storage_clas
         .run()
         .succeeds()
         .prints(expect![[r#"
-            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 7 already there, 3 refreshed; 22 requests in N s
+            exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 7 already there, 3 refreshed; 28 requests in N s
         "#]], expect![[r#"
             Ns looking for blobs on S3
             Ns refreshing (3 blobs, 17.6 KiB)
@@ -716,8 +716,8 @@ fn a_spec_pasted_from_buildx_works_with_warnings() {
             exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 10 uploaded (62.9 KiB), 0 already there, 0 refreshed; 22 requests in N s
         "#]], expect![[r#"
             warning: --cache-to: compression: ignored: blobs are moved as they are, never compressed again
-            warning: --cache-to: oci-mediatypes: ignored: a cache on s3 has one form only
-            warning: --cache-to: image-manifest: ignored: a cache on s3 has one form only
+            warning: --cache-to: oci-mediatypes: ignored: a cache on S3 has one form only
+            warning: --cache-to: image-manifest: ignored: a cache on S3 has one form only
             Ns looking for blobs on S3
             Ns uploading (10 blobs, 62.9 KiB)
             Ns [N/10] uploaded sha256:01a37f800d03 159 B

@@ -204,7 +204,7 @@ fn blobs_that_are_there_stay_and_old_ones_are_refreshed() {
         0,
         &[&from, &to],
         expect![[r#"
-            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 0 copied (0 B), 0 already there, 10 refreshed; 33 requests
+            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 0 copied (0 B), 0 already there, 10 refreshed; 53 requests
         "#]],
     );
     assert_eq!(to.count("PutObject"), 1);

@@ -146,6 +146,12 @@ pub fn import(spec: &str, layout: &Path) -> Task {
     ])
 }
 
+/// The task of any command line, given without the program's name.
+pub fn command(args: &[&str]) -> Task {
+    let args = std::iter::once("layercache").chain(args.iter().copied());
+    task(&args.map(AsRef::as_ref).collect::<Vec<_>>())
+}
+
 pub fn copy(from: &str, to: &str) -> Task {
     task(&[
         "layercache".as_ref(),

@@ -44,7 +44,7 @@ fn a_tree_shows_the_layers_and_lines_below_it_the_rest() {
                   │  sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0  9.03 KiB  2026-11-21 20:37:37          0  ok
                   └─ sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda  8.51 KiB  2026-11-21 20:37:37          0  ok
 
-            'main' at s3://cache/manifests/main, written 5 h ago; 16 requests in N s
+            'main' in s3://cache/manifests/main at http://127.0.0.1:PORT, written 5 h ago; 16 requests in N s
             10 layers, 14 records, 10 results; 10 blobs (62.9 KiB)
             mode=min would keep 5 layers, 5 results; 5 blobs (30.1 KiB)
             shares 5 blobs (30.1 KiB) with 'feature/min'; 32.8 KiB in no other cache
@@ -52,7 +52,7 @@ fn a_tree_shows_the_layers_and_lines_below_it_the_rest() {
             missing: 1 blob
         "#]], expect![[r#"
             Ns reading the manifest
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns reading the other manifests
         "#]]);
     inspect(&["-v", "--cache-from", &server.spec("name=unrelated")])
@@ -61,13 +61,13 @@ fn a_tree_shows_the_layers_and_lines_below_it_the_rest() {
             layer                                                                        size  created              shared by  state  diffID
             └─ sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6  100 B  2026-11-21 20:37:36          0  ok     sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6
 
-            'unrelated' at s3://cache/manifests/unrelated, written 5 h ago; 7 requests in N s
+            'unrelated' in s3://cache/manifests/unrelated at http://127.0.0.1:PORT, written 5 h ago; 7 requests in N s
             1 layer, 1 record, 1 result; 1 blob (100 B)
             mode=min would keep 1 layer, 1 result; 1 blob (100 B)
             1 other manifest could not be read, and may share more
         "#]], expect![[r#"
             Ns reading the manifest
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns reading the other manifests
         "#]]);
 }
@@ -91,6 +91,7 @@ fn json_has_a_document_for_each_spec() {
             {
               "version": 1,
               "command": "inspect",
+              "endpoint": "http://127.0.0.1:PORT",
               "bucket": "cache",
               "names": [
                 "a"
@@ -137,6 +138,7 @@ fn json_has_a_document_for_each_spec() {
             {
               "version": 1,
               "command": "inspect",
+              "endpoint": "http://127.0.0.1:PORT",
               "bucket": "cache",
               "names": [
                 "b"
@@ -191,11 +193,13 @@ fn json_has_a_document_for_each_spec() {
               "wrongSize": []
             }
         "#]], expect![[r#"
+            Ns inspecting 'a' in s3://cache at http://127.0.0.1:PORT (1 of 2)
             Ns reading the manifest
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns reading the other manifests
+            Ns inspecting 'b' in s3://cache at http://127.0.0.1:PORT (2 of 2)
             Ns reading the manifest
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns reading the other manifests
         "#]]);
 }
@@ -267,11 +271,11 @@ fn a_cache_that_is_not_there_or_cannot_be_read_is_an_error() {
         let expected = match name {
             "absent" => expect![[r#"
                 Ns reading the manifest
-                error: inspecting s3://cache/manifests/absent: there is no cache named 'absent'; layercache ls lists those that are there
+                error: there is no cache named 'absent'; layercache ls lists those that are there (inspecting 'absent' in s3://cache at http://127.0.0.1:PORT)
             "#]],
             _ => expect![[r#"
                 Ns reading the manifest
-                error: inspecting s3://cache/manifests/broken: reading the manifest manifests/broken on s3: reading the cache manifest: it is not a JSON object
+                error: the manifest manifests/broken is damaged: reading the cache manifest: it is not a JSON object (inspecting 'broken' in s3://cache at http://127.0.0.1:PORT)
             "#]],
         };
         inspect(&["--cache-from", &spec])
@@ -290,12 +294,12 @@ fn without_the_permission_to_list_only_the_sharing_is_unknown() {
             layer                                                                        size  created              shared by  state
             └─ sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6  100 B  2026-11-21 20:37:36          0  ok
 
-            'a' at s3://cache/manifests/a; 3 requests in N s
+            'a' in s3://cache/manifests/a at http://127.0.0.1:PORT; 3 requests in N s
             1 layer, 1 record, 1 result; 1 blob (100 B)
             mode=min would keep 1 layer, 1 result; 1 blob (100 B)
         "#]], expect![[r#"
             Ns reading the manifest
-            Ns looking for blobs on s3
+            Ns looking for blobs on S3
             Ns reading the other manifests
             warning: cannot tell what other caches share: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), listing s3://cache
         "#]]);

@@ -21,7 +21,7 @@ fn run_within(resource: Resource, limit: u64, program: Program) -> Run {
     };
     // SAFETY: setrlimit is async-signal-safe.
     unsafe {
-        command.pre_exec(move || Ok(setrlimit(resource, limit.clone())?));
+        command.pre_exec(move || Ok(setrlimit(resource, limit)?));
     }
     command.output().expect("the program starts").into()
 }
@@ -51,10 +51,10 @@ fn too_few_open_files_are_an_error_before_any_request() {
     let server = Server::start();
     let layout = layout_of(&[100]);
     let export = Program::export(&server.spec("mode=max"), layout.path());
-    run_within(Resource::Nofile, 39, export).ends_with(1).prints(
+    run_within(Resource::Nofile, 63, export).ends_with(1).prints(
         expect![""],
         expect![[r#"
-            error: only 39 open files are allowed, and at least 40 are needed: raise the limit (ulimit -n)
+            error: only 63 open files are allowed, and at least 64 are needed: raise the limit (ulimit -n)
         "#]],
     );
     assert_eq!(server.log().len(), 0);
@@ -68,10 +68,10 @@ fn few_open_files_make_an_export_and_an_import_slower_but_do_not_fail_them() {
     let layout = layout_of(&sizes);
     let spec = server.spec("mode=max,upload_parallelism=200");
     let export = Program::export(&spec, layout.path());
-    run_within(Resource::Nofile, 40, export).succeeds();
+    run_within(Resource::Nofile, 64, export).succeeds();
     assert_store_is_sound(&server, "after the export");
     let imported = tempfile::tempdir().expect("a temporary directory");
     let import = Program::import(&server.spec(""), imported.path());
-    run_within(Resource::Nofile, 40, import).succeeds();
+    run_within(Resource::Nofile, 64, import).succeeds();
     assert_layout_is_sound(imported.path(), "after the import");
 }

@@ -26,7 +26,9 @@ mod ls;
 mod mistakes;
 mod output;
 mod program;
+mod prune;
 mod races;
+mod refresh;
 mod retries;
 #[path = "../scripted/mod.rs"]
 mod scripted;
@@ -35,8 +37,11 @@ mod serve;
 #[path = "../server/mod.rs"]
 mod server;
 mod several;
+mod story;
 mod stuck;
+mod sweep;
 mod terminal;
 mod tls;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod traced;
+mod verify;

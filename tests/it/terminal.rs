@@ -19,6 +19,11 @@ const COLUMNS: u16 = 250;
 
 /// Runs `program` on a terminal, and returns all that it wrote there.
 fn on_terminal(program: Program) -> String {
+    answered(program, None)
+}
+
+/// Runs `program` on a terminal where `answer` is typed, and returns all that was shown there.
+fn answered(program: Program, answer: Option<&str>) -> String {
     let ours = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
     rustix::pty::grantpt(&ours).expect("a terminal");
     rustix::pty::unlockpt(&ours).expect("a terminal");
@@ -34,6 +39,12 @@ fn on_terminal(program: Program) -> String {
     rustix::termios::tcsetwinsize(&theirs, size).expect("it takes a size");
     let mut command = Command::from(program);
     let stdout = theirs.try_clone().expect("a descriptor");
+    if let Some(answer) = answer {
+        let stdin = theirs.try_clone().expect("a descriptor");
+        command.stdin(Stdio::from(stdin));
+        // The terminal keeps it until it is read.
+        rustix::io::write(&ours, answer.as_bytes()).expect("a line can be typed");
+    }
     command
         .stdout(Stdio::from(stdout))
         .stderr(Stdio::from(theirs));
@@ -139,4 +150,46 @@ fn an_error_is_red_unless_no_color_is_set() {
         "{dumb}"
     );
     assert!(has_line(&dumb, "error: "), "{dumb}");
+}
+
+#[test]
+fn a_prune_shows_its_plan_and_asks() {
+    let server = Server::start();
+    let spec = server.spec("mode=max");
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds();
+    server.put(
+        "blobs/sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae",
+        "foo",
+    );
+    server.age_all(Duration::from_secs(10 * 24 * 60 * 60));
+    let prune = |answer| {
+        let program = Program::new()
+            .args(["prune", "--cache-to", &spec])
+            .env("TERM", "xterm-256color")
+            .env("NO_COLOR", "1");
+        lasting(&screen(&answered(program, Some(answer))).join("\n"))
+    };
+    let plan = "\
+name       written      size  action  reason
+buildkit  10 d ago  62.9 KiB  keep    no option selects it
+
+to remove: 0 caches, 1 blob (3 B), 0 unfinished uploads
+to keep: 1 cache, 10 blobs (62.9 KiB)
+Remove this from s3://cache at http://127.0.0.1:PORT? [y/N] ";
+    let shown = prune("n\n");
+    assert!(shown.contains(plan), "{shown}");
+    assert!(
+        shown.contains("error: nothing was removed: the answer was no"),
+        "{shown}"
+    );
+    assert_eq!(server.keys().len(), 12);
+    let shown = prune("y\n");
+    assert!(shown.contains(plan), "{shown}");
+    assert!(
+        shown.contains("removed 0 caches, 1 blob (3 B), 0 unfinished uploads"),
+        "{shown}"
+    );
+    assert_eq!(server.keys().len(), 11);
 }

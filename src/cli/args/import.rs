@@ -1,12 +1,16 @@
 //! `layercache import`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 
 use crate::cli::args::specs::{SpecText, Specs, check_layout};
 use crate::cli::args::tag_name;
 use crate::config::{ImportTask, Missing, Task};
+
+/// The default of an export's touch_refresh, which --cache-from does not have.
+const REFRESH: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
@@ -37,6 +41,11 @@ pub struct ImportArgs {
     #[arg(long)]
     pub verify: bool,
 
+    /// Refresh the cache's blobs on S3 that are older than 24h, as an export does: a lifecycle rule
+    /// then lets those live that are only imported. Needs the permission to write
+    #[arg(long)]
+    pub refresh: bool,
+
     /// Say what would be fetched, but write nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -56,6 +65,7 @@ impl ImportArgs {
             require: self.require,
             missing: self.missing,
             verify: self.verify,
+            refresh: self.refresh.then_some(REFRESH),
             dry_run: self.dry_run,
         }))
     }

@@ -75,6 +75,7 @@ fn an_import_has_its_defaults() {
             require: false,
             missing: Missing::Drop,
             verify: false,
+            refresh: None,
             dry_run: false,
         }
     );

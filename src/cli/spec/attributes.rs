@@ -39,7 +39,7 @@ pub(super) const TO_ONLY: &[&str] = &[
 ];
 
 const NOT_RECOMPRESSED: &str = "blobs are moved as they are, never compressed again";
-const ONE_FORM: &str = "a cache on s3 has one form only";
+const ONE_FORM: &str = "a cache on S3 has one form only";
 const LAYOUT_ARGUMENT: &str = "it belongs to type=local; the layout is an argument of its own";
 const CHOSEN_BY_FLAG: &str = "it belongs to type=local; use --tag or --digest";
 const REGISTRY: &str = "it belongs to type=registry";

@@ -65,7 +65,7 @@ impl ImportFrom<'_> {
         let store = Arc::clone(self.bucket.store());
         let downloader = Downloader::new(store, self.progress.clone(), self.limits);
         let stagings = Arc::new(Semaphore::new(STAGINGS));
-        let (verified, publishing) = mpsc::channel(VERIFIED);
+        let (verified, publishing) = mpsc::channel(process::within_open_files(VERIFIED, FILES));
         let publishing = publish(self.layout.clone(), publishing);
         let (busy, mut idle) = mpsc::channel(1);
         let fetching = async {

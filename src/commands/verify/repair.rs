@@ -13,6 +13,7 @@ use crate::bucket::{Bucket, Certainty};
 use crate::cache::Dropped;
 use crate::cache::digest::Digest;
 use crate::progress::{Progress, Verb};
+use crate::quote::printable;
 use crate::store::ObjectInfo;
 use crate::transfer::download::Downloader;
 
@@ -91,9 +92,20 @@ impl Repair<'_> {
                 break;
             }
         }
-        let unnamed = doomed.iter().filter(|(blob, _)| !named.contains(blob));
-        done.undeleted = (doomed.len() - unnamed.clone().count()) as u64;
-        self.delete(unnamed, &mut done).await?;
+        let mut keys = Vec::new();
+        for (blob, sizes) in doomed {
+            // Someone may have replaced or deleted it meanwhile.
+            match self.bucket.blob(blob).await? {
+                Some(info) if self.damaged.get(blob) == Some(&info) => {}
+                Some(info) if !sizes.contains(&info.size) => {}
+                _ => continue,
+            }
+            match named.contains(blob) {
+                true => done.undeleted += 1,
+                false => keys.push(self.bucket.blob_key(blob)),
+            }
+        }
+        self.delete(&keys, &mut done).await?;
         Ok(done)
     }
 
@@ -122,8 +134,10 @@ impl Repair<'_> {
                 self.bucket.write_manifest(name, manifest).await?;
                 return Ok(Some(dropped));
             }
-            self.progress
-                .note("the manifest was replaced meanwhile; looking again");
+            self.progress.note(&format!(
+                "{}: replaced meanwhile; looking again",
+                printable(name)
+            ));
         }
         bail!("other programs keep replacing the manifest")
     }
@@ -149,20 +163,7 @@ impl Repair<'_> {
         }
     }
 
-    async fn delete(
-        &self,
-        doomed: impl Iterator<Item = (&Digest, &BTreeSet<u64>)>,
-        done: &mut Repaired,
-    ) -> Result<()> {
-        let mut keys = Vec::new();
-        for (blob, sizes) in doomed {
-            let Some(info) = self.bucket.blob(blob).await? else {
-                continue;
-            };
-            if self.damaged.get(blob) == Some(&info) || !sizes.contains(&info.size) {
-                keys.push(self.bucket.blob_key(blob));
-            }
-        }
+    async fn delete(&self, keys: &[String], done: &mut Repaired) -> Result<()> {
         for batch in keys.chunks(BATCH) {
             let deleted = self.bucket.store().delete(batch).await?;
             for (key, deleted) in batch.iter().zip(deleted) {

@@ -1,0 +1,67 @@
+//! `--refresh`: the blobs that an import uses stay young on S3, as those of an export do.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::Result;
+use futures::stream::StreamExt;
+
+use super::ImportFrom;
+use crate::bucket::Certainty;
+use crate::bucket::publish::{REFRESHES, is_old};
+use crate::cache::digest::Digest;
+use crate::report::count;
+use crate::store::ObjectInfo;
+use crate::transfer::refresh::Refreshed;
+
+impl ImportFrom<'_> {
+    /// Those of the blobs that were written to S3 longer than `age` ago.
+    pub(super) async fn old(
+        &self,
+        blobs: impl IntoIterator<Item = Digest>,
+        age: Duration,
+    ) -> Result<Vec<(Digest, ObjectInfo)>> {
+        let found = self.bucket.survey(blobs, Certainty::Known).await?;
+        let now = SystemTime::now();
+        let found = found.into_iter();
+        Ok(found.filter(|(_, info)| is_old(info, age, now)).collect())
+    }
+
+    /// Refreshes them; returns how many. The import is done by then, so that a failure is a warning.
+    pub(super) async fn refresh(
+        &self,
+        blobs: impl IntoIterator<Item = Digest>,
+        age: Duration,
+    ) -> u64 {
+        let old = match self.old(blobs, age).await {
+            Ok(old) => old,
+            Err(error) => {
+                self.progress
+                    .warn(&format!("no blob was refreshed on S3: {error:#}"));
+                return 0;
+            }
+        };
+        if old.is_empty() {
+            return 0;
+        }
+        let bytes = old.iter().map(|(_, info)| info.size).sum();
+        self.progress.stage("refreshing", old.len() as u64, bytes);
+        let all = old.len() as u64;
+        let done = futures::stream::iter(old)
+            .map(|(digest, info)| async move {
+                let key = self.bucket.blob_key(&digest);
+                self.uploader.refresh(&key, &digest, &info).await == Refreshed::Done
+            })
+            .buffer_unordered(REFRESHES)
+            .filter(|done| std::future::ready(*done))
+            .count()
+            .await as u64;
+        if done < all {
+            let blobs = count(all - done, "blob");
+            self.progress.warn(&format!(
+                "{blobs} could not be refreshed: a lifecycle rule may delete them before the next \
+                 export (-v says why)"
+            ));
+        }
+        done
+    }
+}
