@@ -276,7 +276,7 @@ fn without_s3_there_is_no_cache_and_the_log_says_why() {
         served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 1 lookup, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 1 request in N s
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        warning: no cache for the build, because 'buildkit' cannot be read: the manifest manifests/buildkit is damaged: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/buildkit; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+        warning: no cache for the build, because 'buildkit' cannot be read: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/buildkit; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
     "#]]);
 }
 
