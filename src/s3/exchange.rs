@@ -8,6 +8,7 @@ use aws_credential_types::Credentials;
 use bytes::BytesMut;
 use futures::StreamExt;
 use http::header;
+use http::uri::InvalidUri;
 use http::{HeaderMap, Method, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -18,7 +19,7 @@ use tokio::time::Instant;
 use super::call::{Call, Expect, Failure};
 use super::dispatch::Ready;
 use super::failure::Causes;
-use super::outgoing::{Fate, Outgoing};
+use super::outgoing::{Fate, Outgoing, Watch};
 use super::remote::{LARGEST_LISTING, LARGEST_RESPONSE, Remote};
 use super::response::{self, Content, Wanted};
 use super::sign::{self, Payload};
@@ -41,43 +42,19 @@ pub(super) async fn attempt(
         Some(body) => Outgoing::stream(&**body),
         None => Outgoing::memory(ready.payload.clone()),
     };
-    let other = |e: anyhow::Error| Failure::general(Kind::Other, &e);
     let wire = remote.wire().await.map_err(other)?;
-    let payload = match &call.body {
-        Some(body) if !body.is_empty() => match body.sha256() {
-            Some(digest) => Payload::Sha256(digest.hex()),
-            None => Payload::Unsigned,
-        },
-        _ => Payload::Bytes(&ready.payload),
-    };
-    let mut headers = ready.headers.clone();
-    let signature = sign::sign(
-        credentials,
-        &remote.region,
-        SystemTime::now(),
-        ready.method.as_str(),
-        &ready.uri,
-        &mut headers,
-        payload,
-    )
-    .map_err(other)?;
-    remote.secrets.add_signature(&signature);
-    if let Some(authorization) = &wire.proxy_authorization {
-        headers.insert(header::PROXY_AUTHORIZATION, authorization.clone());
-    }
     let mut request = http::Request::new(body);
     *request.method_mut() = ready.method.clone();
-    *request.uri_mut() = ready
-        .uri
-        .parse()
-        .map_err(|e: http::uri::InvalidUri| other(e.into()))?;
-    *request.headers_mut() = headers;
+    *request.uri_mut() = ready.uri.parse().map_err(|e: InvalidUri| other(e.into()))?;
+    *request.headers_mut() = signed_headers(remote, call, ready, credentials)?;
+    if let Some(authorization) = &wire.proxy_authorization {
+        let authorization = authorization.clone();
+        request
+            .headers_mut()
+            .insert(header::PROXY_AUTHORIZATION, authorization);
+    }
 
-    let timing = &remote.timing;
-    let (idle, complete) = match call.slow {
-        true => (timing.idle_at_work, timing.idle_at_work),
-        false => (timing.idle, timing.headers),
-    };
+    let (idle, complete) = patience(remote, call);
     let capture = capture_connection(&mut request);
     remote.requests.fetch_add(1, Ordering::Relaxed);
     let answered = tokio::select! {
@@ -96,32 +73,85 @@ pub(super) async fn attempt(
     remote.note_headers(&head.headers);
     let described = call.expect == Expect::Object || ready.method == Method::HEAD;
     if described && head.status.is_success() && response::is_page(&head.headers) {
-        let what = "a web page, which is not what S3 answers";
-        let advice = match remote.is_genuine() {
-            true => None,
-            false => Some(response::MINIO.to_owned()),
-        };
-        return Err(Failure {
-            advice,
-            ..Failure::unexpected(remote, what)
-        });
+        return Err(page_in_place_of_an_object(remote));
     }
     if call.expect == Expect::Object && matches!(head.status.as_u16(), 200 | 206) {
         if !describes_object(&head.headers) {
             return Err(Failure::unexpected(remote, UNDESCRIBED));
         }
         check_range(remote, call, &head.headers)?;
-        let body = rusoto_core::ByteStream::new(incoming(body, *timing, remote.secrets.clone()));
+        let timing = remote.timing;
+        let body = rusoto_core::ByteStream::new(incoming(body, timing, remote.secrets.clone()));
         return hand_over(remote, head.status, &head.headers, body);
     }
+    receive(remote, call, &head, body, &watch).await
+}
+
+fn other(error: anyhow::Error) -> Failure {
+    Failure::general(Kind::Other, &error)
+}
+
+/// How long a response may be silent, and how long its headers may take altogether.
+fn patience(remote: &Remote, call: &Call) -> (Duration, Duration) {
+    let timing = &remote.timing;
+    match call.slow {
+        true => (timing.idle_at_work, timing.idle_at_work),
+        false => (timing.idle, timing.headers),
+    }
+}
+
+/// The request's headers, with those of a signature.
+fn signed_headers(
+    remote: &Remote,
+    call: &Call,
+    ready: &Ready,
+    credentials: &Credentials,
+) -> Result<HeaderMap, Failure> {
+    let payload = match &call.body {
+        Some(body) if !body.is_empty() => match body.sha256() {
+            Some(digest) => Payload::Sha256(digest.hex()),
+            None => Payload::Unsigned,
+        },
+        _ => Payload::Bytes(&ready.payload),
+    };
+    let mut headers = ready.headers.clone();
+    let signature = sign::sign(
+        credentials,
+        &remote.region,
+        SystemTime::now(),
+        ready.method.as_str(),
+        &ready.uri,
+        &mut headers,
+        payload,
+    );
+    remote.secrets.add_signature(&signature.map_err(other)?);
+    Ok(headers)
+}
+
+fn page_in_place_of_an_object(remote: &Remote) -> Failure {
+    Failure {
+        advice: (!remote.is_genuine()).then(|| response::MINIO.to_owned()),
+        ..Failure::unexpected(remote, "a web page, which is not what S3 answers")
+    }
+}
+
+/// Reads a response whole, and checks it. `sent` knows what became of the request's body.
+async fn receive(
+    remote: &Remote,
+    call: &Call,
+    head: &http::response::Parts,
+    body: Incoming,
+    sent: &Watch,
+) -> Result<HttpResponse, Failure> {
     let most = match call.expect {
         Expect::Listing(_) if head.status.is_success() => LARGEST_LISTING,
         _ => LARGEST_RESPONSE,
     };
     call.hold(remote.room(most).await);
+    let (idle, _) = patience(remote, call);
     let mut read = BytesMut::new();
-    let reading = tokio::time::timeout(timing.answer, buffer(body, idle, most, &mut read));
-    let whole = match reading.await {
+    let reading = buffer(body, idle, most, &mut read);
+    let whole = match tokio::time::timeout(remote.timing.answer, reading).await {
         Ok(whole) => whole,
         Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut)),
     };
@@ -146,18 +176,16 @@ pub(super) async fn attempt(
         status: Some(head.status.as_u16()),
         ..Failure::unexpected(remote, what)
     };
-    match watch.fate() {
+    match sent.fate() {
         Fate::Sent => {}
         Fate::Underway => return Err(unexpected("success before it had the whole body")),
         Fate::Local(e) => return Err(Failure::local(&e)),
     }
-    let start =
-        check_success(remote, call, head.status, &head.headers, &read).map_err(|problem| {
-            match problem {
-                Problem::Refused(refusal) => Failure::refused(remote, call, *refusal),
-                Problem::Unexpected(what) => unexpected(&what),
-            }
-        })?;
+    let checked = check_success(remote, call, head.status, &head.headers, &read);
+    let start = checked.map_err(|problem| match problem {
+        Problem::Refused(refusal) => Failure::refused(remote, call, *refusal),
+        Problem::Unexpected(what) => unexpected(&what),
+    })?;
     let mut body = read.freeze().slice(start..);
     if let Some(kept) = &call.kept {
         *kept.lock() = std::mem::take(&mut body);

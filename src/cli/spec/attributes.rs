@@ -102,41 +102,9 @@ impl Attributes {
             );
         }
 
-        let mut pairs: Vec<(String, String)> = Vec::with_capacity(fields.len());
-        for (index, field) in fields.into_iter().enumerate() {
-            let position = index + 1;
-            let Some((key, value)) = field.split_once('=') else {
-                if field.trim().is_empty() {
-                    bail!("field {position} is empty (is there a comma too many?)");
-                }
-                bail!(
-                    "field {position} has no `=` (expected key=value; a field whose value holds a \
-                     comma is quoted as a whole: \"key=a,b\")"
-                );
-            };
-            let key = key.trim().to_lowercase();
-            ensure!(
-                !key.is_empty(),
-                "field {position} has no key before its `=`"
-            );
-            pairs.push((key, value.to_owned()));
-        }
-
+        let pairs = pairs(fields)?;
         // The type decides what the other keys mean, so it is judged first.
-        let mut types = pairs.iter().filter(|(key, _)| key == "type");
-        if let Some((_, value)) = types.next()
-            && value != "s3"
-        {
-            let hint = match value.starts_with("s3") && value.contains('=') {
-                true => "; fields are separated by commas alone",
-                false => "",
-            };
-            bail!(
-                "type: {} is not supported (accepted: s3{hint})",
-                quoted(value.as_str())
-            );
-        }
-
+        check_type(&pairs)?;
         let mut found = Attributes(Vec::new());
         let mut ignored: Vec<&'static str> = Vec::new();
         let mut after_secret = false;
@@ -179,6 +147,47 @@ impl Attributes {
     pub(super) fn take_filled(&mut self, key: &str) -> Option<String> {
         self.take(key).filter(|value| !value.is_empty())
     }
+}
+
+/// The keys, in lower case, and their values.
+fn pairs(fields: Vec<String>) -> Result<Vec<(String, String)>> {
+    let mut pairs: Vec<(String, String)> = Vec::with_capacity(fields.len());
+    for (index, field) in fields.into_iter().enumerate() {
+        let position = index + 1;
+        let Some((key, value)) = field.split_once('=') else {
+            if field.trim().is_empty() {
+                bail!("field {position} is empty (is there a comma too many?)");
+            }
+            bail!(
+                "field {position} has no `=` (expected key=value; a field whose value holds a \
+                 comma is quoted as a whole: \"key=a,b\")"
+            );
+        };
+        let key = key.trim().to_lowercase();
+        ensure!(
+            !key.is_empty(),
+            "field {position} has no key before its `=`"
+        );
+        pairs.push((key, value.to_owned()));
+    }
+    Ok(pairs)
+}
+
+fn check_type(pairs: &[(String, String)]) -> Result<()> {
+    let mut types = pairs.iter().filter(|(key, _)| key == "type");
+    if let Some((_, value)) = types.next()
+        && value != "s3"
+    {
+        let hint = match value.starts_with("s3") && value.contains('=') {
+            true => "; fields are separated by commas alone",
+            false => "",
+        };
+        bail!(
+            "type: {} is not supported (accepted: s3{hint})",
+            quoted(value.as_str())
+        );
+    }
+    Ok(())
 }
 
 fn unknown(key: &str, position: usize, after_secret: bool) -> anyhow::Error {

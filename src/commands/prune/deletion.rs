@@ -354,9 +354,12 @@ impl<'a> Deletion<'a> {
     }
 }
 
+/// Whether a manifest is still the one that was read. Some stores (s3s-fs) list no ETags.
 fn is_same(watched: &Watched, info: &ObjectInfo) -> bool {
     let known = &watched.cache.named.info;
-    (known.size, &known.etag) == (info.size, &info.etag)
+    let tags = known.etag.as_ref().zip(info.etag.as_ref());
+    tags.is_none_or(|(known, found)| known == found)
+        && known.size == info.size
         && seconds(known.last_modified) == seconds(info.last_modified)
 }
 
