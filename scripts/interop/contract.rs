@@ -41,6 +41,9 @@ pub const POINTS: &[Point] = &[
     point("refresh, unusual keys", refresh_unusual_keys),
     point("listing, unusual keys", list_unusual_keys),
     point("keys with //", double_slash),
+    point("copy", copy),
+    point("verify", verify),
+    point("prune", prune),
     point("no cache yet", no_cache),
     point("no bucket", no_bucket),
     point("unknown key", unknown_key),
@@ -255,6 +258,56 @@ fn list_unusual_keys(peer: &Peer) -> Result<&'static str> {
 fn double_slash(peer: &Peer) -> Result<&'static str> {
     peer.export(&peer.layouts.real, "prefix=a//b/")?;
     peer.import_equals(&peer.layouts.real, "prefix=a//b/")
+}
+
+fn copy(peer: &Peer) -> Result<&'static str> {
+    let (from, to) = (
+        peer.spec("prefix=big/"),
+        peer.spec("prefix=copied/,mode=max"),
+    );
+    peer.succeeds(&["copy", "--cache-from", &from, "--cache-to", &to])?;
+    peer.import_equals(&peer.layouts.big, "prefix=copied/")
+}
+
+fn verify(peer: &Peer) -> Result<&'static str> {
+    let spec = peer.spec("prefix=copied/");
+    peer.succeeds(&["verify", "--deep", "--cache-from", &spec])?;
+    let store = peer.store("")?;
+    let keys = peer.list("copied/blobs/")?;
+    let key = keys.first().context("no blob was copied")?;
+    for deleted in peer
+        .runtime
+        .block_on(store.delete(std::slice::from_ref(key)))?
+    {
+        deleted?;
+    }
+    let broken = peer.succeeds(&["verify", "--cache-from", &spec]);
+    ensure!(broken.is_err(), "a cache without its blob is called whole");
+    peer.succeeds(&["verify", "--repair", "--cache-from", &spec])?;
+    peer.succeeds(&["verify", "--cache-from", &spec])?;
+    Ok("")
+}
+
+/// Of two caches one is removed, and its blobs stay for the other. Then that one goes, with its blobs.
+fn prune(peer: &Peer) -> Result<&'static str> {
+    let place = "prefix=pruned/,touch_refresh=1s";
+    for name in ["kept", "gone"] {
+        peer.export(&peer.layouts.real, &format!("{place},name={name}"))?;
+    }
+    std::thread::sleep(A_SECOND * 3);
+    let spec = peer.spec(place);
+    let prune = ["prune", "--yes", "--grace", "1s", "--cache-to", &spec];
+    peer.succeeds(&[&prune[..], &["--name", "gone"]].concat())?;
+    let manifests = peer.list("pruned/manifests/")?;
+    ensure!(
+        manifests == ["pruned/manifests/kept"],
+        "{manifests:?} are left"
+    );
+    peer.import_equals(&peer.layouts.real, &format!("{place},name=kept"))?;
+    peer.succeeds(&[&prune[..], &["--name", "kept", "--allow-empty"]].concat())?;
+    let left = peer.list("pruned/")?;
+    ensure!(left.is_empty(), "{left:?} are left");
+    Ok("")
 }
 
 fn no_cache(peer: &Peer) -> Result<&'static str> {

@@ -1,6 +1,7 @@
 //! A server under test, and what is done with it: by the program, run as a user would, or by the library.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -213,20 +214,32 @@ impl Peer<'_> {
         self.output_of(verb, &format!("{}{mode}", self.spec(extra)), layout)
     }
 
-    /// Runs the program, without anything of the user's settings.
     pub fn output_of(&self, verb: &str, spec: &str, layout: &Path) -> Result<Output> {
-        let log = self.scratch.join("log");
         let flag = if verb == "export" {
             "--cache-to"
         } else {
             "--cache-from"
         };
+        let arguments = [verb, "--progress", "plain", flag, spec].map(OsStr::new);
+        self.run(&[&arguments[..], &[layout.as_os_str()]].concat())
+    }
+
+    /// Runs a command that must succeed.
+    pub fn succeeds(&self, arguments: &[&str]) -> Result<()> {
+        let arguments: Vec<_> = arguments.iter().map(OsStr::new).collect();
+        let output = self.run(&arguments)?;
+        ensure!(output.succeeded, "{}", output.last_line());
+        Ok(())
+    }
+
+    /// Runs the program, without anything of the user's settings.
+    fn run(&self, arguments: &[&OsStr]) -> Result<Output> {
+        let log = self.scratch.join("log");
         let mut command = Command::new(self.program);
         command
             .env_clear()
             .env("HOME", &self.scratch)
-            .args([verb, "--progress", "plain", flag, spec])
-            .arg(layout);
+            .args(arguments);
         let succeeded = child::run(command, &log);
         Ok(Output {
             text: fs::read_to_string(&log)?,
