@@ -126,7 +126,7 @@ pub(super) struct Failure {
     pub(super) cause: String,
     /// What to try.
     pub(super) advice: Option<String>,
-    /// Whether it may pass.
+    /// The kind of trouble, if it may pass.
     pub(super) again: Option<Trouble>,
     /// Whether other credentials may help.
     pub(super) renew: bool,
