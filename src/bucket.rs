@@ -1,5 +1,5 @@
-//! A cache's home on S3, the counterpart of [`Layout`](crate::layout::Layout): where its manifests and
-//! blobs are, which of them exist, and what else is there.
+//! A cache's home on S3, the counterpart of [`Layout`](crate::layout::Layout): where its manifests
+//! and blobs are, which of them exist, and what else is stored there.
 //!
 //! - `survey` finds out which of some blobs exist.
 //! - `listing` lists all objects below a prefix, in parallel where there are many.
@@ -31,8 +31,8 @@ use crate::config::S3Config;
 use crate::progress::Progress;
 use crate::store::{ObjectInfo, Store, Upload};
 
-/// What a key stands for. Blobs and manifests may share a prefix, or one's may be within the other's:
-/// a key that can be a blob's is one.
+/// What a key stands for. Blobs and manifests may share a prefix, or one prefix may contain the
+/// other: a key that can be a blob's is one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Key<'a> {
     Blob(Digest),
@@ -42,7 +42,7 @@ pub enum Key<'a> {
     Other,
 }
 
-/// A bucket, and where in it a spec's caches are. Cheap to clone.
+/// A bucket, and where a spec's caches are in it. Cheap to clone.
 #[derive(Clone)]
 pub struct Bucket {
     store: Arc<dyn Store>,
@@ -96,8 +96,8 @@ impl Bucket {
         format!("{}{}", self.config.prefix, self.config.manifests_prefix)
     }
 
-    /// The unfinished multipart uploads of blobs. Empty where the store or the role does not allow to
-    /// list them.
+    /// The unfinished multipart uploads of blobs. Empty if the store or the role does not allow
+    /// listing them.
     pub async fn unfinished_uploads(&self) -> Vec<(Digest, Upload)> {
         let blobs = self.blobs();
         match self.store.list_uploads(&blobs).await {
@@ -116,7 +116,7 @@ impl Bucket {
         }
     }
 
-    /// What the store says of a blob; `None` if it is not there.
+    /// What the store says about a blob; `None` if it is not there.
     ///
     /// # Errors
     /// The store's.

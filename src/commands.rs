@@ -1,4 +1,4 @@
-//! The commands, one file each, and the frame that they share: what a command works with, and the
+//! The commands, one file each, and what they share: the context that a command works with, and the
 //! loop over its specs.
 
 pub mod copy;
@@ -43,7 +43,7 @@ pub struct Context<'a> {
     pub limits: Limits,
     pub interrupt: &'a Interrupt,
     pub progress: &'a Progress,
-    /// Who is told of a plan, and may agree to it.
+    /// The person who sees a plan and may agree to it.
     pub person: &'a dyn Person,
     /// Called with each report as soon as it is complete.
     pub finished: &'a (dyn Fn(Box<dyn AnyReport>) + Send + Sync),
@@ -52,20 +52,20 @@ pub struct Context<'a> {
 /// The person at the terminal.
 #[async_trait]
 pub trait Person: Send + Sync {
-    /// Prints to stdout now, after the results before it.
+    /// Prints to stdout now, after any earlier results.
     ///
     /// # Errors
     /// stdout's.
     async fn show(&self, text: &str) -> std::io::Result<()>;
 
-    /// Asks for a yes or no. `None`: nobody is there.
+    /// Asks for a yes or no. `None`: there is nobody to ask.
     ///
     /// # Errors
     /// stdin's.
     async fn confirm(&self, question: &str) -> std::io::Result<Option<bool>>;
 }
 
-/// Reads no plan, and agrees to none: for callers other than the program.
+/// Nobody: discards plans and agrees to none, for callers other than the program.
 pub struct Nobody;
 
 #[async_trait]
@@ -85,14 +85,16 @@ pub struct NobodyToAsk;
 
 impl std::fmt::Display for NobodyToAsk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("nothing was removed: there is no terminal to ask at (--yes does not ask)")
+        f.write_str(
+            "nothing was removed: there is no terminal to ask on (--yes skips the question)",
+        )
     }
 }
 
 impl std::error::Error for NobodyToAsk {}
 
 impl Context<'_> {
-    /// Shows a plan, and returns if it may be carried out.
+    /// Shows a plan, and returns if the person agrees to it.
     ///
     /// # Errors
     /// [`NobodyToAsk`], or the answer is no.
@@ -136,12 +138,12 @@ pub async fn perform(task: &Task, context: &Context<'_>) -> Outcome {
     }
 }
 
-/// A command that does the same for each of its specs.
+/// A command that does the same work for each of its specs.
 #[async_trait]
 trait PerSpec: Send + Sync {
     /// A validated spec.
     type Spec: Send + Sync;
-    /// What the command says of its work on one spec.
+    /// What the command reports about its work on one spec.
     type Details: Details;
     /// What is prepared once, for all specs.
     type Ready: Send + Sync;
@@ -151,7 +153,7 @@ trait PerSpec: Send + Sync {
     /// Whether a failure at this spec is only a warning.
     fn ignores_errors(&self, spec: &Self::Spec) -> bool;
 
-    /// A report that says where, and nothing yet of what was done.
+    /// A report that says where the work is, before any of it is done.
     fn blank(&self, spec: &Self::Spec) -> Report<Self::Details>;
 
     /// Called before the first spec. If it fails, so do all specs.
@@ -171,20 +173,20 @@ trait PerSpec: Send + Sync {
 /// The work of a command on one spec.
 #[async_trait]
 trait Work<D>: Send + Sync {
-    /// Does it. Dropped where it stands when a signal arrives.
+    /// Does the work. A signal drops this future wherever it is.
     async fn run(&mut self, report: &mut Report<D>) -> Result<()>;
 
-    /// Called after [`run`](Self::run), however it ended.
+    /// Cleans up after [`run`](Self::run), however that ended.
     async fn clean_up(&mut self) -> Result<()>;
 
-    /// Requests that it has sent to other stores than the spec's.
+    /// Requests sent to stores other than the spec's.
     fn other_requests(&self) -> u64 {
         0
     }
 }
 
-/// Runs `command` for each of `specs` in turn. A spec that fails does not keep the others from being
-/// tried; a signal ends them all. There is one report a spec.
+/// Runs `command` for each of `specs` in turn. If a spec fails, the others are still tried; a
+/// signal ends them all. There is one report per spec.
 async fn for_each_spec<C: PerSpec>(
     command: &C,
     specs: &[C::Spec],
@@ -237,7 +239,7 @@ async fn for_each_spec<C: PerSpec>(
     (reports, errors)
 }
 
-/// The error, with what was being done at its end unless it says where on S3 it happened.
+/// The error, followed by what was being done unless it already says where on S3 it happened.
 fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
     // They have exit codes of their own.
     if error.is::<Interrupted>() || error.is::<NobodyToAsk>() {
@@ -260,7 +262,7 @@ fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
 fn warn_of_ignored(error: &anyhow::Error, context: &Context<'_>) {
     context
         .progress
-        .warn(&format!("ignored, as ignore-error=true asks: {error:#}"));
+        .warn(&format!("ignored because of ignore-error=true: {error:#}"));
 }
 
 async fn run_one<C: PerSpec>(
@@ -314,7 +316,8 @@ async fn on_layout<D: Details>(
     (vec![report], errors)
 }
 
-/// If the preparation fails, no spec can be tried. That is one error, and every report has it.
+/// If the preparation fails, no spec can be tried. That is a single error, recorded in every
+/// report.
 fn fail_all<C: PerSpec>(
     command: &C,
     specs: &[C::Spec],

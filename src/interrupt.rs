@@ -129,7 +129,7 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// One that never comes.
+    /// A signal that never comes.
     pub fn never() -> Self {
         Interrupt {
             signal: watch::channel(0).1,
@@ -152,7 +152,7 @@ impl Interrupt {
         }
     }
 
-    /// Does `work`, or drops it where it stands when a signal arrives.
+    /// Does `work`, or drops it wherever it is when a signal arrives.
     ///
     /// # Errors
     /// The work's own, or [`Interrupted`].

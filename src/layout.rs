@@ -51,7 +51,7 @@ const OCI_LAYOUT_JSON: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 /// Bytes; real ones have 30.
 const OCI_LAYOUT_LIMIT: u64 = 64 << 10;
 
-/// What an unfinished layout may consist of, whether we or BuildKit's content store began it.
+/// What an unfinished layout may contain, whether we or BuildKit's content store began it.
 const UNFINISHED: [&str; 6] = [BLOBS, "ingest", STAGING, INDEX, INDEX_LOCK, OCI_LAYOUT];
 
 /// An entry of `index.json`: its tag or full name, if it has one, and its descriptor or why it cannot be
@@ -94,9 +94,8 @@ impl Layout {
 
     /// Opens a layout to import into. Writes nothing yet.
     ///
-    /// # Errors
-    /// The directory is neither absent, nor empty but for what an interrupted import leaves, nor a
-    /// layout; or its index is damaged.
+    /// # Errors The directory exists, is not a layout, and holds more than an interrupted import
+    /// leaves; or its index is damaged.
     pub fn open_for_import(root: &Path, lock_wait: Duration) -> Result<Self> {
         let layout = Layout {
             root: root.to_owned(),
@@ -356,7 +355,7 @@ impl Layout {
             bail!("the document for {digest} hashes to {found}: not written");
         }
         let size = u64::try_from(bytes.len()).context("a document's size")?;
-        // Small enough to verify, so that a damaged one is replaced.
+        // Small enough to verify, so a damaged one is replaced.
         if self.verify_blob(digest, size, |_| {})? {
             return Ok(());
         }

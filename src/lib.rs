@@ -1,10 +1,10 @@
 //! layercache moves BuildKit's build cache between a local OCI layout and S3, without a build.
 //!
-//! Data flows one way. [`cli`] turns what was typed into a validated [`config`]; past that nothing sees
-//! the command line. A command in [`commands`] plans and executes with a [`bucket`], a cache's home on
-//! S3, and a [`layout`], its home on disk. [`transfer`] moves one blob, [`cache`] is BuildKit's graph,
-//! [`store`] what we need of an object store and [`s3`] the one real implementation. [`progress`] shows
-//! the work as it goes on; a [`report`] says what came of it.
+//! Data flows one way. [`cli`] turns what was typed into a validated [`config`]; past that nothing
+//! sees the command line. A command in [`commands`] plans and executes with a [`bucket`], a cache's
+//! home on S3, and a [`layout`], its home on disk. [`transfer`] moves one blob, [`cache`] is
+//! BuildKit's graph, [`store`] is what we need from an object store, and [`s3`] the one real
+//! implementation. [`progress`] shows the work as it goes on; a [`report`] says how it ended.
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -44,8 +44,8 @@ use store::Store;
 use terminal::{Printed, Terminal};
 use transfer::limits::Limits;
 
-/// Runs the command that `args` (the program's name first) spell, and prints what came of it: results
-/// to stdout, everything else to stderr. Can be called more than once in a process.
+/// Runs the command in `args` (the program's name first), and prints the outcome: results to
+/// stdout, everything else to stderr. Can be called more than once in a process.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args = match args::parse(args) {
         Ok(Asked::Work(args)) => args,
@@ -85,7 +85,7 @@ fn end(progress: &Progress, errors: &[anyhow::Error]) -> ExitCode {
     exit_code(errors)
 }
 
-/// Of several errors a signal counts the most.
+/// If there are several errors, a signal counts most.
 fn exit_code(errors: &[anyhow::Error]) -> ExitCode {
     let interrupted = errors.iter().find_map(|error| error.downcast_ref());
     if let Some(Interrupted { signal }) = interrupted {
@@ -102,7 +102,7 @@ fn exit_code(errors: &[anyhow::Error]) -> ExitCode {
     }
 }
 
-/// Arguments → task → outcome → output. Returns what went wrong, and the exit status of a command that
+/// Arguments → task → outcome → output. Returns the failures, and the exit status of a command that
 /// was run; an error if nothing was begun.
 fn run_command(
     args: Args,
@@ -136,15 +136,15 @@ fn run_command(
     Ok((errors, status))
 }
 
-/// Performs `task` on a runtime of its own, until a signal arrives, and prints each result as soon as
-/// there is one. Returns what came of the work, and of the printing.
+/// Performs `task` on a runtime of its own, until a signal arrives, and prints each result as soon
+/// as there is one. Returns the outcome of the work, and of the printing.
 fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)> {
     process::allow_many_files();
     process::keep_one_heap();
     process::survive_file_size_limit();
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let workers = cores.clamp(2, 4);
-    // One more for work that blocks; further ones only make it faster.
+    // One more for blocking work; further ones only make it faster.
     process::check_limits(workers + 1)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers)
@@ -186,8 +186,8 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
     }
 }
 
-/// Prints successful results, and plans, as they arrive. A reader that has gone away (`| head`) is no
-/// error.
+/// Prints successful results, and plans, as they arrive. A reader that has gone away (`| head`) is
+/// not an error.
 fn print(printed: mpsc::Receiver<Printed>, progress: &Progress) -> io::Result<()> {
     let mut done = Ok(());
     for printed in printed {

@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// The open files that we ask for.
 const OPEN_FILES: u64 = 8_192;
 
-/// Open files that a run needs apart from its transfers: standard streams, the runtime's and the
+/// Open files that a run needs besides its transfers: standard streams, the runtime's and the
 /// signals' pipes, the layout's directories and lock, idle connections, files that a DNS look-up
 /// reads.
 const BASE_FILES: usize = 40;
@@ -63,7 +63,7 @@ pub(crate) fn check_limits(threads: usize) -> Result<()> {
     }
     let gate = parking_lot::Mutex::new(());
     thread::scope(|scope| {
-        // They wait until the last one was started.
+        // The threads wait until the last one has started.
         let _closed = gate.lock();
         for _ in 0..threads {
             thread::Builder::new().spawn_scoped(scope, || drop(gate.lock()))?;
@@ -82,8 +82,9 @@ pub(crate) fn survive_file_size_limit() {
     }
 }
 
-/// Makes all threads share one heap. glibc keeps one for each thread, up to eight a core, and does not
-/// reuse in one what was freed in another: peak memory was a third more, and grew with the cores.
+/// Makes all threads share one heap. glibc keeps one for each thread, up to eight per core, and
+/// does not reuse in one what was freed in another: peak memory was a third more, and grew with the
+/// cores.
 pub(crate) fn keep_one_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt has no preconditions and takes its own lock. If it fails, nothing changes.

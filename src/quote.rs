@@ -1,5 +1,5 @@
-//! Text from elsewhere (the network, a file, the command line), made fit to stand in a message: it
-//! must not steer the terminal that shows it, end the line, or flood the screen.
+//! Makes text from outside (the network, a file, the command line) fit for a message: it must not
+//! steer the terminal that shows it, end the line, or flood the screen.
 
 use std::borrow::Cow;
 
@@ -10,7 +10,7 @@ const QUOTED: usize = 100;
 pub const ONE_LINE: usize = 200;
 
 /// `text` with every character escaped that could move the cursor, change colours or reorder what is
-/// read. For names that go through whole, such as keys.
+/// read. For names that are shown whole, such as keys.
 pub fn printable(text: &str) -> Cow<'_, str> {
     if !text.contains(is_unprintable) {
         return Cow::Borrowed(text);
@@ -32,8 +32,7 @@ pub fn is_unprintable(c: char) -> bool {
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// `text` in double quotes, escaped, and cut after 100 characters. For values of which it matters
-/// where they begin and end.
+/// `text` in double quotes, escaped, and cut after 100 characters. For values whose beginning and end matter.
 pub fn quoted(text: &str) -> String {
     let end = text.char_indices().nth(QUOTED).map(|(at, _)| at);
     match end.and_then(|end| text.get(..end)) {

@@ -1,6 +1,6 @@
-//! Text from outside (a store, a proxy, a token service, a manifest) as it may stand in a message: one
-//! line, of bounded length, without secrets. A gateway that echoes a request echoes its signature and
-//! session token, whole or cut, perhaps encoded.
+//! Text from outside (a store, a proxy, a token service, a manifest) made fit for a message: one
+//! line, of bounded length, without secrets. A gateway that echoes a request echoes its signature
+//! and session token, whole or cut, perhaps encoded.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ const LOOKED_AT: usize = 64 << 10;
 const FRAGMENT: usize = 16;
 /// Shorter secrets belong to test servers, and masking them would mangle ordinary messages.
 const SHORTEST: usize = 6;
-/// Signatures that are remembered. Each serves one request; so many may be in flight.
+/// How many signatures are remembered. Each serves one request, and this many may be in flight.
 const SIGNATURES: usize = 256;
 /// What stands in place of a secret.
 const MASK: &str = "***";
@@ -69,7 +69,7 @@ impl Secrets {
         known.signatures.push_back(signature.to_ascii_lowercase());
     }
 
-    /// `text` from outside, as it may stand in a message: one line of at most [`quote::ONE_LINE`](crate::quote::ONE_LINE) characters,
+    /// `text` from outside, made fit for a message: one line of at most [`quote::ONE_LINE`](crate::quote::ONE_LINE) characters,
     /// with nothing in it that a terminal acts on, and `***` in place of secrets and their fragments.
     pub fn outside(&self, text: &str) -> String {
         let text = &text[..floor(text, LOOKED_AT)];
@@ -137,7 +137,7 @@ fn forms(secret: &str) -> Vec<Vec<u8>> {
         // Encoded twice.
         percent(KEEPS_UNRESERVED).replace('%', "%25"),
     ];
-    // In base64 it depends on what stands before it, and what stands around it shows at both ends.
+    // In base64 its form depends on the bytes before it, and its neighbours show at both ends.
     for before in 0..3usize {
         let bytes = [&[0; 2][..before], secret.as_bytes()].concat();
         let text = STANDARD_NO_PAD.encode(&bytes);

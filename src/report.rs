@@ -1,5 +1,5 @@
-//! What came of a run: for each spec a common part (where, at what cost, how it ended) and what the
-//! command says of its own work; as text for people, and as JSON in the metadata file.
+//! The result of a run: for each spec a common part (where, at what cost, how it ended) and what
+//! the command reports about its own work; as text for people, and as JSON in the metadata file.
 
 pub mod metadata;
 pub mod table;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::config::S3Config;
 use crate::quote;
 
-/// What came of one spec.
+/// The result for one spec.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report<D> {
@@ -24,10 +24,10 @@ pub struct Report<D> {
     pub details: D,
     #[serde(flatten)]
     pub cost: Cost,
-    /// Why it failed. What was done until then is not counted.
+    /// Why it failed. Work done before the failure is not counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// It failed under `ignore-error`, which is no failure of the run.
+    /// It failed under `ignore-error`, so the run has not failed.
     #[serde(skip_serializing_if = "is_false")]
     pub error_ignored: bool,
 }
@@ -40,7 +40,7 @@ pub struct Place {
     /// What it did there, as in "exporting to".
     #[serde(skip)]
     pub doing: &'static str,
-    /// Where the bucket is, if it is not at AWS.
+    /// Where the bucket is, if not at AWS.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -48,7 +48,7 @@ pub struct Place {
     /// The directory, for a command that works on a layout instead of a bucket.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub layout: String,
-    /// For a command that looks at all that is below it.
+    /// For a command that looks at everything below it.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub prefix: String,
     /// Empty for a command that looks at all caches.
@@ -69,7 +69,7 @@ struct Document<'a, D> {
     details: &'a D,
 }
 
-/// What it took.
+/// What the work cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Cost {
     /// HTTP requests, retries included.
@@ -77,13 +77,13 @@ pub struct Cost {
     pub seconds: f64,
 }
 
-/// What a command says of its work on one spec.
+/// What a command reports about its work on one spec.
 pub trait Details: Debug + Clone + Default + Serialize + Send + Sync + 'static {
-    /// What was done, for people: one or more lines, the last without a line end. What came from the
-    /// network or the user is escaped. `cost` is for the first line.
+    /// What was done, for people: one or more lines, the last without a line end. Text from the
+    /// network or the user is escaped. `cost` belongs on the first line.
     fn summary(&self, place: &Place, cost: &str) -> String;
 
-    /// What still holds after a failure: the arguments, but no counts.
+    /// What still applies after a failure: the arguments, but no counts.
     fn of_failure(self) -> Self;
 
     /// Whether to print a JSON document instead of the summary.
@@ -120,12 +120,12 @@ impl Place {
         }
     }
 
-    /// All that the bucket has at the place that `s3` describes.
+    /// Everything in the bucket at the place that `s3` describes.
     pub fn whole(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
         Place::new(command, doing, s3, &[])
     }
 
-    /// All that is below the prefix that `s3` has.
+    /// Everything below the prefix that `s3` has.
     pub fn below(command: &'static str, doing: &'static str, s3: &S3Config) -> Self {
         Place {
             prefix: s3.prefix.clone(),
@@ -245,7 +245,7 @@ impl<D: Details> Report<D> {
 
 /// A [`Report`] of any command.
 pub trait AnyReport: Debug + Send {
-    /// It failed, whether or not that is ignored.
+    /// Whether it failed, ignored or not.
     fn has_failed(&self) -> bool;
     /// What goes to stdout: the summary, or a JSON document.
     fn printed(&self) -> String;
@@ -274,14 +274,14 @@ impl<D: Details> AnyReport for Report<D> {
     }
 }
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// One for each spec, in their order, including those that failed.
+    /// One per spec, in order, including those that failed.
     pub reports: Vec<Box<dyn AnyReport>>,
-    /// What went wrong and is not ignored: with any, the run has failed.
+    /// Errors that are not ignored: if there are any, the run has failed.
     pub errors: Vec<anyhow::Error>,
-    /// How the command ended that was run. `None`: there was none.
+    /// How the command that `serve` ran ended. `None`: there was none.
     pub status: Option<u8>,
 }
 
@@ -312,7 +312,7 @@ pub fn age(age: Duration) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
         60..3_600 => format!("{} min", seconds / 60),
-        // Up to two days, hours say more.
+        // Up to two days, hours are more informative.
         3_600..172_800 => format!("{} h", seconds / 3_600),
         _ => format!("{} d", seconds / 86_400),
     }

@@ -1,6 +1,6 @@
-//! An endpoint for builders on this machine: caches on S3 as repositories of a registry, and as scopes
-//! of GitHub's cache service. Nothing is kept but in memory and, for uploads whose digest comes last, in
-//! temporary files.
+//! An endpoint for builders on this machine: caches on S3 as repositories of a registry, and as
+//! scopes of GitHub's cache service. Everything is kept in memory, except uploads whose digest
+//! comes last: those wait in temporary files.
 
 mod blobs;
 mod connection;
@@ -66,14 +66,14 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// What follows the secret in a path that begins with it.
+    /// The rest of a path that begins with the secret.
     fn without_secret<'a>(&self, path: &'a str) -> Option<&'a str> {
         let (secret, rest) = path.split_once('/')?;
         self.secret.is(secret).then_some(rest)
     }
 
-    /// Does `work` to its end, even if the client does not wait for it: it sees by the body that the
-    /// client has gone, and cleans up. The end of the run waits for it.
+    /// Runs `work` to completion even if the client does not wait for it: the body shows `work`
+    /// that the client has gone, and it cleans up. The run does not end before it.
     async fn work<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T>> + Send + 'static,
@@ -91,7 +91,7 @@ impl Serving {
 /// A cache to be served.
 pub struct Served {
     pub bucket: Bucket,
-    /// It is a `--cache-from`.
+    /// Whether it is a `--cache-from`.
     pub source: bool,
     /// It is the `--cache-to`.
     pub target: Option<ExportConfig>,
@@ -141,7 +141,7 @@ impl Endpoint {
         })
     }
 
-    /// Serves until `done` is, then until uploads in flight have ended.
+    /// Serves until `done` completes, then until uploads in flight have ended.
     pub async fn run<T>(self, done: BoxFuture<'_, T>) -> T {
         let Endpoint { serving, listener } = self;
         let (close, closing) = watch::channel(false);
@@ -159,7 +159,7 @@ impl Endpoint {
                             drop(place);
                         });
                     }
-                    // Out of file descriptors, most likely: some will be closed.
+                    // Most likely out of file descriptors; some will be closed soon.
                     Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                 }
                 while connections.try_join_next().is_some() {}

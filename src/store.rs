@@ -36,7 +36,7 @@ pub trait UploadBody: Send + Sync {
 /// What a store says about an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectInfo {
-    /// Bytes of the whole object, also where only a range was asked for.
+    /// Bytes of the whole object, even if only a range was asked for.
     pub size: u64,
     pub last_modified: Option<SystemTime>,
     pub etag: Option<String>,
@@ -53,7 +53,7 @@ pub struct Response {
     pub body: ByteStream,
 }
 
-/// How a bucket is reached, as far as the requests until now have shown.
+/// How a bucket is reached, as far as requests have shown so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connection {
     /// The bucket's URL.
@@ -78,7 +78,7 @@ pub struct Page {
 /// A multipart upload that is under way or was abandoned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upload {
-    /// The object that it is to become.
+    /// The key of the object that it is to become.
     pub key: String,
     pub id: String,
     pub initiated: Option<SystemTime>,
@@ -118,7 +118,7 @@ pub enum Kind {
     Unavailable,
     /// The body to send could not be read, or is damaged.
     LocalBody,
-    /// A response that no store gives: a proxy's page, or one that lacks what it must have.
+    /// A response that no store gives: a proxy's page, or one without a required part.
     Nonsense,
     /// Anything else: a refusal, or a request that cannot be sent.
     Other,
@@ -184,12 +184,13 @@ pub trait Store: Send + Sync {
     /// `Ok(false)`: the source is not there. [`Kind::Changed`]: it is another one.
     async fn copy(&self, from: (&str, &str), key: &str, info: &ObjectInfo) -> StoreResult<bool>;
 
-    /// Deletes at most 1,000 objects; what became of each key, in their order. A key that is not there
-    /// is no error.
+    /// Deletes at most 1,000 objects; returns the result for each key, in order. A key that is not
+    /// there is no error.
     async fn delete(&self, keys: &[String]) -> StoreResult<Vec<StoreResult<()>>>;
 
-    /// Deletes at most 1,000 objects, each only if its ETag is still the one given, as far as the store
-    /// can compare; what became of each key, in their order. [`Kind::Changed`]: it is another object.
+    /// Deletes at most 1,000 objects, each only if its ETag is still the one given, as far as the
+    /// store can compare; returns the result for each key, in order. [`Kind::Changed`]: it is
+    /// another object.
     async fn delete_unchanged(
         &self,
         objects: &[(String, String)],
@@ -236,7 +237,7 @@ pub trait Store: Send + Sync {
     /// Makes the parts, in order of number, the object.
     async fn complete_upload(&self, key: &str, upload: &str, parts: &[Part]) -> StoreResult<()>;
 
-    /// Aborts a multipart upload. It is no error if the upload is gone.
+    /// Aborts a multipart upload. It is not an error if the upload is gone.
     async fn abort_upload(&self, key: &str, upload: &str) -> StoreResult<()>;
 
     /// Unfinished multipart uploads to keys that begin with `prefix`.
@@ -249,7 +250,7 @@ pub trait Store: Send + Sync {
     /// response to a [`create_upload`](Self::create_upload) was lost and the next try answered.
     fn may_hold_unknown_upload(&self, key: &str) -> bool;
 
-    /// Text from outside as it may stand in a message: no secret, one line, not endless.
+    /// Text from outside made fit for a message: no secrets, one line, limited length.
     fn outside(&self, text: &str) -> String;
 
     /// How the bucket is reached.

@@ -1,4 +1,4 @@
-//! The person at the terminal: what is printed for them, and what they answer.
+//! The person at the terminal: prints for them, and reads their answers.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::mpsc::Sender;
@@ -10,10 +10,10 @@ use crate::commands::Person;
 use crate::progress::Progress;
 use crate::report::AnyReport;
 
-/// What goes to stdout, in this order.
+/// Texts for stdout, in this order.
 pub(crate) enum Printed {
     Report(Box<dyn AnyReport>),
-    /// And where to say that it is there.
+    /// A text, and where to send the result of printing it.
     Text(String, oneshot::Sender<io::Result<()>>),
 }
 

@@ -1,8 +1,8 @@
 //! What a bucket holds below a spec's prefix, as one value.
 //!
-//! The manifests come first: they are listed, and read several at once. Then everything below the prefix
-//! is listed, and of that only the blobs that a manifest names are kept; what else there is is counted.
-//! So memory is proportional to what manifests name, not to the objects in the bucket.
+//! The manifests come first: they are listed, and several are read at once. Then everything below
+//! the prefix is listed. Only blobs that a manifest names are kept; everything else is just
+//! counted. So memory is proportional to what manifests name, not to the objects in the bucket.
 //!
 //! Others may change the bucket meanwhile. A manifest written since the listing is not in the inventory,
 //! and the blobs that only it names count as unreferenced.
@@ -22,8 +22,8 @@ use crate::store::{Kind, ObjectInfo};
 /// Manifests read at once.
 const MANIFESTS: usize = 16;
 
-/// KiB of all manifests that are read at once; a larger one is read alone. Parsed, a manifest takes a few
-/// times as much.
+/// Total size in KiB of manifests that are read at once; a larger one is read alone. Parsed, a
+/// manifest takes a few times as much.
 const MANIFEST_KIB: u32 = 16 << 10;
 
 /// Everything below a spec's prefix.
@@ -43,17 +43,17 @@ pub struct Inventory {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cache {
     pub named: Named,
-    /// Why its manifest cannot be read, if it cannot.
+    /// Why its manifest is unreadable, if it is.
     pub contents: Result<Contents, String>,
 }
 
-/// What a manifest says, as far as it is needed of many at once.
+/// What is kept of a manifest when many are held at once.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Contents {
     pub layers: u64,
     pub records: u64,
     pub results: u64,
-    /// It also describes an image.
+    /// Whether it also describes an image.
     pub image: bool,
     /// The blobs that it needs, in order of their digests, with their sizes in bytes.
     pub blobs: Vec<(Digest, u64)>,
@@ -94,10 +94,10 @@ impl Contents {
 }
 
 impl Bucket {
-    /// What is below the prefix, all caches included.
+    /// Everything below the prefix, including all caches.
     ///
     /// # Errors
-    /// The store's. A manifest that cannot be read is none.
+    /// The store's. An unreadable manifest is not an error.
     pub async fn inventory(&self) -> Result<Inventory> {
         let caches = self.caches().await?;
         let contents = caches.iter().flat_map(|cache| &cache.contents);
@@ -129,7 +129,7 @@ impl Bucket {
     /// All caches, in order of their names.
     ///
     /// # Errors
-    /// The store's. A manifest that cannot be read is none.
+    /// The store's. An unreadable manifest is not an error.
     pub async fn caches(&self) -> Result<Vec<Cache>> {
         let room = Semaphore::new(MANIFEST_KIB as usize);
         let mut caches: Vec<Cache> = self
@@ -150,7 +150,7 @@ impl Bucket {
     /// One cache, read. `None`: its manifest is gone.
     ///
     /// # Errors
-    /// The store's. A manifest that cannot be read is none.
+    /// The store's. An unreadable manifest is not an error.
     pub async fn cache(&self, named: Named) -> Result<Option<Cache>> {
         let contents = match self.read_manifest(&named.name).await {
             Ok(None) => return Ok(None),

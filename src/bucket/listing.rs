@@ -1,10 +1,10 @@
 //! All objects below a prefix, as a stream of pages. It holds one page of each listing in flight,
 //! however many objects there are.
 //!
-//! A listing takes one round trip for each thousand keys, one after another. Blobs are what a bucket
-//! holds a million of, and their digests are spread evenly. So unless the first page is the last, the
-//! blobs are listed by the first digit of their digests, all sixteen side by side, and the listing that
-//! began jumps over them.
+//! A listing takes one round trip for each thousand keys, one after another. A bucket can hold a
+//! million blobs, and their digests are spread evenly. So unless the first page is the last, the
+//! blobs are listed by the first digit of their digests, in sixteen parallel listings, and the
+//! first listing jumps over them.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::store::{ObjectInfo, Page, Store, StoreResult};
 /// The first digits of digests, in order.
 const DIGITS: &str = "0123456789abcdef";
 
-/// Listings of blobs side by side.
+/// Parallel listings of blobs.
 pub(super) const LISTINGS: usize = DIGITS.len();
 
 /// The last of those digits that follow one another without a gap: `:` to `` ` `` are between `9` and `a`.
@@ -56,14 +56,14 @@ impl Bucket {
         futures::stream::once(first).flatten().boxed()
     }
 
-    /// All blobs, and whatever is between them: sixteen listings side by side.
+    /// All blobs, and whatever is between them, in sixteen parallel listings.
     pub fn blobs_in_parallel(&self) -> Pages {
         futures::stream::iter(self.blob_listings())
             .flatten_unordered(LISTINGS)
             .boxed()
     }
 
-    /// The sixteen listings of blobs. Each lists a page when it is polled, and not before.
+    /// The sixteen listings of blobs. Each lists a page only when polled.
     pub fn blob_listings(&self) -> Vec<Pages> {
         let digests = self.digests();
         let listings = DIGITS.chars().map(|digit| {
@@ -99,7 +99,8 @@ struct Listing {
     from: From,
     /// Keys up to this one have been listed.
     passed: Option<String>,
-    /// The store lists in order and from where it is told to: jumping over keys loses none.
+    /// Whether the store lists in order and from where it is told to, so that jumping over keys
+    /// loses none.
     can_jump: bool,
 }
 
@@ -200,7 +201,7 @@ impl Listing {
     fn beyond(&self, key: &str) -> Option<String> {
         let digit = self.digit(key)?;
         let last = BEFORE_GAP.into_iter().find(|last| digit <= *last)?;
-        // No digest continues with `~`, and what does comes before the gap.
+        // No digest continues with `~`, and a key that does comes before the gap.
         let target = format!("{}{last}~", self.aside.as_ref()?);
         Some(target).filter(|target| target.as_str() > key)
     }

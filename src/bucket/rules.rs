@@ -1,4 +1,4 @@
-//! Lifecycle rules: those that fit a cache, and what the rules that a bucket has do to it. Pure.
+//! Lifecycle rules: those that fit a cache, and what a bucket's own rules do to it. Pure.
 //!
 //! An export writes the manifest anew and leaves blobs younger than touch_refresh alone. So when a
 //! manifest is written, its blobs can be as old as touch_refresh, and they must live that much longer.
@@ -22,7 +22,7 @@ const ABORT_AFTER: u32 = 2;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What a rule of ours does.
+/// What one of our rules does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     /// Deletes objects this many days after they were last modified.
@@ -31,12 +31,12 @@ enum Action {
     Abort(u32),
 }
 
-/// A rule of ours.
+/// One of our rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fitting {
     /// Unique in the bucket, and the same each time: applying it again replaces it.
     pub id: String,
-    /// Of the keys that it is about.
+    /// The prefix of the keys that it applies to.
     pub prefix: String,
     action: Action,
 }
@@ -57,7 +57,7 @@ impl Fitting {
 pub fn fitting(s3: &S3Config, touch_refresh: Duration, expire_after: Option<u32>) -> Vec<Fitting> {
     let expire_after = expire_after.unwrap_or(EXPIRE_AFTER);
     let places = Places::new(s3);
-    // An export takes time, and its manifest comes last: hence the day more.
+    // An export takes time, and its manifest comes last: hence the extra day.
     let refreshed = u32::try_from(touch_refresh.as_secs().div_ceil(DAY.as_secs()));
     let blob_days = refreshed
         .unwrap_or(u32::MAX)
@@ -135,7 +135,7 @@ pub struct Judged {
     /// Empty if it has none.
     pub id: String,
     pub prefix: String,
-    /// It can break builds.
+    /// Whether it can break builds.
     pub breaks: bool,
     /// What it does, one sentence each.
     pub effects: Vec<String>,
@@ -179,7 +179,7 @@ pub fn judge(rules: &[Rule], s3: &S3Config, touch_refresh: Duration) -> Vec<Judg
     judged.collect()
 }
 
-/// What a rule is about.
+/// What a rule applies to.
 struct Covered {
     blobs: bool,
     manifests: bool,
@@ -195,7 +195,7 @@ impl Covered {
     }
 }
 
-/// What the judgement of one rule takes from all of them.
+/// What judging one rule needs to know about all of them.
 struct Judgement {
     touch_refresh: Duration,
     /// Days after which manifests expire, if they do.
@@ -308,7 +308,7 @@ fn is_archive(class: &str) -> bool {
     matches!(class, "GLACIER" | "DEEP_ARCHIVE")
 }
 
-/// In days where it is whole days, else in hours or less.
+/// In days if it is whole days, else in hours or less.
 fn hours(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {

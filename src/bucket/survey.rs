@@ -17,16 +17,17 @@ const HEADS: usize = 128;
 /// Up to this many blobs are looked up by HEADs alone: one round trip, like a listing's first page.
 const FEW: usize = 16;
 
-/// Pages of keys that are no blobs, after which listing is given up.
+/// Pages of keys that are not blobs, after which listing is given up.
 const FOREIGN_PAGES: usize = 4;
 
-/// Listings side by side cost sixteen requests at least, so they are worth it from this many pages on.
+/// Parallel listings cost at least sixteen requests, so they are worth it only from this many pages
+/// on.
 const MANY_PAGES: f64 = 8.0;
 
 /// Whether the bucket itself is known to exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Certainty {
-    /// Something was read from it, or will be written to it.
+    /// Yes: something was read from it, or will be written to it.
     Known,
     /// This survey is the only request. A 404 to a HEAD has no body that says whether the key or the
     /// bucket is missing; a listing's 404 has.
@@ -34,11 +35,11 @@ pub enum Certainty {
 }
 
 impl Bucket {
-    /// What the store says of those of `digests` that it has.
+    /// What the store says about those of `digests` that it has.
     ///
     /// A listing of 1,000 keys costs one round trip and as much as a dozen HEADs, so it wins unless
     /// the bucket is far larger than the cache. Digests are spread evenly: the first page tells how
-    /// many more there are. Many are listed side by side.
+    /// many more there are. Many are listed in parallel.
     ///
     /// # Errors
     /// The store's.
@@ -63,7 +64,8 @@ impl Bucket {
         Ok(found)
     }
 
-    /// Lists as long as that is cheaper than HEADs; `wanted` keeps what is not known yet.
+    /// Lists for as long as that is cheaper than HEADs; `wanted` keeps the digests that are still
+    /// unknown.
     async fn list_blobs(
         &self,
         wanted: &mut Vec<Digest>,
@@ -128,7 +130,7 @@ impl Bucket {
         Ok(())
     }
 
-    /// Lists all blobs side by side; `wanted` is what is not known afterwards.
+    /// Lists all blobs in parallel; `wanted` keeps the digests that are still unknown afterwards.
     async fn list_in_parallel(
         &self,
         wanted: &mut Vec<Digest>,
@@ -151,7 +153,7 @@ impl Bucket {
         }
         match count < most_pages {
             true => wanted.clear(),
-            // More than the first page promised: not evenly spread, or without end.
+            // More than the first page promised: not evenly spread, or endless.
             false => wanted.retain(|digest| !found.contains_key(digest)),
         }
         Ok(())

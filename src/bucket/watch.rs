@@ -1,8 +1,9 @@
-//! The caches that need blobs, looked at again and again while blobs are deleted.
+//! Keeps track of the caches that need blobs while blobs are deleted.
 //!
-//! Several specs can share blobs: each has its own prefix of manifests. So all that is below the spec's
-//! prefix and not a blob is examined; what begins like a cache manifest is one, and needs its blobs. A
-//! look costs a listing without the blobs, and reads only what is new or has changed.
+//! Several specs can share blobs: each has its own prefix of manifests. So everything below the
+//! spec's prefix that is not a blob is examined; anything that begins like a cache manifest is one,
+//! and needs its blobs. A look costs a listing without the blobs, and reads only what is new or has
+//! changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +15,7 @@ use crate::bucket::{Bucket, Cache, Contents, Key, Named};
 use crate::cache::digest::Digest;
 use crate::store::{Expected, Kind, ObjectInfo, read};
 
-/// Objects that are neither blobs nor the spec's manifests, examined at most.
+/// At most so many objects are examined that are neither blobs nor the spec's manifests.
 pub const MOST_OTHERS: usize = 10_000;
 
 /// Objects read at once.
@@ -30,9 +31,9 @@ type Id = (usize, String);
 pub struct Watch {
     /// The bucket, and places elsewhere.
     places: Vec<Bucket>,
-    /// Caches of other specs are not looked for.
+    /// Whether not to look for caches of other specs.
     only_own: bool,
-    /// What has been read, and found not to be a manifest.
+    /// Objects that have been read and are not manifests.
     seen: BTreeMap<Id, ObjectInfo>,
     caches: BTreeMap<Id, Watched>,
     /// There are more than [`MOST_OTHERS`].
@@ -43,7 +44,7 @@ pub struct Watch {
 #[derive(Debug, Clone)]
 pub struct Watched {
     pub cache: Cache,
-    /// It is one of the spec's.
+    /// Whether it is one of the spec's.
     pub ours: bool,
     /// `s3://bucket/key`
     pub address: String,
@@ -53,7 +54,7 @@ pub struct Watched {
 struct Found {
     id: Id,
     info: ObjectInfo,
-    /// The cache's name. `None`: it is to be examined.
+    /// The cache's name. `None`: it must be examined.
     name: Option<String>,
 }
 
@@ -79,7 +80,7 @@ impl Watch {
     /// Looks at everything, and reads what is new or has changed. Returns the caches that it read.
     ///
     /// # Errors
-    /// The store's. A manifest that cannot be read is none.
+    /// The store's. An unreadable manifest is not an error.
     pub async fn look(&mut self) -> Result<Vec<Watched>> {
         let mut found = Vec::new();
         for at in 0..self.places.len() {
@@ -101,14 +102,14 @@ impl Watch {
         self.take_in(found).await
     }
 
-    /// The manifest at `key` of the bucket is deleted: if it is there again, it is another one.
+    /// Notes that the manifest at `key` is deleted: if it appears again, it is another one.
     pub fn forget(&mut self, key: &str) {
         let id = (0, key.to_owned());
         self.seen.remove(&id);
         self.caches.remove(&id);
     }
 
-    /// What there is at a place, but blobs.
+    /// Everything at a place except blobs.
     async fn list(&mut self, at: usize) -> Result<Vec<Found>> {
         let place = self.places[at].clone();
         if at == 0 && !self.only_own && !self.too_many_others {
@@ -122,7 +123,7 @@ impl Watch {
         Ok(found.unwrap_or_default())
     }
 
-    /// What there is below a prefix, but blobs. `None`: too much of it is not a manifest.
+    /// Everything below a prefix except blobs. `None`: too many of the objects are not manifests.
     async fn list_below(&self, at: usize, prefix: &str) -> Result<Option<Vec<Found>>> {
         let mut pages = self.places[at].all_but_blobs(prefix);
         let mut found = Vec::new();

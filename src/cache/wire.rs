@@ -1,4 +1,4 @@
-//! The JSON of a cache, field by field as BuildKit writes it, and what of it is refused.
+//! The JSON of a cache, field by field as BuildKit writes it, and what is refused in it.
 
 use std::borrow::Cow;
 

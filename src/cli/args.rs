@@ -1,5 +1,5 @@
-//! The command line: first what was typed, as clap has it; then, with every spec parsed and every
-//! value checked, what is to be done.
+//! The command line: first what was typed, as clap has it; then what is to be done, with every spec
+//! parsed and every value checked.
 
 mod copy;
 mod doctor;
@@ -45,10 +45,10 @@ use crate::progress::Display;
     name = "layercache",
     version,
     propagate_version = true,
-    // Scripts append flags to those that they are given: the last one wins.
+    // Scripts append flags to the ones they are given, so the last one wins.
     args_override_self = true,
     after_help = "\
-Exit status: 0 done, 1 failed, 2 wrong usage, 129, 130 or 143 interrupted.
+Exit status: 0 done, 1 failed, 2 usage error, 129, 130 or 143 interrupted.
 
 Examples:
   export LAYERCACHE_CACHE_FROM=type=s3,region=eu-west-1,bucket=ci-cache,name=app
@@ -89,7 +89,7 @@ pub struct Args {
     pub global: Global,
 }
 
-/// The heading, in the help of each command, of what all of them take.
+/// The heading of the options that all commands share, in the help of each.
 const GLOBAL: &str = "Global options";
 
 /// What every subcommand takes.
@@ -108,7 +108,7 @@ pub struct Global {
     #[arg(long, global = true, value_name = "FILE", help_heading = GLOBAL)]
     pub metadata_file: Option<PathBuf>,
 
-    /// Say more about what is done and why
+    /// Show in more detail what is done and why
     #[arg(short, long, global = true, action = ArgAction::Count, overrides_with = "quiet", help_heading = GLOBAL)]
     pub verbose: u8,
 }
@@ -123,9 +123,9 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List the caches in a bucket, and what else is there
     Ls(LsArgs),
-    /// Show the layers of one cache, and how much of it others share
+    /// Show the layers of one cache, and what it shares with others
     Inspect(InspectArgs),
-    /// Check that every cache is whole, and make those usable that are not
+    /// Check that every cache is whole, and make broken ones usable
     Verify(VerifyArgs),
     /// Copy a cache to another place on S3, or merge several into one
     Copy(CopyArgs),
@@ -137,7 +137,7 @@ pub enum Command {
     Serve(ServeArgs),
 }
 
-/// Something is wrong with the command line, a spec, or a variable in their stead: exit status 2.
+/// The command line, a spec, or a variable that replaces one is invalid: exit status 2.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageError(String);
 
@@ -156,9 +156,9 @@ pub(super) fn definition() -> clap::Command {
 
 /// Parses what was typed, the program's name first.
 ///
-/// # Errors
-/// clap's own, to be printed with its `print` and to exit with its `exit_code`: that is also how
-/// `--help` and `--version` come. An error that would show a spec is replaced by one that does not.
+/// # Errors clap's own, to be printed with its `print` and to exit with its `exit_code`; `--help`
+/// and `--version` arrive this way, too. An error that would show a spec is replaced by one that
+/// does not.
 pub fn parse<I, T>(typed: I) -> Result<Asked, clap::Error>
 where
     I: IntoIterator<Item = T>,
@@ -169,7 +169,7 @@ where
         if error.use_stderr() && !help && looks_like_spec(&error.to_string()) {
             Line::command().error(
                 error.kind(),
-                "a spec stands where none is expected (put --cache-to or --cache-from before each \
+                "a spec where none is expected (put --cache-to or --cache-from before each \
                  spec, and quotes round it)",
             )
         } else {
@@ -184,7 +184,7 @@ where
 }
 
 impl Global {
-    /// How progress is to be shown: the flag, else BUILDKIT_PROGRESS, else `auto`.
+    /// How to show progress: the flag, else BUILDKIT_PROGRESS, else `auto`.
     ///
     /// # Errors
     /// A [`UsageError`] if the variable holds something else.

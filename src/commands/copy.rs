@@ -1,5 +1,5 @@
-//! Copy: brings caches from S3 to other places on S3, several of them merged into one. On the server
-//! where it can be, else through this machine's memory.
+//! Copy: copies caches from S3 to other places on S3, merging several into one. The server copies
+//! blobs if it can; otherwise they pass through this machine's memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -30,7 +30,7 @@ use crate::transfer::upload::Uploader;
 /// Copies on the server in flight at once. Each is one request, and the store does the rest.
 const COPIES: usize = 32;
 
-/// Open files of a blob that passes through: connections to both sides, and ones that change over.
+/// Open files of a blob that passes through: connections to both sides, and their replacements.
 const FILES: usize = 4;
 
 /// How long to go on aborting uploads after a copy failed or was interrupted.
@@ -125,7 +125,7 @@ impl Details for CopyDetails {
     }
 }
 
-/// A cache to be copied, and what its bucket has of it.
+/// A cache to be copied, and which of its blobs its bucket has.
 struct Original {
     bucket: Bucket,
     cache: CacheConfig,
@@ -133,7 +133,7 @@ struct Original {
 }
 
 impl Original {
-    /// What its bucket says of a blob of this size.
+    /// What its bucket says about a blob of this size.
     fn blob(&self, digest: &Digest, size: u64) -> Option<&ObjectInfo> {
         self.found.get(digest).filter(|info| info.size == size)
     }
@@ -202,7 +202,7 @@ impl PerSpec for Copy<'_> {
             uploader: Uploader::new(store, context.progress.clone(), context.limits),
             bucket,
             progress: context.progress,
-            // What it took to read them counts once.
+            // Only the first target's report counts the requests that read the sources.
             requests_before: match earlier {
                 [] => 0,
                 _ => requests(originals),
@@ -216,7 +216,7 @@ fn requests(originals: &[Original]) -> u64 {
     stores.map(|store| store.requests()).sum()
 }
 
-/// Reads a cache, and looks up its blobs. `None`: there is none.
+/// Reads a cache, and looks up its blobs. `None`: there is no such cache.
 async fn read(source: &S3Config, context: &Context<'_>) -> Result<Option<Original>> {
     let store = (context.connect)(source, context.progress).await?;
     let bucket = Bucket::new(store, source, context.progress);
@@ -285,8 +285,7 @@ impl Work<CopyDetails> for CopyTo<'_> {
 }
 
 impl CopyTo<'_> {
-    /// Merges the caches, less what can no longer be had, and compares the result with what the target
-    /// has.
+    /// Merges the caches, without what is lost, and compares the result with what the target has.
     async fn plan(&self, details: &mut CopyDetails) -> Result<Plan> {
         let mut all = BTreeMap::new();
         for original in self.originals {
@@ -308,7 +307,8 @@ impl CopyTo<'_> {
         let whole = merge(parts.clone());
         let cache = match self.target.mode {
             Mode::Max => whole.clone(),
-            // Each for itself: in a merge, a build's own result may be another's intermediate one.
+            // Reduced one by one: in a merge, one build's own result may be another's intermediate
+            // one.
             Mode::Min => merge(parts.iter().map(CacheConfig::min).collect()),
         };
         let blobs = cache.blobs()?;
@@ -325,7 +325,7 @@ impl CopyTo<'_> {
         ))
     }
 
-    /// What is left of a cache without blobs that are neither at the target nor at any source.
+    /// The cache without what needs blobs that are neither at the target nor at any source.
     fn available(
         &self,
         original: &Original,

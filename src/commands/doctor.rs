@@ -1,4 +1,4 @@
-//! Doctor: tries out each operation that the other commands use on one scratch object beside the
+//! Doctor: tests each operation that the other commands use, on one scratch object beside the
 //! blobs, and says what does not work, what that costs, and which permission is missing.
 
 mod checks;
@@ -26,14 +26,14 @@ use crate::store::{
 };
 use crate::transfer::body::InMemory;
 
-/// What the scratch object holds: should it be left behind, it explains itself.
-const CONTENT: &str = "layercache doctor wrote this to try out the bucket. It can be deleted.\n";
+/// What the scratch object holds. If it is left behind, it explains itself.
+const CONTENT: &str = "layercache doctor wrote this to test the bucket. It can be deleted.\
+";
 
 /// The part of it that is read with a range.
 const RANGE: std::ops::Range<u64> = 11..17;
 
-/// LastModified counts whole seconds: a copy made later than this after the object was written moves
-/// it.
+/// LastModified counts whole seconds: a copy made this long after the object was written moves it.
 const TICK: Duration = Duration::from_millis(1100);
 
 /// How long to go on removing the scratch object after the checks were interrupted.
@@ -42,8 +42,8 @@ const CLEAN_UP_PATIENCE: Duration = Duration::from_secs(20);
 /// Date headers count whole seconds and travel for a while: a clock this many seconds off is right.
 const CLOCK_TOLERANCE: i64 = 2;
 
-/// Tries out every target of the task. A target that an export or an import cannot use is no failure of
-/// the doctor's, so its report is printed like any other, but it makes the run fail.
+/// Tests every target of the task. If an export or an import cannot use a target, the doctor itself
+/// has not failed: it prints the report like any other, but the run fails.
 pub async fn run(task: &DoctorTask, context: &Context<'_>) -> Outcome {
     let (reports, mut errors) = for_each_spec(&Doctor, &task.targets, context).await;
     for report in reports.iter().filter(|report| report.error.is_none()) {
@@ -52,7 +52,7 @@ pub async fn run(task: &DoctorTask, context: &Context<'_>) -> Outcome {
     (reports, errors).into()
 }
 
-/// What a target turned out to be like.
+/// What the checks found out about a target.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DoctorDetails {
@@ -109,7 +109,7 @@ struct Checked {
     reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     consequence: Option<&'static str>,
-    /// To be added, if that is the reason.
+    /// The permission to add, if that is the reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     permission: Option<&'static str>,
 }
@@ -132,10 +132,10 @@ impl Answer {
     }
 }
 
-/// How a check can end other than well.
+/// How a check can fail.
 enum Trouble {
     Failed(StoreError),
-    /// It depends on one that failed.
+    /// It depends on another check that failed.
     NotTried(&'static str),
 }
 
@@ -194,7 +194,7 @@ fn is_forbidden(error: &StoreError) -> bool {
         && matches!(error.code.as_deref(), None | Some("AccessDenied"))
 }
 
-/// Whether every other check would fail likewise, perhaps after as many tries.
+/// Whether every other check would fail the same way, perhaps after as many tries.
 fn is_hopeless(error: &StoreError, something_works: bool) -> bool {
     match error.kind {
         Kind::NoBucket => true,
@@ -218,7 +218,7 @@ impl DoctorDetails {
         (self.export_works, self.import_works) = (work(Need::Export), work(Need::Import));
     }
 
-    /// The error of a target that is no good.
+    /// The error for a target that an export or an import cannot use.
     fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
         let what = match (self.export_works, self.import_works) {
             (true, true) => return None,
@@ -312,7 +312,7 @@ impl PerSpec for Doctor {
         &target.s3
     }
 
-    /// `ignore-error` is about exports.
+    /// `ignore-error` applies to exports only.
     fn ignores_errors(&self, _: &ExportConfig) -> bool {
         false
     }
@@ -358,18 +358,18 @@ impl PerSpec for Doctor {
     }
 }
 
-/// The checks of one target, and what they have made that is to be removed.
+/// The checks of one target, and what they have created and must remove.
 struct Examination<'a> {
     store: Arc<dyn Store>,
     bucket: &'a str,
     /// The scratch object.
     key: String,
     progress: &'a Progress,
-    /// It may be there.
+    /// It may exist.
     object: bool,
     /// When it was written, if it was.
     written: Option<Instant>,
-    /// An upload may have begun whose id we do not have.
+    /// An upload may have begun whose id we never received.
     creating: bool,
     uploads: BTreeSet<String>,
     /// The part that the one upload has.
@@ -379,7 +379,7 @@ struct Examination<'a> {
 #[async_trait]
 impl Work<DoctorDetails> for Examination<'_> {
     async fn run(&mut self, report: &mut Report<DoctorDetails>) -> Result<()> {
-        self.progress.stage("trying out the bucket", 0, 0);
+        self.progress.stage("testing the bucket", 0, 0);
         let details = &mut report.details;
         let mut hopeless = false;
         for check in &CHECKS {
@@ -452,14 +452,14 @@ impl Examination<'_> {
     fn wrote(&mut self, done: StoreResult<()>) -> StoreResult<()> {
         match &done {
             Ok(()) => self.written = Some(Instant::now()),
-            // A refusal wrote nothing.
+            // A refused request wrote nothing.
             Err(error) if self.written.is_none() && is_forbidden(error) => self.object = false,
             Err(_) => {}
         }
         done
     }
 
-    /// Without an object, this tries out the permission alone.
+    /// Without an object, this tests the permission alone.
     async fn head(&self) -> StoreResult<()> {
         match self.store.head(&self.key).await? {
             None if self.written.is_some() => {
@@ -597,7 +597,7 @@ impl Examination<'_> {
         Ok(())
     }
 
-    /// The store did something else than it said.
+    /// The store did not do what it said.
     fn lost(&self, what: &str) -> StoreError {
         StoreError {
             kind: Kind::Nonsense,

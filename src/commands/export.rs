@@ -1,5 +1,5 @@
-//! Export: uploads what the layout's manifest refers to and S3 lacks, refreshes what is old, and writes
-//! the S3 manifest last.
+//! Export: uploads what the layout's manifest refers to and S3 lacks, refreshes old blobs, and
+//! writes the S3 manifest last.
 
 mod build_context;
 
@@ -30,7 +30,7 @@ use crate::transfer::download::Downloader;
 use crate::transfer::limits::Limits;
 use crate::transfer::upload::Uploader;
 
-/// Open files of an upload: the blob, and two connections that change over.
+/// Open files of an upload: the blob, a connection, and its replacement.
 const FILES: usize = 3;
 
 /// Blobs read back at once under `--verify-remote`.
@@ -257,7 +257,7 @@ impl ExportTo<'_> {
         ))
     }
 
-    /// Reads back what S3 has of `blobs`. Returns those whose bytes are wrong there.
+    /// Reads back those of `blobs` that S3 has. Returns the ones whose bytes are wrong there.
     async fn damaged(
         &self,
         blobs: &BTreeMap<Digest, u64>,

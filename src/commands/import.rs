@@ -32,13 +32,13 @@ use crate::transfer::upload::Uploader;
 /// Blobs hashed at once under `--verify`.
 const HASHES: usize = 4;
 
-/// How often blobs that another process deletes during the import are fetched again.
+/// How often to fetch blobs again that another process deletes during the import.
 const REFETCHES: usize = 10;
 
 /// How long to go on aborting copies after an import failed or was interrupted.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Digests that an error lists.
+/// How many digests an error lists.
 const LISTED: usize = 5;
 
 /// Imports from every source of the task.
@@ -150,8 +150,7 @@ impl ImportDetails {
     }
 }
 
-/// `--require` demands one cache that a build can use: a branch's may be absent while the main branch's
-/// is there. Returns the error if there is none, unless a failure says why already.
+/// `--require` demands one cache that a build can use: a branch's may be absent if the main branch's is there. Returns the error if there is none, unless another failure already says why.
 fn require_usable(reports: &mut [Report<ImportDetails>]) -> Option<anyhow::Error> {
     let enough = |report: &Report<ImportDetails>| report.details.usable || report.error.is_some();
     if reports.iter().any(enough) {
@@ -170,7 +169,7 @@ fn require_usable(reports: &mut [Report<ImportDetails>]) -> Option<anyhow::Error
     })
 }
 
-/// Whether a build can use something of `cache`.
+/// Whether a build can use anything in `cache`.
 fn is_usable(cache: &CacheConfig) -> bool {
     let has_result = |record: &Record| !record.results.is_empty() || !record.chains.is_empty();
     cache.image.is_some() || cache.records.iter().any(has_result)
@@ -277,7 +276,7 @@ impl Work<ImportDetails> for ImportFrom<'_> {
         let details = &mut report.details;
         let Some(plan) = self.plan().await? else {
             details.not_found = true;
-            // Of several sources, another may have one.
+            // Another of several sources may have one.
             if self.task.require && self.task.sources.len() == 1 {
                 bail!("there is no cache yet, and --require was given");
             }
@@ -300,7 +299,7 @@ impl Work<ImportDetails> for ImportFrom<'_> {
         }
         self.uploader.abort_unfinished(ABORT_PATIENCE).await;
         let layout = self.layout.clone();
-        // Only what the next run can resume stays.
+        // Keeps only what the next run can resume.
         blocking(move || {
             layout.tidy();
             Ok(())
@@ -378,7 +377,7 @@ impl ImportFrom<'_> {
         Ok(wrong.into_iter().flatten().collect())
     }
 
-    /// Other programs may make room in time, so this is no error.
+    /// Other programs may free space in time, so this is not an error.
     async fn warn_of_little_space(&self, plan: &Plan) -> Result<()> {
         let sizes = plan.fetch.iter().map(|(_, size)| *size);
         let needed = sizes.fold(0, u64::saturating_add);
@@ -468,8 +467,8 @@ impl ImportFrom<'_> {
         Ok(missing)
     }
 
-    /// Moves what the layout has under the names of these blobs out of the way. It is damaged, and no
-    /// later run would replace it.
+    /// Moves the layout's copies of these blobs out of the way. They are damaged, and no later run
+    /// would replace them.
     async fn set_damaged_aside(
         &self,
         missing: &BTreeSet<Digest>,
@@ -488,8 +487,8 @@ impl ImportFrom<'_> {
         Ok(())
     }
 
-    /// Tags the cache once all its blobs are there at the same time: what another process deletes in
-    /// between is fetched again. Returns the manifest's digest and the bytes of the cache config.
+    /// Tags the cache once all its blobs are there at the same time; fetches again what another
+    /// process deletes in between. Returns the manifest's digest and the bytes of the cache config.
     async fn publish(
         &self,
         mut cache: CacheConfig,

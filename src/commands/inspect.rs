@@ -24,7 +24,7 @@ use crate::report::table::{Column, Table};
 use crate::report::{Details, Outcome, Place, Report, age, count};
 use crate::store::{Kind, StoreError};
 
-/// Other caches that the summary names.
+/// How many other caches the summary names.
 const NAMED: usize = 5;
 
 /// Shows every cache of the task.
@@ -60,7 +60,7 @@ pub struct InspectDetails {
     bytes: u64,
     /// Bytes of the blobs that no other cache needs.
     unique_bytes: u64,
-    /// It also describes an image.
+    /// Whether it also describes an image.
     image: bool,
     /// What `mode=min` would keep.
     min: Min,
@@ -261,7 +261,7 @@ impl InspectDetails {
     }
 }
 
-/// To the second, as people write it.
+/// To the second, as people write times.
 fn date(time: &Time) -> String {
     let text = time.to_string();
     let end = text.find('.').unwrap_or(text.len());

@@ -1,5 +1,5 @@
-//! Lifecycle: prints the bucket's rules that fit a cache, writes them beside those of others, or judges
-//! the ones that the bucket has.
+//! Lifecycle: prints the rules that fit a cache, writes them to the bucket beside those of others,
+//! or judges the rules that the bucket has.
 
 use std::fmt::Write as _;
 
@@ -16,8 +16,8 @@ use crate::progress::Progress;
 use crate::quote::{printable, quoted};
 use crate::report::{Details, Outcome, Place, Report, count, quoted_names};
 
-/// Does it for every target of the task. A rule that can break builds is no failure of the check, so
-/// the report is printed like any other, but it makes the run fail.
+/// Does this for every target of the task. If a rule can break builds, the check itself has not
+/// failed: it prints the report like any other, but the run fails.
 pub async fn run(task: &LifecycleTask, context: &Context<'_>) -> Outcome {
     let command = Lifecycle { task };
     let (reports, mut errors) = for_each_spec(&command, &task.targets, context).await;
@@ -27,7 +27,7 @@ pub async fn run(task: &LifecycleTask, context: &Context<'_>) -> Outcome {
     (reports, errors).into()
 }
 
-/// What came of it at one target.
+/// The result for one target.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LifecycleDetails {
@@ -49,7 +49,7 @@ pub struct LifecycleDetails {
 }
 
 impl LifecycleDetails {
-    /// The error of a bucket whose rules can break builds.
+    /// The error for a bucket whose rules can break builds.
     fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
         let rules = self.rules.iter().flatten();
         let breaking = rules.filter(|rule| rule.breaks).count();
@@ -93,7 +93,7 @@ impl Details for LifecycleDetails {
                 "wrote {ours} to {address}, beside {} of others; {cost}",
                 count(kept, "rule")
             ),
-            // What is piped on: nothing but the document.
+            // Meant for a pipe: nothing but the document.
             _ => serde_json::to_string_pretty(&self.configuration).unwrap_or_default(),
         }
     }
@@ -120,7 +120,7 @@ impl PerSpec for Lifecycle<'_> {
         &target.s3
     }
 
-    /// `ignore-error` is about exports.
+    /// `ignore-error` applies to exports only.
     fn ignores_errors(&self, _: &ExportConfig) -> bool {
         false
     }
@@ -220,7 +220,7 @@ impl RulesOf<'_> {
         }
         details.unchanged = Some(unchanged);
         details.kept = Some(document.others(ours).count() as u64);
-        // Together with ours, as the bucket has them now.
+        // Judges all rules together, as the bucket has them now.
         let now = Document::parse(&document.merged(ours)?)?;
         let judged = rules::judge(&now.rules, &self.target.s3, self.target.touch_refresh);
         for rule in judged.iter().filter(|rule| rule.breaks) {

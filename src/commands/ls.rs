@@ -62,9 +62,9 @@ struct Listed {
     unique_bytes: u64,
     /// When the oldest of its blobs was written or refreshed.
     oldest_blob: Option<Time>,
-    /// Blobs that are not there with their size.
+    /// Blobs that are absent or have another size.
     missing_blobs: u64,
-    /// It also describes an image.
+    /// Whether it also describes an image.
     image: bool,
 }
 

@@ -32,11 +32,11 @@ use crate::transfer::upload::ABANDONED;
 /// How much older than touch_refresh a blob must be to go, unless `--grace` says so: the longest export.
 const EXPORT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Caches and keys that an error lists.
+/// How many caches and keys an error lists.
 const LISTED: usize = 5;
 
-/// Prunes every target of the task. What stands in the way of a part of the work is no failure of the
-/// rest, so the report is printed like any other, but it makes the run fail.
+/// Prunes every target of the task. If part of the work fails, the rest has not: the report is
+/// printed like any other, but the run fails.
 pub async fn run(task: &PruneTask, context: &Context<'_>) -> Outcome {
     let prune = Prune { task };
     let (reports, mut errors) = for_each_spec(&prune, &task.targets, context).await;
@@ -57,7 +57,7 @@ pub async fn run_local(task: &PruneLayoutTask, context: &Context<'_>) -> Outcome
         .into()
 }
 
-/// What was to be done at one target, and what was.
+/// What was planned for one target, and what was done.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PruneDetails {
@@ -67,7 +67,7 @@ pub struct PruneDetails {
     uploads: Uploads,
     /// What was deleted. Nothing in a dry run.
     deleted: Deleted,
-    /// What stood in the way of a part of it: the run fails.
+    /// What could not be done: the run fails.
     problems: Vec<String>,
     #[serde(skip)]
     json: bool,
@@ -220,14 +220,14 @@ struct Prune<'a> {
 impl PerSpec for Prune<'_> {
     type Spec = ExportConfig;
     type Details = PruneDetails;
-    /// The places elsewhere.
+    /// The places elsewhere whose caches need the same blobs.
     type Ready = Vec<Bucket>;
 
     fn s3<'a>(&self, target: &'a ExportConfig) -> &'a S3Config {
         &target.s3
     }
 
-    /// `ignore-error` is about exports.
+    /// `ignore-error` applies to exports only.
     fn ignores_errors(&self, _: &ExportConfig) -> bool {
         false
     }
@@ -278,11 +278,11 @@ struct PruneOne<'a> {
     context: &'a Context<'a>,
 }
 
-/// What is to be deleted, but for the blobs: there may be too many to list.
+/// What is to be deleted, except blobs: there may be too many to list.
 struct Plan {
     /// The chosen caches.
     caches: Vec<Watched>,
-    /// The blobs that the others need.
+    /// The blobs that the remaining caches need.
     needed: BTreeSet<Digest>,
     /// Why no blob may be deleted, if none may.
     blocked: Option<String>,
@@ -316,7 +316,7 @@ impl Work<PruneDetails> for PruneOne<'_> {
         ended.map_err(|error| {
             let Deleted { caches, blobs, .. } = details.deleted;
             error.context(format!(
-                "stopped after {} and {}; the next prune goes on",
+                "stopped after {} and {}; the next prune continues",
                 count(caches, "cache"),
                 count(blobs, "blob")
             ))
@@ -347,7 +347,7 @@ impl PruneOne<'_> {
         loop {
             let mut plan = self.decide(watch, details)?;
             let odd = self.count_blobs(&plan, details).await?;
-            // Almost never: a cache whose name begins like a digest.
+            // Rare: a cache whose name begins like a digest.
             if !watch.look_at(odd).await?.is_empty() {
                 continue;
             }
@@ -414,7 +414,7 @@ impl PruneOne<'_> {
         })
     }
 
-    /// Counts the blobs by what becomes of them. Returns what is not a blob but is listed among them.
+    /// Counts the blobs by their fate. Returns what is listed among them but is not a blob.
     async fn count_blobs(
         &self,
         plan: &Plan,
@@ -450,7 +450,7 @@ impl PruneOne<'_> {
         Ok(odd)
     }
 
-    /// Uploads of blobs that nobody can be working on.
+    /// Uploads of blobs that nobody can still be working on.
     async fn abandoned_uploads(&self) -> Vec<Upload> {
         let now = self.now();
         let is_abandoned = |upload: &Upload| {
@@ -463,7 +463,7 @@ impl PruneOne<'_> {
     }
 }
 
-/// The store's time, as far as its responses have told.
+/// The store's time, as far as its responses have shown.
 fn now(bucket: &Bucket) -> SystemTime {
     let now = SystemTime::now();
     let ahead = bucket.store().connection().clock_ahead.unwrap_or_default();

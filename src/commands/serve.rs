@@ -1,5 +1,5 @@
-//! Serve: opens an endpoint over caches on S3, tells builders where it is, and serves until the command
-//! that was given has ended, or a signal arrives.
+//! Serve: opens an endpoint over caches on S3, tells builders where it is, and serves until the
+//! given command ends or a signal arrives.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -27,7 +27,7 @@ use crate::report::{AnyReport, Details, Outcome, Place, Report, count};
 use crate::serve::{Endpoint, Repository, Served, Serving, TAG};
 use crate::store::Store;
 
-/// A shell's exit status for a command that is not there.
+/// A shell's exit status for a command that does not exist.
 const NOT_FOUND: u8 = 127;
 
 /// Serves the caches of the task.
@@ -98,7 +98,7 @@ pub async fn run(task: &ServeTask, context: &Context<'_>) -> Outcome {
     outcome
 }
 
-/// Connects to every cache. One that is read and written is one.
+/// Connects to every cache. A cache that is both read and written is one connection.
 async fn connect(task: &ServeTask, context: &Context<'_>) -> Result<Vec<Served>> {
     let mut caches: Vec<Served> = Vec::new();
     for source in &task.sources {
@@ -129,11 +129,11 @@ async fn bucket(config: &S3Config, context: &Context<'_>) -> Result<Bucket> {
     Ok(Bucket::new(store, config, context.progress))
 }
 
-/// What builders are told, by the names of the variables.
+/// What builders are told: variables by their names.
 fn variables(serving: &Serving, target: Option<&ExportConfig>) -> Vec<(&'static str, String)> {
     let address = reachable(serving.address);
     let registry = format!("{address}/{}", serving.secret.text());
-    // Builders speak plain HTTP to loopback only, unless they are told.
+    // Builders speak plain HTTP only to loopback, unless told otherwise.
     let insecure = match address.ip().is_loopback() {
         true => "",
         false => ",registry.insecure=true",
@@ -155,7 +155,7 @@ fn variables(serving: &Serving, target: Option<&ExportConfig>) -> Vec<(&'static 
     if let Some(first) = sources.first() {
         let references: Vec<_> = sources.iter().map(|name| reference(name)).collect();
         variables.push(("LAYERCACHE_FROM", references.join("\n")));
-        // One token leads to every source.
+        // One token gives access to every source.
         variables.push(("LAYERCACHE_GHA_FROM", gha(first, false)));
     }
     let mut all = serving.repositories.iter();
@@ -175,7 +175,7 @@ fn variables(serving: &Serving, target: Option<&ExportConfig>) -> Vec<(&'static 
     variables
 }
 
-/// An address that stands for all of the machine's is reached on loopback.
+/// An address that stands for all of the machine's addresses is reached on loopback.
 fn reachable(address: SocketAddr) -> SocketAddr {
     match address.ip().is_unspecified() {
         true => SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), address.port()),
@@ -183,7 +183,7 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Writes the variables where the task wants them.
+/// Writes the variables to where the task asks for them.
 async fn announce(
     task: &ServeTask,
     variables: &[(&'static str, String)],
@@ -206,8 +206,8 @@ async fn announce(
     Ok(())
 }
 
-/// Appends the variables in the form of `$GITHUB_ENV`. What of them has several lines stands between
-/// two marks.
+/// Appends the variables in the form of `$GITHUB_ENV`. A value of several lines stands between two
+/// marks.
 fn append(file: &Path, variables: &[(&'static str, String)]) -> Result<()> {
     let mut lines = String::new();
     for (name, value) in variables {
@@ -216,7 +216,7 @@ fn append(file: &Path, variables: &[(&'static str, String)]) -> Result<()> {
             false => writeln!(lines, "{name}={value}"),
         };
     }
-    // If it is new it is for the user's eyes only: it holds the secret.
+    // A new file is readable only by the user: it holds the secret.
     let mut options = std::fs::OpenOptions::new();
     let mut file = options.append(true).create(true).mode(0o600).open(file)?;
     file.write_all(lines.as_bytes())?;
@@ -232,7 +232,7 @@ fn start(task: &ServeTask, variables: &[(&'static str, String)]) -> Result<Child
         .with_context(|| format!("cannot run {}", task.command[0].display()))
 }
 
-/// Waits for the command, and passes the signal on to it that would end us.
+/// Waits for the command, and passes on to it the signals that would end us.
 async fn attend(mut child: Child, interrupt: &Interrupt) -> Result<ExitStatus> {
     let pid = Pid::from_child(&child);
     let ended = blocking(move || child.wait().context("waiting for the command"));
@@ -254,7 +254,7 @@ fn forward(signal: i32, pid: Pid) {
     if signal != Signal::TERM && in_foreground() {
         return;
     }
-    // It may have ended.
+    // The command may have ended.
     let _ = kill_process(pid, signal);
 }
 
@@ -267,7 +267,7 @@ fn in_foreground() -> bool {
     foreground == Some(rustix::process::getpgrp())
 }
 
-/// As a shell gives it.
+/// The exit status as a shell gives it.
 fn exit_status(status: ExitStatus) -> u8 {
     let code = match status.signal() {
         Some(signal) => 128 + signal,
@@ -276,19 +276,19 @@ fn exit_status(status: ExitStatus) -> u8 {
     u8::try_from(code).unwrap_or(1)
 }
 
-/// What builders read from one cache, and wrote to it.
+/// What builders read from and wrote to one cache.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServeDetails {
     /// The cache's name in the registry.
     repository: String,
-    /// Whether it is a `--cache-from`, and whether the `--cache-to`.
+    /// Whether it is a `--cache-from`; whether it is the `--cache-to`.
     source: bool,
     target: bool,
-    /// Tags and keys that were looked up, and how many were there.
+    /// Tags and keys that were looked up, and how many were found.
     lookups: u64,
     hits: u64,
-    /// Blobs that were read, and their bytes: those sent to builders, and those received from S3.
+    /// Blobs read, bytes sent to builders, and bytes received from S3.
     blobs: u64,
     bytes_served: u64,
     bytes_fetched: u64,
@@ -296,9 +296,9 @@ pub struct ServeDetails {
     manifests: u64,
     /// Blobs uploaded.
     transferred: u64,
-    /// Blobs that were there and young.
+    /// Blobs that were already there, and young.
     present: u64,
-    /// Blobs that were there and old, and are young now.
+    /// Blobs that were already there, but old, and were refreshed.
     refreshed: u64,
     /// Bytes of the uploaded blobs.
     bytes: u64,

@@ -1,4 +1,4 @@
-//! Verify: whether every cache of a place is whole; and what can be done about those that are not.
+//! Verify: checks whether every cache of a place is whole, and repairs those that are not.
 
 mod local;
 mod repair;
@@ -30,10 +30,10 @@ use crate::transfer::limits::Limits;
 /// Blobs read at once.
 const READS: usize = 16;
 
-/// How often a blob may be replaced while it is read again.
+/// How often others may replace a blob while it is read again.
 const TRIES: usize = 3;
 
-/// Digests that the summary lists of one cache.
+/// How many digests of one cache the summary lists.
 const LISTED: usize = 10;
 
 /// Verifies every place of the task.
@@ -51,7 +51,7 @@ pub async fn run(task: &VerifyTask, context: &Context<'_>) -> Outcome {
     (reports, errors).into()
 }
 
-/// What was found at one place, and done about it.
+/// What was found at one place, and what was done about it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct VerifyDetails {
@@ -63,7 +63,7 @@ pub struct VerifyDetails {
     deep: bool,
     /// Damaged objects that were deleted, or files that were moved aside.
     removed: u64,
-    /// Damaged objects that a repair had to leave where they are.
+    /// Damaged objects that a repair could not delete.
     #[serde(skip_serializing_if = "is_zero")]
     not_removed: u64,
     /// A repair was asked for.
@@ -78,15 +78,15 @@ pub struct VerifyDetails {
 #[serde(rename_all = "camelCase")]
 struct Verdict {
     name: String,
-    /// Nothing is wrong with it, or nothing is any more.
+    /// Nothing was wrong with it, or everything was repaired.
     ok: bool,
     missing: Vec<Digest>,
     damaged: Vec<Digest>,
     wrong_size: Vec<Digest>,
-    /// Why its manifest cannot be read, if it cannot.
+    /// Why its manifest is unreadable, if it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     unreadable: Option<String>,
-    /// What a repair took away from it.
+    /// What a repair removed from it.
     #[serde(skip_serializing_if = "Option::is_none")]
     repaired: Option<Lost>,
     #[serde(skip)]
@@ -154,7 +154,7 @@ impl Verdict {
         }
     }
 
-    /// What is to be said of it below the table.
+    /// What is said about it below the table.
     fn lines(&self, text: &mut String) {
         let name = printable(&self.name);
         if let Some(reason) = &self.unreadable {
@@ -270,7 +270,7 @@ impl VerifyDetails {
         self.bytes = blobs.into_values().sum();
     }
 
-    /// The error of a place where something is wrong and stays so.
+    /// The error for a place where something is still wrong.
     fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
         let wrong = self.caches.iter().filter(|cache| !cache.ok).count() as u64;
         let address = place.addresses();
@@ -283,7 +283,7 @@ impl VerifyDetails {
         }
         let caches = count(self.caches.len() as u64, "cache");
         let advice = match (self.repair, place.layout.is_empty()) {
-            (false, true) => "; --repair makes those usable whose manifests can be read",
+            (false, true) => "; --repair fixes those whose manifests can be read",
             (false, false) => {
                 "; --repair moves damaged blobs aside, so that an import fetches them"
             }
@@ -356,7 +356,7 @@ struct Verification<'a> {
 struct Found {
     /// Those that are there.
     blobs: BTreeMap<Digest, ObjectInfo>,
-    /// Those of them whose bytes are wrong.
+    /// Those whose bytes are wrong.
     damaged: BTreeMap<Digest, ObjectInfo>,
 }
 
@@ -413,7 +413,7 @@ fn judge(cache: &Cache, found: &Found) -> Verdict {
 }
 
 impl Verification<'_> {
-    /// Reads and hashes those of the blobs that are there with their size, the largest first.
+    /// Reads and hashes the blobs that are there with the right size, the largest first.
     async fn hash(&self, named: BTreeSet<(Digest, u64)>, found: &mut Found) -> Result<()> {
         let verified = self.earlier();
         let mut unread = Vec::new();
@@ -473,7 +473,7 @@ impl Verification<'_> {
             Ok(verified) => Some(verified),
             Err(error) => {
                 self.progress.debug(&format!(
-                    "if this run is interrupted, the next one begins anew: {error:#}"
+                    "if this run is interrupted, the next one starts over: {error:#}"
                 ));
                 None
             }
@@ -563,18 +563,18 @@ impl Verification<'_> {
                 results: dropped.results as u64,
             });
             cache.not_repaired = failed.get(&cache.name).cloned();
-            // What others have replaced or healed meanwhile needs no repair.
+            // A cache that others have replaced or fixed meanwhile needs no repair.
             cache.ok = cache.unreadable.is_none() && cache.not_repaired.is_none();
         }
         Ok(())
     }
 }
 
-/// What a blob has turned out to be.
+/// The state in which a blob was found.
 enum Health {
     Good,
     Missing,
     Damaged(ObjectInfo),
-    /// An object of another size.
+    /// An object of the wrong size.
     Other(ObjectInfo),
 }

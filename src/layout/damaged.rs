@@ -45,7 +45,7 @@ impl Layout {
     }
 }
 
-/// The blob as which the file `name` of the staging directory stood before.
+/// The blob that the file `name` of the staging directory was before it was moved.
 pub(super) fn damaged_blob(name: &str) -> Option<Digest> {
     let hex = name.strip_prefix(PREFIX)?;
     format!("sha256:{hex}").parse().ok()

@@ -188,8 +188,8 @@ impl Dir {
         Ok(device(self)? == device(other)?)
     }
 
-    /// The names in this directory. In those that are not UTF-8, replacement characters stand for what
-    /// is not: no name that we look for has any.
+    /// The names in this directory. Invalid UTF-8 becomes replacement characters: no name that we
+    /// look for has any.
     pub(super) fn list(&self) -> Result<Vec<String>> {
         let context = || format!("cannot list {}", self.path.display());
         let mut names = Vec::new();

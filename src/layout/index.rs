@@ -242,7 +242,7 @@ impl IndexJson {
         (before - self.manifests.len()) as u64
     }
 
-    /// What is there, to be part of an error.
+    /// The entries, as part of an error message.
     pub(super) fn listing(&self) -> String {
         listed(
             &self
@@ -260,8 +260,8 @@ fn usable(entries: &[Entry]) -> impl DoubleEndedIterator<Item = (&Descriptor, &E
         .filter_map(|entry| Some((entry.descriptor.as_ref().ok()?, entry)))
 }
 
-/// The last entry of this tag: the one written last. If it cannot be used, an older one of the same name
-/// is not what is meant.
+/// The last entry of this tag: the one written last. If it cannot be used, an older one of the same
+/// name will not do.
 fn find_tag(entries: &[Entry], tag: &str) -> Result<Option<(Descriptor, String)>> {
     let found = entries
         .iter()

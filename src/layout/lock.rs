@@ -14,11 +14,12 @@ use super::dir::{Dir, WRITE, errno};
 /// BuildKit's name for the lock of `index.json`.
 pub(super) const INDEX_LOCK: &str = "index.json.lock";
 
-/// How often in a row the file that we have just locked may have lost its name. Its holder removes it with
-/// its lock, so once is common; more often, we pause; and so often, something is wrong.
+/// How often in a row the file that we have just locked may have lost its name. Its holder removes
+/// it with its lock, so once is common. After a few times we pause; after this many, something is
+/// wrong.
 const MOST_REPLACED: u32 = 100;
 
-/// Before that many, we try again at once.
+/// Below this many, we try again at once.
 const PAUSE_FROM: u32 = 20;
 
 /// How much longer to wait.
@@ -95,9 +96,9 @@ pub(super) struct IndexLock<'a> {
 }
 
 impl<'a> IndexLock<'a> {
-    /// To read the index. `None` where there can be no lock, because nothing can be written (a read-only
-    /// mount, another user's directory) or the file system has no locks: then reading without one is
-    /// the best there is.
+    /// To read the index. `None` if no lock is possible, because nothing can be written (a
+    /// read-only mount, another user's directory) or the file system has no locks: then we have to
+    /// read without one.
     pub(super) fn shared(root: &'a Dir, wait: Duration) -> Result<Option<Self>> {
         match Self::acquire(
             root,
@@ -154,7 +155,7 @@ impl<'a> IndexLock<'a> {
         }
     }
 
-    /// Whether we still keep the others out: BuildKit removes the file after it has released its lock,
+    /// Whether our lock still keeps others out: BuildKit removes the file after releasing its lock,
     /// and so may remove one that we have just locked.
     pub(super) fn holds(&self) -> Result<bool> {
         self.root.names(INDEX_LOCK, &self.file)

@@ -48,7 +48,7 @@ pub struct Orphan {
     pub age: Duration,
 }
 
-/// What a prune has done.
+/// What a prune did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pruned {
     pub entries: u64,
@@ -71,8 +71,8 @@ impl Layout {
     /// Carries out a plan under BuildKit's lock: deletes those of its orphans, and removes those of its
     /// entries, that are still to be deleted by then.
     ///
-    /// # Errors
-    /// As [`Layout::plan_prune`], or the layout cannot be written to. Some of it may be done then.
+    /// # Errors As [`Layout::plan_prune`], or the layout cannot be written to. Part of the plan may
+    /// be done by then.
     pub fn prune(&self, plan: &PrunePlan) -> Result<Pruned> {
         let root = self.open_root()?;
         let dangling: BTreeSet<&Dangling> = plan.dangling.iter().collect();
@@ -118,7 +118,7 @@ impl Layout {
         let mut names = blobs.list()?;
         names.sort_unstable();
         for name in names {
-            // Only what is named as a blob is one.
+            // Only files named as blobs are blobs.
             let Ok(digest) = format!("sha256:{name}").parse::<Digest>() else {
                 continue;
             };

@@ -1,5 +1,5 @@
-//! How bytes get into a layout: written to a locked file in `.layercache/`, synced, and only then given
-//! the name that readers look for.
+//! How bytes get into a layout: they are written to a locked file in `.layercache/` and synced;
+//! only then does the file get the name that readers look for.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -94,7 +94,7 @@ impl Held {
         &self.dir
     }
 
-    /// Lets go of it; what an earlier run has downloaded stays.
+    /// Releases the file; what an earlier run has downloaded stays.
     pub(super) fn release(self) -> Result<()> {
         match self.dir.file_size(&self.name)? {
             Some(0) => self.discard(),
@@ -106,8 +106,8 @@ impl Held {
         self.dir.unlink(&self.name)
     }
 
-    /// Writes a whole small file and syncs it. It gets the permissions in `mode`, on a file system that
-    /// has any.
+    /// Writes a whole small file and syncs it. It gets the permissions in `mode`, if the file
+    /// system has permissions.
     pub(super) fn fill(&mut self, bytes: &[u8], mode: Option<rustix::fs::Mode>) -> Result<()> {
         let mut write = || -> std::io::Result<()> {
             self.file.set_len(0)?;

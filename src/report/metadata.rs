@@ -16,22 +16,21 @@ struct Document {
     results: Vec<Value>,
 }
 
-/// Whether [`write()`] can be expected to work, asked before there is anything to lose.
-/// Errors name the file.
+/// Checks that [`write()`] can be expected to work, before any work is done. Errors name the file.
 pub fn check(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     let checked = match target(path) {
         Ok(Target::Stream) => rustix::fs::access(path, rustix::fs::Access::WRITE_OK)
             .map_err(|error| std::io::Error::from(error).into()),
-        // Opening or replacing what is there would already be a result.
+        // Opening or replacing an existing file would already be a result.
         Ok(Target::File(target)) => stage(&target).map(drop),
         Err(error) => Err(error),
     };
     checked.with_context(|| cannot_write(path))
 }
 
-/// Writes the reports as JSON to the file at `path`, which is replaced in one step, or written to
-/// where it is no regular file (`/dev/stdout`, a pipe). Errors name the file.
+/// Writes the reports as JSON to the file at `path`, which is replaced atomically, or written to if
+/// it is not a regular file (`/dev/stdout`, a pipe). Errors name the file.
 pub fn write(path: impl AsRef<Path>, reports: &[Box<dyn AnyReport>]) -> Result<()> {
     let path = path.as_ref();
     write_json(path, reports).with_context(|| cannot_write(path))
@@ -66,7 +65,7 @@ fn write_json(path: &Path, reports: &[Box<dyn AnyReport>]) -> Result<()> {
 
 /// What a metadata file's path leads to.
 enum Target {
-    /// A file that is there or is not, to be replaced.
+    /// A file to be replaced, whether or not it exists.
     File(PathBuf),
     /// A pipe or a device, to be written to.
     Stream,

@@ -1,4 +1,5 @@
-//! Tables for people. On a terminal they fit its width; in a file or a pipe nothing is cut.
+//! Tables for people. On a terminal they are fitted to its width; in a file or a pipe nothing is
+//! cut.
 
 use console::{Term, measure_text_width, truncate_str};
 
@@ -74,7 +75,7 @@ impl Table {
         }
     }
 
-    /// Adds a row: one cell a column. What would steer the terminal is escaped.
+    /// Adds a row, one cell per column. Control characters are escaped.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let cells = cells.into_iter().map(|cell| printable(&cell).into_owned());
         self.rows.push(cells.collect());
@@ -111,8 +112,8 @@ impl Table {
         widest.unwrap_or_default().max(title)
     }
 
-    /// Leaves out and cuts columns until a line fits into `width`, if that can be. `None` is a column that
-    /// is left out.
+    /// Leaves out and cuts columns until a line fits into `width`, if that is possible. `None` is a
+    /// column that is left out.
     fn narrow(&self, widths: &mut [Option<usize>], width: usize) {
         let excess = |widths: &[Option<usize>]| {
             let shown = widths.iter().flatten();
@@ -161,7 +162,7 @@ impl Table {
     }
 }
 
-/// The width of the terminal that stdout is. `None`: it is none.
+/// The width of the terminal on stdout. `None`: stdout is not a terminal.
 fn columns_of_stdout() -> Option<usize> {
     let stdout = Term::stdout();
     if !stdout.is_term() {

@@ -126,11 +126,11 @@ pub(super) struct Failure {
     pub(super) cause: String,
     /// What to try.
     pub(super) advice: Option<String>,
-    /// It may pass.
+    /// The kind of trouble, if it may pass.
     pub(super) again: Option<Trouble>,
-    /// Other credentials may help.
+    /// Whether other credentials may help.
     pub(super) renew: bool,
-    /// It has nothing to do with the object.
+    /// Whether it has nothing to do with the object.
     pub(super) general: bool,
     /// What the store said.
     pub(super) refusal: Option<Box<Refusal>>,

@@ -29,7 +29,7 @@ impl S3Store {
         }
         let singly = futures::stream::iter(keys.to_vec()).map(|key| async move {
             match self.delete_object(&key).await {
-                // The other keys would fail alike.
+                // The other keys would fail the same way.
                 Err(e) if matches!(e.kind, Kind::Unavailable | Kind::NotS3 | Kind::NoBucket) => {
                     Err(e)
                 }
@@ -99,7 +99,7 @@ impl S3Store {
         };
         let mut call = Call::new(DOING, None, Expect::Listing("DeleteResult")).slow();
         if let Some(etags) = etags {
-            // rusoto's request knows no ETags.
+            // rusoto's request has no field for ETags.
             call = call.with_payload(conditional(keys, etags));
         }
         let sent = self.run(call, |client| async move {
@@ -148,7 +148,7 @@ fn fits_xml(key: &str) -> bool {
     !key.contains(char::is_control)
 }
 
-/// Whether a store without conditional deletes would say this to one.
+/// Whether a store without conditional deletes would answer one like this.
 fn refuses_etags(e: &StoreError) -> bool {
     let code = e.code.as_deref().unwrap_or_default();
     e.kind == Kind::Unsupported

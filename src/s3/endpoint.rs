@@ -166,8 +166,8 @@ fn aws_host(region: &str) -> Result<String> {
     Ok(format!("s3.{region}.{domain}"))
 }
 
-/// Whether `bucket` can stand before the endpoint's host. Dots cannot under https: the wildcard
-/// certificate covers one label.
+/// Whether `bucket` can be part of the host name. Dots cannot under https: the wildcard certificate
+/// covers one label.
 fn fits_host_name(bucket: &str, https: bool) -> bool {
     let label = |label: &str| {
         !label.is_empty()

@@ -13,7 +13,7 @@ use super::wire::{ProxyError, Unresolved};
 use crate::retry::Trouble;
 use crate::store::Kind;
 
-/// What a store may need that has no host name for each bucket.
+/// Advice for a store that may have no host name for each bucket.
 const WITH_PATH_STYLE: &str = "use_path_style=true may be missing";
 
 impl Failure {
@@ -38,7 +38,7 @@ impl Failure {
             );
         }
         let mut cause = refusal.cause(&remote.endpoint.name());
-        // A store that looks for the bucket in the path takes the key's first part for it.
+        // A store that expects the bucket in the path mistakes the key's first part for it.
         if refusal.code.as_deref() == Some("NoSuchBucket") && remote.endpoint.is_prefixed() {
             cause = format!("{WITH_PATH_STYLE}: {cause}");
         }
@@ -143,10 +143,10 @@ pub(super) struct Causes {
     timed_out: bool,
     /// Nobody listens there.
     refused: bool,
-    /// What came is not TLS, or not HTTP.
+    /// The bytes received are not TLS, or not HTTP.
     no_tls: bool,
     no_http: bool,
-    /// The proxy that it went wrong at.
+    /// The proxy that failed.
     proxy: Option<String>,
 }
 

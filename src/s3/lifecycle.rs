@@ -1,4 +1,4 @@
-//! The bucket's lifecycle rules, as XML: rusoto's types would lose what they do not know.
+//! The bucket's lifecycle rules, as XML: rusoto's types would lose unknown elements.
 
 use rusoto_s3::{
     GetBucketLifecycleConfigurationRequest, PutBucketLifecycleConfigurationRequest, S3,

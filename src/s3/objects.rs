@@ -141,14 +141,14 @@ impl S3Store {
         );
         let done = match sent.await {
             Ok(done) => done,
-            // Replacing it has refreshed it.
+            // Whoever replaced it has also refreshed it.
             Err(e) if e.kind == Kind::Changed => return Ok(true),
             Err(e) => return self.absent(e, DOING, key).await.map(|()| false),
         };
         let etag = done.copy_object_result.and_then(|result| result.e_tag);
         if entity_tag(etag).is_none() {
             let copied = self.confirm(DOING, key, info.size).await?;
-            // rclone does that; lifecycle rules go by Last-Modified, so it must move.
+            // rclone leaves it unchanged; lifecycle rules go by Last-Modified, so it must move.
             if copied.last_modified.is_some() && copied.last_modified <= info.last_modified {
                 let peer = self.remote.endpoint.name();
                 let cause = format!("{peer} leaves Last-Modified as it was");
@@ -253,7 +253,7 @@ pub(super) fn entity_tag(found: Option<String>) -> Option<String> {
     })
 }
 
-/// STANDARD is the default, and some stores refuse to have it named.
+/// STANDARD is the default, and some stores refuse it by name.
 pub(super) fn storage_class(info: &ObjectInfo) -> Option<String> {
     info.storage_class
         .clone()

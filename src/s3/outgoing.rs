@@ -1,4 +1,4 @@
-//! A request's body on its way out.
+//! The body of a request while it is sent.
 
 use std::io;
 use std::pin::Pin;

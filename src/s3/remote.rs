@@ -1,4 +1,4 @@
-//! The bucket as requests see it: what all of them share.
+//! What all requests to a bucket share.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ pub(super) struct Remote {
     pub(super) requests: AtomicU64,
     /// Seconds by which the store's clock is ahead of ours.
     pub(super) clock_ahead: Mutex<Option<i64>>,
-    /// Some users turn it off for Google Cloud Storage.
+    /// Whether it may be sent: some users turn it off for Google Cloud Storage.
     pub(super) accept_encoding: bool,
     pub(super) progress: Progress,
     pub(super) secrets: Secrets,

@@ -25,7 +25,7 @@ const NUMBERS: &[&str] = &[
 ];
 /// Elements that rusoto parses as booleans; it panics if they are not.
 const BOOLEANS: &[&str] = &["IsTruncated", "BucketKeyEnabled"];
-/// Characters that a message quotes of a body that is not S3's.
+/// How many characters of a foreign body a message quotes.
 const FIRST_WORDS: usize = 80;
 
 /// A response that is not a success. Its texts have been redacted.
@@ -139,7 +139,7 @@ pub(super) fn refusal(
     }
 }
 
-/// Whether this could be a region, and is no secret.
+/// Whether this could be a region, and is not a secret.
 fn is_region(text: &str) -> bool {
     (1..=32).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-')
 }
@@ -442,7 +442,7 @@ impl Refusal {
         text
     }
 
-    /// What to do about it. `region` is ours; `reads` is whether the operation was HEAD or GET of an
+    /// What to try. `region` is ours; `reads` is whether the operation was HEAD or GET of an
     /// object.
     pub(super) fn advice(&self, region: &str, reads: bool) -> Option<String> {
         let code = self.code.as_deref().unwrap_or_default();

@@ -21,7 +21,7 @@ pub struct Timing {
     /// For a whole response in memory, however it drips: S3 may send white space for as long while it
     /// assembles parts.
     pub answer: Duration,
-    /// A download that brings next to nothing in this much waiting is given up.
+    /// A download that brings almost nothing in this much waiting is abandoned.
     pub patience: Duration,
     /// Where the backoff between tries begins.
     pub backoff: Duration,

@@ -25,7 +25,7 @@ use crate::transfer::limits::Limits;
 /// Downloads at once; more wait.
 const DOWNLOADS: usize = 64;
 
-/// Bytes between two points from which an interrupted download can be hashed on.
+/// Bytes between two points from which the hashing of an interrupted download can continue.
 const CHECKPOINT: u64 = 8 << 20;
 
 /// Bytes sent to clients, and received from S3.
@@ -37,7 +37,7 @@ pub struct Traffic {
     pub blobs: AtomicU64,
 }
 
-/// What is known of the blobs of one bucket, and the downloads under way.
+/// What is known about the blobs of one bucket, and the downloads in progress.
 pub struct Blobs {
     bucket: Bucket,
     downloader: Downloader,
@@ -55,9 +55,10 @@ struct Known {
     sizes: HashMap<Digest, u64>,
     /// The bytes were wrong.
     damaged: HashSet<Digest>,
-    /// Clients may have got wrong bytes of these, which must not become the beginning of a whole.
+    /// Clients may have received wrong bytes of these, which must not become the beginning of a
+    /// whole blob.
     spoiled: HashSet<Digest>,
-    /// All bytes were right in this run.
+    /// Verified in this run: all bytes were right.
     verified: HashSet<Digest>,
     /// States of interrupted downloads, in order of their lengths.
     checkpoints: HashMap<Digest, Vec<Hasher>>,
@@ -85,14 +86,14 @@ impl Blobs {
         known.sizes.extend(sizes);
     }
 
-    /// A blob has been sent, of which nothing was or what was there was wrong.
+    /// Notes that a blob was sent that was absent or damaged before.
     pub fn sent(&self, digest: &Digest, size: u64) {
         let mut known = self.known.lock();
         known.sizes.insert(*digest, size);
         known.damaged.remove(digest);
     }
 
-    /// Whether the blob's bytes were wrong when they were read last.
+    /// Whether the blob's bytes were wrong when last read.
     pub fn is_damaged(&self, digest: &Digest) -> bool {
         self.known.lock().damaged.contains(digest)
     }
@@ -147,10 +148,10 @@ impl Blobs {
         Ok(Some(bytes.into()))
     }
 
-    /// The bytes of `range` of a blob. The first of them have arrived. `None`: it is not there.
+    /// The bytes of `range` of a blob, once the first of them have arrived. `None`: it is not
+    /// there.
     ///
-    /// # Errors
-    /// What keeps the first bytes from arriving; the stream yields what comes between later.
+    /// # Errors Whatever keeps the first bytes from arriving; the stream yields later errors.
     pub async fn read(
         self: &Arc<Self>,
         digest: Digest,
@@ -190,7 +191,8 @@ impl Blobs {
         Ok(Some(first.chain(rest).boxed()))
     }
 
-    /// A place in a download that has `range` ahead of it: one under way, or a new one.
+    /// A reader's place in a download that still has `range` ahead of it: one in progress, or a new
+    /// one.
     fn place(self: &Arc<Self>, digest: Digest, size: u64, range: &Range<u64>) -> Place {
         let mut flows = self.flows.lock();
         let of_blob = flows.entry(digest).or_default();
@@ -201,7 +203,7 @@ impl Blobs {
         }
         let (flow, place) = Flow::new(range.start, &self.count);
         let wanted = self.wanted(digest, size, range);
-        // The end of one that does not reach the blob's end is none for others.
+        // A download that stops before the blob's end cannot serve other readers.
         if wanted.range.end == size {
             of_blob.push(Arc::downgrade(&flow));
         } else if of_blob.is_empty() {
@@ -212,7 +214,7 @@ impl Blobs {
         place
     }
 
-    /// From where on to download: a blob is verified whole, unless it has been before.
+    /// Where to start the download: a blob is verified whole, unless it already has been.
     fn wanted(&self, digest: Digest, size: u64, range: &Range<u64>) -> Wanted {
         let known = self.known.lock();
         if range.start > 0 && known.verified.contains(&digest) {
@@ -237,8 +239,8 @@ impl Blobs {
         }
     }
 
-    /// Reads a blob whose bytes were wrong once more: if they went wrong on the way, builds need not go
-    /// without it.
+    /// Reads a blob again whose bytes were wrong: if only the transfer was at fault, builds can
+    /// keep using it.
     async fn confirm_damage(&self, digest: Digest, size: u64) {
         let blob = self.progress.blob(Verb::Hash, &digest, size);
         let key = self.bucket.blob_key(&digest);
@@ -270,7 +272,7 @@ impl Blobs {
                 End::Missing
             }
             Err(error) => {
-                // What went wrong may have to do with what was believed.
+                // What we believed about the blob may be the reason.
                 let damaged = error.is::<Damaged>();
                 {
                     let mut known = self.known.lock();
@@ -310,7 +312,7 @@ impl Known {
     }
 }
 
-/// Why a reader gets no more.
+/// Why a reader gets no more bytes.
 enum Stopped {
     Missing,
     Broken(anyhow::Error),
@@ -330,7 +332,7 @@ struct Reader {
     blobs: Arc<Blobs>,
     digest: Digest,
     size: u64,
-    /// Where in the blob it stops.
+    /// Where in the blob to stop.
     end: u64,
     place: Place,
 }

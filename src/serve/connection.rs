@@ -1,5 +1,5 @@
-//! One connection: plain HTTP/1.1, with an answer to those who try TLS first, and an end to those who
-//! stand still.
+//! One connection: plain HTTP/1.1. Clients that try TLS first get an answer; clients that stall are
+//! cut off.
 
 use std::convert::Infallible;
 use std::io;
@@ -21,18 +21,18 @@ use crate::serve::{Serving, routes};
 /// The first byte of a TLS handshake.
 const HANDSHAKE: u8 = 0x16;
 
-/// Go's TLS client takes a response that begins like this for plain HTTP, and dockerd then falls back to
-/// it. It gives up on an endpoint that only closes the connection.
+/// Go's TLS client recognises a response that begins like this as plain HTTP, and dockerd then
+/// falls back to it. It gives up on an endpoint that merely closes the connection.
 const PLAIN: &[u8] = b"HTTP/1.0 400 Bad Request\r\nConnection: close\r\n\r\nthis is plain http\n";
 
-/// A client that has not shown by then that it knows the secret is cut off.
+/// A client that has not shown the secret by then is cut off.
 const STRANGER: Duration = Duration::from_secs(10);
 
-/// A request's head may take so long, and a connection be idle between requests: longer than Go's client
-/// keeps one, so that it is the client that closes it.
+/// How long a request's head may take, and a connection be idle between requests. It is longer than
+/// Go's client keeps one, so that the client closes it.
 const HEAD: Duration = Duration::from_secs(120);
 
-/// A client that takes nothing of a response for so long is cut off.
+/// A client that reads nothing of a response for this long is cut off.
 const STALLED: Duration = Duration::from_secs(60);
 
 /// Bytes of a request's head.
@@ -91,7 +91,7 @@ async fn answer_tls(mut stream: TcpStream) {
     let answering = async {
         stream.write_all(PLAIN).await?;
         stream.shutdown().await?;
-        // Closed with something unread, the connection would be reset and the answer lost.
+        // Closing with unread input would reset the connection and lose the answer.
         let mut rest = [0; 1024];
         while stream.read(&mut rest).await? > 0 {}
         io::Result::Ok(())
@@ -99,10 +99,10 @@ async fn answer_tls(mut stream: TcpStream) {
     let _ = tokio::time::timeout(STRANGER, answering).await;
 }
 
-/// Since when a client has taken nothing of what is being sent.
+/// Since when a client has read nothing of what is being sent.
 struct Stall {
     began: Instant,
-    /// Milliseconds from `began`, plus 1; 0: it takes what comes.
+    /// Milliseconds from `began`, plus 1; 0: it is reading.
     since: AtomicU64,
 }
 
@@ -127,7 +127,7 @@ impl Stall {
         written
     }
 
-    /// Returns once the client has stood still for too long.
+    /// Returns once the client has stalled for too long.
     async fn for_too_long(&self) {
         loop {
             let since = self.since.load(Ordering::Relaxed);

@@ -1,6 +1,6 @@
-//! A blob on its way from S3 to one or several clients. What was received last stays in memory for
-//! those who are a little behind. One who is far behind is left behind: nobody waits for long for
-//! another client.
+//! A blob on its way from S3 to one or several clients. The latest bytes stay in memory for clients
+//! that are a little behind. A client that is far behind drops out: no client waits long for
+//! another.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ const HELD: u64 = 32 << 20;
 const MOST: u64 = 8 << 20;
 const LEAST: u64 = 512 << 10;
 
-/// Readers that have everything wait so long for one that has not, over the whole flow.
+/// How long, over the whole flow, readers that are up to date wait for one that is not.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// How a flow ended.
@@ -31,21 +31,21 @@ const PATIENCE: Duration = Duration::from_millis(500);
 pub enum End {
     /// With its last byte.
     Whole,
-    /// S3 does not have the blob, or no longer.
+    /// S3 does not have the blob (any more).
     Missing,
     /// Why it broke off.
     Broken(Arc<anyhow::Error>),
 }
 
-/// What a reader finds.
+/// What a reader gets.
 pub enum Next {
     Chunk(Bytes),
     End(End),
-    /// What comes next for this reader is no longer held.
+    /// The next bytes for this reader are no longer held.
     Behind,
 }
 
-/// How many flows there are, which decides how much each may hold.
+/// How many flows there are: it decides how much each may hold.
 #[derive(Clone, Default)]
 pub struct Flows(Arc<AtomicUsize>);
 
@@ -69,7 +69,7 @@ struct State {
     /// Where each reader is.
     readers: BTreeMap<u64, u64>,
     next_reader: u64,
-    /// The last reader has gone: nothing more arrives.
+    /// The last reader has gone, so nothing more arrives.
     closed: bool,
 }
 
@@ -97,7 +97,7 @@ impl Flow {
         (flow, place)
     }
 
-    /// One more reader, if the flow holds or will hold what comes at `at`.
+    /// Adds a reader, if the flow holds or will hold the bytes at `at`.
     pub fn join(self: &Arc<Self>, at: u64) -> Option<Place> {
         let mut state = self.state.lock();
         let broken = matches!(state.ended, Some(End::Missing | End::Broken(_)));
@@ -155,7 +155,7 @@ impl Flow {
         }
     }
 
-    /// Adds what has arrived, and lets go of the oldest.
+    /// Adds bytes that have arrived, and drops the oldest.
     fn add(&self, chunks: Vec<Bytes>) {
         let held = self.held();
         let mut state = self.state.lock();
@@ -167,7 +167,7 @@ impl Flow {
         while let Some(first) = state.chunks.front() {
             let length = first.len() as u64;
             let rest = state.end - state.start - length;
-            // Someone still reads what is within bounds; nobody reads what is not, see `room`.
+            // Bytes within bounds may still be read; nobody reads the others, see `room`.
             if rest < held || (state.start + length > slowest && rest < 2 * held) {
                 break;
             }
@@ -200,7 +200,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Waits for what comes next.
+    /// Waits for the next bytes.
     pub async fn next(&mut self) -> Next {
         loop {
             let flow = Arc::clone(&self.flow);
@@ -250,7 +250,7 @@ impl Drop for Place {
     }
 }
 
-/// Fills a flow, up to where the first bytes are wanted without keeping any.
+/// Fills a flow; keeps nothing of what comes before the first bytes that a reader wants.
 pub struct Filling<F> {
     pub flow: Arc<Flow>,
     /// Bytes of the blob before the next chunk.

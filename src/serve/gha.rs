@@ -22,7 +22,7 @@ use crate::serve::reply::{self, Response};
 use crate::serve::repository::Repository;
 use crate::serve::uploads::{Spool, incoming, whole};
 
-/// Bytes of a request that is no piece of a blob.
+/// Most bytes of a request that is not a piece of a blob.
 const SMALL: u64 = 64 << 10;
 
 /// How long a lookup may take: a build can go on without a cache, but not wait for one forever.
@@ -34,7 +34,7 @@ enum Key {
     Blob(Digest),
     /// The index of a scope.
     Index {
-        /// Without the number that a writer appends.
+        /// The index's key, without the number that a writer appends.
         key: String,
         /// The first digits of the scope's digest.
         scope: String,
@@ -68,20 +68,20 @@ fn digits(scope: &str) -> String {
 
 /// An entry that is being saved.
 pub struct Saving {
-    /// As the client calls it.
+    /// Its key, as the client names it.
     name: String,
     key: Key,
     spool: Spool,
 }
 
-/// What a token lets its holder do: read every source, or write the target.
+/// What a token permits: to read every source, or to write the target.
 struct Holder<'a> {
     serving: &'a Arc<Serving>,
     writes: bool,
 }
 
 impl Holder<'_> {
-    /// The caches to look in, the first one first, each with its place among all.
+    /// The caches to look in, in order, each with its index among all.
     fn repositories(&self) -> impl Iterator<Item = (usize, &Arc<Repository>)> {
         let all = self.serving.repositories.iter().enumerate();
         all.filter(|(_, repository)| match self.writes {
@@ -117,7 +117,7 @@ pub async fn answer(serving: &Arc<Serving>, path: &str, request: Request<Incomin
     }
 }
 
-/// `GET cache?keys=…`: 204 if there is nothing.
+/// `GET cache?keys=…`: 204 if nothing is found.
 async fn look_up(holder: &Holder<'_>, request: &Request<Incoming>) -> Response {
     let keys = query(request.uri().query(), "keys").unwrap_or_default();
     for key in keys.split(',').filter_map(Key::parse) {
@@ -141,7 +141,7 @@ async fn look_up(holder: &Holder<'_>, request: &Request<Incoming>) -> Response {
     reply::empty(StatusCode::NO_CONTENT)
 }
 
-/// An entry's key, its scope, and where below the secret it can be read.
+/// An entry's key, its scope, and its path below the secret.
 async fn find(holder: &Holder<'_>, key: &Key) -> Result<Option<(String, String, String)>> {
     match key {
         Key::Blob(digest) => {
@@ -183,14 +183,14 @@ async fn find(holder: &Holder<'_>, key: &Key) -> Result<Option<(String, String, 
     }
 }
 
-/// The host by which a client reached us, if it can stand in a URL.
+/// The host by which a client reached us, if it is valid in a URL.
 fn host<B>(request: &Request<B>) -> Option<String> {
     let host = header(request, &HOST)?;
     let fits = |c: u8| c.is_ascii_alphanumeric() || b".-:[]".contains(&c);
     (!host.is_empty() && host.bytes().all(fits)).then(|| host.to_owned())
 }
 
-/// Reads what a lookup led to: `PLACE/blobs/DIGEST` or `PLACE/index/DIGEST`.
+/// `GET` of what a lookup found: `PLACE/blobs/DIGEST` or `PLACE/index/DIGEST`.
 pub async fn archive(serving: &Arc<Serving>, path: &str, request: &Request<Incoming>) -> Response {
     let unknown = || error(StatusCode::NOT_FOUND, "there is no such entry");
     let mut parts = path.splitn(3, '/');
@@ -235,7 +235,7 @@ struct Reservation {
     key: String,
 }
 
-/// `POST caches`: an entry is to be saved.
+/// `POST caches`: begins saving an entry.
 async fn reserve(holder: &Holder<'_>, request: Request<Incoming>) -> Response {
     let Some((repository, push)) = holder.target() else {
         return refuse(holder, StatusCode::FORBIDDEN, "this token only reads");
@@ -257,7 +257,7 @@ async fn reserve(holder: &Holder<'_>, request: Request<Incoming>) -> Response {
         return refuse(holder, StatusCode::BAD_REQUEST, &message);
     };
     let taken = match &key {
-        // Two may send the same blob.
+        // Two clients may send the same blob.
         Key::Blob(digest) => matches!(push.look(digest).await, Ok(Some(_))),
         Key::Index { .. } => holder.serving.saving.any(|saving| saving.name == name),
     };
@@ -278,7 +278,7 @@ async fn reserve(holder: &Holder<'_>, request: Request<Incoming>) -> Response {
     let saving = Saving { name, key, spool };
     match holder.serving.saving.open(saving) {
         Some(id) => reply::json(StatusCode::CREATED, &json!({"cacheId": id})),
-        // The only status that the client tries again.
+        // The only status on which the client retries.
         None => error(
             StatusCode::TOO_MANY_REQUESTS,
             "too many entries are being saved",
@@ -371,7 +371,7 @@ async fn save(push: &Push, saving: &Saving, size: u64) -> Result<()> {
     }
 }
 
-/// An error that is also logged: BuildKit keeps those of saving to itself.
+/// An error that is also logged: BuildKit does not show errors of saving.
 fn refuse(holder: &Holder<'_>, status: StatusCode, message: &str) -> Response {
     holder.serving.progress.warn(message);
     error(status, message)

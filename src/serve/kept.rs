@@ -1,4 +1,5 @@
-//! Documents that were generated or pushed in this run, by digest: what is asked for or named next.
+//! Documents that were generated or pushed in this run, by digest: clients ask for them, or name
+//! them, next.
 
 use std::collections::VecDeque;
 
@@ -7,13 +8,13 @@ use parking_lot::Mutex;
 
 use crate::cache::digest::Digest;
 
-/// Bytes of all documents of one kind together. The latest is kept even if it alone has more.
+/// Bytes of all documents of one kind together. The latest is kept even if it is larger.
 const MOST: usize = 64 << 20;
 
 /// A small blob in memory.
 #[derive(Debug, Clone)]
 pub struct Document {
-    /// Empty if nothing has said it.
+    /// Empty if unknown.
     pub media_type: String,
     pub digest: Digest,
     pub bytes: Bytes,
@@ -37,7 +38,7 @@ impl Kept {
         }
     }
 
-    /// Whether a document would push no other one out.
+    /// Whether a document fits without pushing out another.
     pub fn has_room(&self, bytes: u64) -> bool {
         let documents = self.documents.lock();
         let kept: usize = documents.iter().map(|kept| kept.bytes.len()).sum();

@@ -1,15 +1,15 @@
-//! A repository's name for a cache's name: registries allow little, S3 nearly everything.
+//! Maps cache names to repository names: S3 allows nearly everything, registries very little.
 
 use crate::cache::digest::Digest;
 
 /// Bytes of a name. A whole reference has at most 255, with address and secret.
 const LONGEST: usize = 128;
 
-/// Digits that tell two names apart which look the same once characters are replaced.
+/// Digits that distinguish names that look the same once characters are replaced.
 const DIGITS: usize = 8;
 
-/// A valid repository name for the cache called `name`: itself if it is one, else what of it is allowed
-/// and the start of its digest.
+/// A valid repository name for the cache called `name`: itself if that is valid, else its allowed
+/// characters and the start of its digest.
 pub fn repository(name: &str) -> String {
     if name.len() <= LONGEST && is_valid(name) {
         return name.to_owned();

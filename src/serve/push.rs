@@ -23,6 +23,7 @@ use crate::cache::read::{self, read_cache};
 use crate::cache::{CacheConfig, diff_id};
 use crate::config::{ExportConfig, Mode};
 use crate::progress::Progress;
+use crate::report::count;
 use crate::serve::blobs::Blobs;
 use crate::serve::kept::{Document, Kept};
 use crate::store::ObjectInfo;
@@ -31,7 +32,7 @@ use crate::transfer::limits::Limits;
 use crate::transfer::refresh::Refreshed;
 use crate::transfer::upload::Uploader;
 
-/// How a push is spoken of.
+/// How messages refer to a push.
 const WORDS: Words = Words {
     send: "store",
     sending: "storing",
@@ -42,10 +43,10 @@ const WORDS: Words = Words {
 /// How long to go on aborting uploads at the end of the run.
 const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Bytes of the largest document that is held back.
+/// The largest document that is held back, in bytes.
 const HELD_BACK: u64 = 8 << 20;
 
-/// A manifest names blobs that were neither found nor sent.
+/// A manifest names blobs that are missing on S3 and were not pushed.
 #[derive(Debug)]
 pub struct UnknownBlobs(pub Vec<Digest>);
 
@@ -55,8 +56,8 @@ impl std::fmt::Display for UnknownBlobs {
         let more = if self.0.len() > 5 { ", …" } else { "" };
         write!(
             f,
-            "the manifest names {} blob(s) that are neither on S3 nor were sent: {}{more}",
-            self.0.len(),
+            "the manifest names {} missing on S3 and not pushed: {}{more}",
+            count(self.0.len() as u64, "blob"),
             digests.join(", ")
         )
     }
@@ -64,29 +65,29 @@ impl std::fmt::Display for UnknownBlobs {
 
 impl std::error::Error for UnknownBlobs {}
 
-/// What was pushed so far.
+/// What has been pushed so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pushed {
     /// Blobs sent to S3, and their bytes.
     pub blobs: u64,
     pub bytes: u64,
-    /// Blobs that were there and young.
+    /// Blobs that were already there, and young.
     pub present: u64,
-    /// Blobs that were there and old, and are young now.
+    /// Blobs that were already there, but old, and were refreshed.
     pub refreshed: u64,
     /// Manifests written, or at least begun.
     pub manifests: u64,
 }
 
-/// Takes what is pushed to one cache.
+/// Receives what is pushed to one cache.
 pub struct Push {
     bucket: Bucket,
     target: ExportConfig,
     uploader: Uploader,
     progress: Progress,
     blobs: Arc<Blobs>,
-    /// Documents that clients sent: stored only when a manifest names them as blobs, because a cache's
-    /// config is none on S3.
+    /// Documents that clients sent. They are stored only if a manifest names them as blobs: on S3,
+    /// a cache's config is not one.
     documents: Kept,
     settled: Mutex<Settled>,
     publishing: tokio::sync::Mutex<()>,
@@ -95,14 +96,14 @@ pub struct Push {
 /// What is known of the blobs in this run.
 #[derive(Default)]
 struct Settled {
-    /// Sizes of those sent.
+    /// Blobs that were sent, with their sizes.
     sent: BTreeMap<Digest, u64>,
-    /// Sizes of those found, and of those also refreshed.
+    /// Blobs that were found, with their sizes; and those also refreshed.
     present: BTreeMap<Digest, u64>,
     refreshed: BTreeMap<Digest, u64>,
-    /// Others that were refreshed right before a manifest was written.
+    /// Other blobs that were refreshed right before a manifest was written.
     refreshed_last: u64,
-    /// Documents that a client has sent, or has asked whether it must.
+    /// Documents that a client has sent, or has asked about sending.
     offered: BTreeSet<Digest>,
     manifests: u64,
 }
@@ -116,8 +117,8 @@ impl Push {
         blobs: Arc<Blobs>,
     ) -> Self {
         let store = Arc::clone(bucket.store());
-        // A body that arrives can be sent again from memory only: what is larger than a part is sent in
-        // parts.
+        // An arriving body can be sent again only from memory, so anything larger than a part is
+        // sent in parts.
         let limits = Limits {
             multipart: limits.part,
             ..limits
@@ -158,7 +159,7 @@ impl Push {
         self.documents.get(digest)
     }
 
-    /// A client has, or could have, sent this document.
+    /// Whether a client has sent, or could have sent, this document.
     pub fn offer(&self, digest: Digest) {
         self.settled.lock().offered.insert(digest);
     }
@@ -308,7 +309,7 @@ impl Push {
             };
             (digest, young)
         }));
-        // What is settled stays so even if everything else counts as old.
+        // Settled blobs stay settled even if everything else counts as old.
         let touch_refresh = self.target.touch_refresh.max(Duration::from_nanos(1));
         let plan = Plan::new(manifest, blobs, found, uploads, touch_refresh, now);
         let held = |digest: &Digest| self.documents.get(digest).is_some();
@@ -345,13 +346,13 @@ impl Push {
         among.map(|(digest, _)| *digest).collect()
     }
 
-    /// Aborts what is unfinished: the run is over.
+    /// Aborts unfinished uploads at the end of the run.
     pub async fn clean_up(&self) {
         self.uploader.abort_unfinished(ABORT_PATIENCE).await;
     }
 }
 
-/// Documents that a manifest names as blobs are stored now; all other blobs have been.
+/// Stores the documents that a manifest names as blobs; all other blobs are already on S3.
 #[async_trait]
 impl Supply for Push {
     fn words(&self) -> &'static Words {
@@ -370,7 +371,7 @@ impl Supply for Push {
     }
 }
 
-/// The blobs that a pushed manifest can name: what was sent or generated in this run, and what is on S3.
+/// The blobs that a pushed manifest can name: those sent or generated in this run, and those on S3.
 struct Sent {
     push: Arc<Push>,
     generated: Arc<Kept>,
@@ -436,7 +437,7 @@ impl read::Blobs for Sent {
     }
 }
 
-/// A stream as a reader, on a thread that may block.
+/// Reads a stream on a thread that may block.
 struct Content {
     chunks: BoxStream<'static, Result<Bytes>>,
     chunk: Bytes,

@@ -23,7 +23,7 @@ pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-d
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
 
-/// What below a repository is asked for.
+/// What a request asks for below a repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path<'a> {
     Manifest(&'a str),
@@ -102,14 +102,14 @@ pub async fn answer(
     }
 }
 
-/// A cache has none: an empty index, as the specification wants it.
+/// A cache has no referrers: an empty index, as the specification requires.
 fn referrers() -> Response {
     let index = json!({"schemaVersion": 2, "mediaType": oci::IMAGE_INDEX, "manifests": []});
     let response = reply::bytes(StatusCode::OK, oci::IMAGE_INDEX, index.to_string());
     reply::with(response, FILTERS_APPLIED, "artifactType")
 }
 
-/// An error in the form that the specification gives it.
+/// An error in the specification's format.
 fn error(status: StatusCode, code: &str, message: &str) -> Response {
     let errors = json!({"errors": [{"code": code, "message": message}]});
     reply::json(status, &errors)
@@ -123,7 +123,7 @@ fn invalid_digest(digest: &str) -> Response {
     )
 }
 
-/// There is no such repository.
+/// The error for a repository that does not exist.
 pub fn unknown_name(name: &str) -> Response {
     let message = format!("there is no cache {} here", crate::quote::quoted(name));
     error(StatusCode::NOT_FOUND, "NAME_UNKNOWN", &message)
@@ -143,7 +143,7 @@ fn unknown_tag(tag: &str) -> Response {
     unknown_manifest(&format!("a cache has the tag {TAG} only, not {tag}"))
 }
 
-/// S3 failed. The client learns no more than that; the log says why.
+/// The error when S3 failed. The client learns no more than that; the log says why.
 fn bad_gateway(repository: &Repository, doing: &str, failure: &anyhow::Error) -> Response {
     repository.progress.warn(&format!("{doing}: {failure:#}"));
     error(

@@ -9,8 +9,8 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use serde_json::Value;
 
-/// A body: in memory, or a blob that is still arriving. An error cuts the connection, so that the client
-/// cannot take what it has for the whole.
+/// A body: in memory, or a blob that is still arriving. An error cuts the connection, so that the
+/// client cannot mistake a part for the whole.
 pub type Body = UnsyncBoxBody<Bytes, anyhow::Error>;
 
 pub type Response = http::Response<Body>;
@@ -49,7 +49,7 @@ pub fn stream(
     with(response, CONTENT_LENGTH, &length.to_string())
 }
 
-/// `response` with one more header. A value that HTTP cannot carry is left out.
+/// `response` with one more header. A value that is invalid in HTTP is left out.
 pub fn with(mut response: Response, name: HeaderName, value: &str) -> Response {
     if let Ok(value) = HeaderValue::from_str(value) {
         response.headers_mut().insert(name, value);

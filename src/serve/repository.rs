@@ -23,7 +23,7 @@ use crate::serve::push::Push;
 /// The tag of every cache.
 pub const TAG: &str = "latest";
 
-/// What was looked up.
+/// Counts of lookups and hits.
 #[derive(Debug, Default)]
 pub struct Lookups {
     pub all: AtomicU64,
@@ -31,7 +31,7 @@ pub struct Lookups {
 }
 
 impl Lookups {
-    /// Counts a lookup, and hands on what it found.
+    /// Counts a lookup, and returns what it found.
     pub fn count<T>(&self, found: Option<T>) -> Option<T> {
         self.all.fetch_add(1, Ordering::Relaxed);
         self.hits
@@ -47,7 +47,7 @@ pub struct Repository {
     pub bucket: Bucket,
     /// Whether it is a `--cache-from`.
     pub source: bool,
-    /// If it is the `--cache-to`.
+    /// Set if it is the `--cache-to`.
     pub push: Option<Arc<Push>>,
     pub blobs: Arc<Blobs>,
     /// Documents made from the S3 manifest.
@@ -55,14 +55,14 @@ pub struct Repository {
     pub lookups: Lookups,
     pub traffic: Arc<Traffic>,
     pub progress: Progress,
-    /// What has been said, once for each state of the cache.
+    /// Warnings already shown: each only once for each state of the cache.
     said: Mutex<BTreeSet<String>>,
 }
 
-/// What the tag leads to.
+/// The manifest that the tag names.
 pub struct Tagged {
     pub manifest: Document,
-    /// Of the cache config; `None` for an image.
+    /// The cache config's size in bytes; `None` for an image.
     pub config: Option<Digest>,
     pub cache: CacheConfig,
 }
@@ -90,7 +90,8 @@ impl Repository {
         }
     }
 
-    /// What the tag leads to now: the manifest that an import would write, without what is missing on S3.
+    /// The manifest that the tag names now: the one that an import would write, without what is
+    /// missing on S3.
     /// `None`: there is no such cache.
     ///
     /// # Errors
@@ -177,7 +178,7 @@ impl Repository {
         digest
     }
 
-    /// The root of an image; `None` if it is not what the S3 manifest says.
+    /// The root of an image; `None` if it does not match the S3 manifest.
     async fn image_root(&self, image: &Image) -> Result<Option<Document>> {
         let Descriptor {
             media_type,
@@ -227,7 +228,8 @@ impl Repository {
     }
 }
 
-/// The media type of a manifest, by its own word or its fields; `None` if it is none.
+/// The media type of a manifest, as it states or as its fields imply; `None` if it is not a
+/// manifest.
 pub fn manifest_type(bytes: &Bytes) -> Option<String> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]

@@ -1,5 +1,5 @@
-//! Which part of the endpoint answers a request. Whoever does not know the secret learns no more than
-//! that this is a registry.
+//! Routes requests to the parts of the endpoint. Clients without the secret learn no more than that
+//! this is a registry.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,5 @@
-//! What a client has to know: the secret in every path, and the tokens of the GitHub protocol. Any
-//! process of the machine can reach a loopback port.
+//! What a client must know: the secret in every path, and the tokens of the GitHub protocol. Any
+//! process on the machine can reach a loopback port.
 
 use std::time::{Duration, SystemTime};
 
@@ -33,7 +33,7 @@ impl Secret {
         &self.0
     }
 
-    /// Whether a client knows it. Takes as long for a near miss as for any other.
+    /// Whether a client knows it. Takes equally long for every wrong answer.
     pub fn is(&self, claimed: &str) -> bool {
         same(self.0.as_bytes(), claimed.as_bytes())
     }
@@ -44,7 +44,7 @@ impl Secret {
 #[derive(Clone)]
 pub struct Token {
     text: String,
-    /// Whether its holder may save.
+    /// Whether its holder may save entries.
     pub writes: bool,
 }
 
@@ -70,7 +70,7 @@ impl Token {
         });
         let header = json!({"alg": "HS256", "typ": "JWT"});
         let parts = [header.to_string(), claims.to_string()].map(|p| URL_SAFE_NO_PAD.encode(p));
-        // Nobody verifies it but we, by comparing: random bytes are as good as a signature.
+        // Only we verify it, by comparing, so random bytes are as good as a signature.
         let signature = URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>());
         Token {
             text: format!("{}.{}.{signature}", parts[0], parts[1]),

@@ -1,5 +1,5 @@
-//! Uploads that clients have begun: bodies on their way in, and what waits on disk until it is known
-//! what it is.
+//! Uploads that clients have begun: incoming bodies, and bytes that wait on disk until their digest
+//! is known.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -17,19 +17,19 @@ use tokio::time::Instant;
 use crate::blocking::blocking;
 use crate::transfer::arriving::Incoming;
 
-/// A client that sends nothing for so long, in the middle of a body, has gone.
+/// A client that sends nothing for this long in the middle of a body has gone.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// An upload that nobody has continued for so long is forgotten.
+/// An upload that nobody has continued for this long is dropped.
 const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
-/// Uploads begun and not ended.
+/// Most uploads that may be unfinished at once.
 const MOST: usize = 1024;
 
 /// Bytes written to a file at a time.
 const WRITE: usize = 1 << 20;
 
-/// A client stopped in the middle of a body, or broke it off.
+/// A client stalled in the middle of a body, or broke it off.
 #[derive(Debug)]
 pub struct ClientGone(String);
 
@@ -64,7 +64,7 @@ pub fn incoming(body: hyper::body::Incoming) -> Incoming {
     chunks.boxed()
 }
 
-/// A whole small body.
+/// Reads a whole small body.
 ///
 /// # Errors
 /// It has more than `limit` bytes, or the client broke off.
@@ -141,7 +141,7 @@ impl Spool {
         self.file.try_clone().context("reading a temporary file")
     }
 
-    /// The whole file, which has `length` bytes.
+    /// Reads the whole file, which has `length` bytes.
     ///
     /// # Errors
     /// The file system's.
@@ -171,7 +171,8 @@ impl<T> Default for Sessions<T> {
 }
 
 impl<T> Sessions<T> {
-    /// Begins an upload, and gives it an id above 0 that nobody guesses. `None`: there are too many.
+    /// Begins an upload, and gives it a positive id that nobody can guess. `None`: there are too
+    /// many.
     pub fn open(&self, upload: T) -> Option<u64> {
         let mut open = self.open.lock();
         open.retain(|_, (used, upload)| {
@@ -180,7 +181,7 @@ impl<T> Sessions<T> {
         if open.len() >= MOST {
             return None;
         }
-        // Go and JavaScript can both hold it.
+        // Small enough for both Go and JavaScript.
         let id = (rand::random::<u64>() >> 12) | 1;
         open.insert(id, (Instant::now(), Arc::new(upload)));
         Some(id)

@@ -84,12 +84,12 @@ pub async fn read(
     }))
 }
 
-/// Reads a small object whole. Nothing vouches for its bytes, so what is not as `check` wants it (a
-/// proxy's page under a 200) is asked for again, and so is an object that is replaced during the read.
+/// Reads a small object whole. Nothing vouches for its bytes, so a response that `check` rejects (a
+/// proxy's page under a 200) is asked for again, and so is an object that is replaced during the
+/// read.
 ///
-/// # Errors
-/// [`Kind::Nonsense`] if what came was damaged each time, [`Kind::WrongSize`] if the object has more
-/// than `limit` bytes.
+/// # Errors [`Kind::Nonsense`] if it was damaged each time, [`Kind::WrongSize`] if the object has
+/// more than `limit` bytes.
 pub async fn read_whole(
     store: &Arc<dyn Store>,
     key: &str,
@@ -128,7 +128,7 @@ struct Reader {
     content_addressed: bool,
     /// Bytes of the whole object, once known.
     size: Option<u64>,
-    /// Where the range begins, and where the next byte is.
+    /// Where the range begins, and the position of the next byte.
     start: u64,
     at: u64,
     /// Where the range ends. `None`: with the object, whose size is not known.
@@ -136,9 +136,9 @@ struct Reader {
     etag: Option<String>,
     tries: Tries,
     body: ByteStream,
-    /// Bytes before the next one that the response in hand brings again.
+    /// Bytes before the next one that the current response repeats.
     skip: u64,
-    /// Bytes that the response in hand has brought.
+    /// Bytes that the current response has brought.
     came: u64,
 }
 
@@ -202,7 +202,7 @@ impl Reader {
             if let (Some(expected), Some(found)) = (self.size, response.size)
                 && expected != found
             {
-                // The response may have lost its way, and with it the ETag.
+                // The response may be for another object, so forget the ETag.
                 self.etag = self.etag.take().filter(|_| !self.content_addressed);
                 let why = format!("{} has {found} bytes instead of {expected}", self.key);
                 if self.tries.again(Trouble::default(), &why).await {
@@ -211,7 +211,7 @@ impl Reader {
                 return Err(error(Kind::WrongSize { found }, tried(why, &self.tries)));
             }
             self.size = self.size.or(response.size);
-            // The range may end behind the object.
+            // The range may end after the object.
             self.end = match (self.end, self.size) {
                 (Some(end), Some(size)) => Some(end.min(size)),
                 (end, size) => end.or(size),
@@ -223,7 +223,7 @@ impl Reader {
         }
     }
 
-    /// All of it, if that is at most `limit` bytes.
+    /// Reads all of it, if that is at most `limit` bytes.
     async fn collect(&mut self, limit: u64) -> StoreResult<Bytes> {
         let mut whole = BytesMut::new();
         loop {
@@ -285,14 +285,14 @@ impl Reader {
                 let why = format!("the body of {} is longer than announced", self.key);
                 return Err(error(Kind::Nonsense, why));
             }
-            // The digest decides about what fits.
+            // The digest decides whether the bytes fit.
             chunk.truncate(left as usize);
         }
         self.at += chunk.len() as u64;
         Ok(Some(chunk))
     }
 
-    /// Goes on where the body broke off.
+    /// Resumes where the body broke off.
     async fn resume(&mut self, broke: io::Error) -> StoreResult<()> {
         let done = self.at - self.start;
         let length = self.end.map(|end| end - self.start);

@@ -1,5 +1,5 @@
-//! One blob's way from a client that sends it once, in order, to the store. Nothing is kept on disk:
-//! a part stays in memory until the store has it, so that it can be sent again.
+//! Uploads a blob that a client sends only once, in order. Nothing is kept on disk: a part stays in
+//! memory until the store has it, so that it can be sent again.
 
 use std::fs::File;
 use std::ops::Range;
@@ -21,7 +21,7 @@ use crate::transfer::upload::Uploader;
 /// The bytes that a client sends.
 pub type Incoming = BoxStream<'static, Result<Bytes>>;
 
-/// What arrived is not what was announced.
+/// The bytes that arrived are not those that were announced.
 #[derive(Debug)]
 pub struct WrongBytes {
     pub announced: Digest,
@@ -76,7 +76,7 @@ impl Uploader {
         Ok(())
     }
 
-    /// Uploads a blob that arrived in an order of its own, and waits in a file.
+    /// Uploads a blob whose bytes arrived in any order and wait in a file.
     ///
     /// # Errors
     /// As [`upload_arriving`](Self::upload_arriving), and the file's.
@@ -99,10 +99,10 @@ struct Arriving {
     rest: Mutex<Unread>,
 }
 
-/// What has not been read yet.
+/// The bytes that have not been read yet.
 struct Unread {
     incoming: Incoming,
-    /// The rest of the chunk that came last.
+    /// The rest of the latest chunk.
     chunk: Bytes,
     /// Bytes read so far.
     at: u64,

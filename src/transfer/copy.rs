@@ -58,7 +58,8 @@ impl Uploader {
                 self.abort(key, &upload).await;
                 match error.kind {
                     Kind::Changed => Err(error),
-                    // It is gone, or another run brought the object and aborted this upload.
+                    // The source is gone, or another run completed the object and aborted this
+                    // upload.
                     _ if error.kind == Kind::NoSuchUpload || error.status == Some(404) => {
                         let found = self.store.head(key).await?;
                         Ok(found.is_some_and(|found| found.size == info.size))

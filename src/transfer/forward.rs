@@ -1,5 +1,6 @@
-//! One blob's way from the store to someone who takes it as it arrives: fetched in pieces side by side,
-//! passed on in order, and hashed on the way. The last bytes are passed on only if the digest matches.
+//! Passes a blob on from the store to a taker while it arrives: fetches pieces in parallel, passes
+//! them on in order, and hashes them on the way. The last bytes are passed on only if the digest
+//! matches.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -15,18 +16,19 @@ use crate::transfer::download::{Damaged, Downloader, REFETCHES, ignores_ranges};
 use crate::transfer::hashing::Feed;
 use crate::transfer::piece::{Next, Pieces, WINDOW};
 
-/// A taker that has no room for so long loses what was fetched ahead for it: others need the memory.
+/// A taker that has had no room for this long loses what was fetched ahead for it: others need the
+/// memory.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Whoever takes a blob's bytes.
+/// The receiver of a blob's bytes.
 #[async_trait]
 pub trait Taker: Send {
-    /// Takes the bytes that come next, once there is room for them. `hashed` has seen everything up to
-    /// their end, if the blob is being hashed. `false`: nobody wants them any more.
+    /// Takes the next bytes once there is room for them. `hashed` has seen everything up to their
+    /// end, if the blob is being hashed. `false`: nobody wants them any more.
     async fn take(&mut self, chunks: Vec<Bytes>, hashed: Option<&Hasher>) -> bool;
 }
 
-/// What of a blob is passed on.
+/// Which bytes of a blob are passed on.
 pub struct Wanted {
     pub digest: Digest,
     /// Bytes of the whole blob.
@@ -42,14 +44,14 @@ pub struct Wanted {
 pub enum Forwarded {
     /// All of it was taken.
     Whole,
-    /// The store does not have the blob, or no longer.
+    /// The store does not have the blob (any more).
     Missing,
     /// Nobody wanted the rest.
     Unwanted,
 }
 
 impl Downloader {
-    /// Passes on what is wanted of the blob at `key`.
+    /// Passes on the wanted bytes of the blob at `key`.
     ///
     /// # Errors
     /// The store's, or [`Damaged`] if the bytes are wrong: the last of them have not been passed on.
@@ -91,7 +93,7 @@ impl Downloader {
         }
     }
 
-    /// Passes on pieces from where `rest` is. `None`: what was fetched ahead has been given up.
+    /// Passes on pieces from where `rest` begins. `None`: what was fetched ahead has been dropped.
     async fn forward_pieces(
         &self,
         key: &str,
@@ -189,7 +191,7 @@ impl Rest {
         Ok(taker.take(chunks, self.wanted.hasher.as_ref()).await)
     }
 
-    /// Everything has been passed on; of an empty blob that was nothing.
+    /// Everything has been passed on; an empty blob has nothing to pass on.
     fn end(&self, key: &str) -> Result<Forwarded> {
         if let Some(hasher) = &self.wanted.hasher
             && self.wanted.size == 0

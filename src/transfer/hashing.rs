@@ -1,10 +1,10 @@
-//! The threads that hash what goes up and what comes down, two blobs at a time on each where there
-//! are that many.
+//! The threads that hash uploads and downloads, each up to two blobs at a time.
 //!
 //! SHA-256 is one long chain: each step waits for the one before, and a CPU with SHA instructions
-//! spends much of its time waiting. Two hashers that are fed by turns wait together: 1.36 times the
-//! bytes a second from one core (docs/performance.md). So bytes are brought (read, or written to
-//! where they belong) and hashed by a few threads that can take up two blobs each.
+//! spends much of its time waiting. Two hashers that are fed in turn overlap their waiting: 1.36
+//! times the bytes per second on one core (docs/performance.md). So a few threads, which can take
+//! two blobs each, both bring the bytes (read them, or write them to where they belong) and hash
+//! them.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -25,8 +25,8 @@ const BLOCK: u64 = 64;
 /// sees both chains at once.
 const TURN: usize = 128;
 
-/// Takes in what completes a begun block, so that whole blocks follow, which need no copying. Returns
-/// how many bytes that were.
+/// Completes a partial block, so that whole blocks follow, which need no copying. Returns how many
+/// bytes that took.
 fn fill_block(hasher: &mut Hasher, bytes: &[u8]) -> usize {
     let missing = (BLOCK - hasher.length() % BLOCK) % BLOCK;
     let lead = bytes.len().min(missing as usize);
@@ -34,8 +34,8 @@ fn fill_block(hasher: &mut Hasher, bytes: &[u8]) -> usize {
     lead
 }
 
-/// Feeds two hashers by turns, until one of them has had all its bytes. Returns how many of each were
-/// taken in.
+/// Feeds two hashers in turn until one of them has had all its bytes. Returns how many bytes each
+/// has taken.
 fn update_both(
     (one, ones): (&mut Hasher, &[u8]),
     (other, others): (&mut Hasher, &[u8]),
@@ -55,11 +55,10 @@ fn update_both(
 
 /// Where bytes to be hashed come from. Called on a thread that may block.
 pub trait Feed: Send + 'static {
-    /// Brings the next bytes, some hundred KiB at most: they are to be hashed while they are in the
-    /// CPU's cache. `false`: there are no more.
+    /// Brings the next bytes, at most a few hundred KiB, so that they are hashed while in the CPU's
+    /// cache. `false`: there are no more.
     ///
-    /// # Errors
-    /// Whatever stands in the way; [`Hashing::run`] returns it.
+    /// # Errors Any; [`Hashing::run`] returns it.
     fn advance(&mut self) -> Result<bool>;
 
     /// The bytes that the latest `advance` brought.
@@ -87,7 +86,7 @@ impl FileFeed {
 }
 
 impl Feed for FileFeed {
-    /// Ends early, and in no error, where the file does.
+    /// If the file is shorter, ends early, without an error.
     fn advance(&mut self) -> Result<bool> {
         let stride = (self.rest.end - self.rest.start).min(Self::STRIDE);
         self.buffer.clear();
@@ -114,7 +113,7 @@ pub fn read_into(
 ) -> std::io::Result<u64> {
     while (buffer.len() as u64) < length {
         let at = offset + buffer.len() as u64;
-        // Not zeroed first, as the standard library would have it.
+        // Without zeroing the buffer first, as the standard library would.
         let read = || rustix::io::pread(file, spare_capacity(buffer), at);
         if rustix::io::retry_on_intr(read)? == 0 {
             break;
@@ -141,13 +140,13 @@ struct Queue {
 }
 
 impl Hashing {
-    /// One thread a core: for a download, which also writes there.
+    /// One thread per core: for downloads, which also write there.
     pub fn on_every_core() -> Self {
         Hashing::on(cores())
     }
 
-    /// One thread for two cores: for an upload, where sending keeps the others busy. On two cores, two
-    /// blobs on one thread took 7 % less CPU time than on two.
+    /// One thread per two cores: for uploads, where sending keeps the others busy. On two cores,
+    /// two blobs on one thread took 7 % less CPU time than on two.
     pub fn on_half_the_cores() -> Self {
         Hashing::on((cores() / 2).max(1))
     }
@@ -177,7 +176,7 @@ impl Hashing {
         answered.await.context("a thread that hashes has ended")?
     }
 
-    /// Whether another thread is to start.
+    /// Whether to start another thread.
     fn enqueue(&self, job: Box<dyn Turns>) -> bool {
         let mut queue = self.queue.lock();
         queue.waiting.push_back(job);
@@ -228,7 +227,7 @@ impl Thread {
         }
     }
 
-    /// Takes up what waits. A second blob only if no other thread is coming for it: two cores do
+    /// Takes waiting blobs. A second one only if no other thread is coming for it: two cores do
     /// more than one. `false`: there is nothing to do.
     fn take_up(
         &self,
@@ -242,7 +241,7 @@ impl Thread {
         if other.is_none() && queue.waiting.len() > queue.starting {
             *other = queue.waiting.pop_front();
         }
-        // Here, because whoever adds to what waits looks at this under the same lock.
+        // Subtracted here, because whoever adds a waiting blob checks this under the same lock.
         queue.threads -= usize::from(one.is_none());
         one.is_some()
     }
@@ -255,7 +254,7 @@ impl Drop for Thread {
             if queue.waiting.is_empty() {
                 queue.threads -= 1;
             } else {
-                // What waits in the queue is not to blame.
+                // The waiting blobs are not to blame.
                 queue.starting += 1;
                 start(Arc::clone(&self.queue));
             }
@@ -269,19 +268,19 @@ fn start(queue: Arc<Mutex<Queue>>) {
 
 /// A [`Job`], whatever feeds it.
 trait Turns: Send {
-    /// Sees to it that there are bytes to hash. `None`: it is done, and its owner knows.
+    /// Makes sure that there are bytes to hash. `None`: the job is done, and its owner knows.
     fn ready(self: Box<Self>) -> Option<Box<dyn Turns>>;
 
     fn next(&mut self) -> (&mut Hasher, &[u8]);
 
-    /// So many of these bytes have been hashed.
+    /// Records that this many of the bytes have been hashed.
     fn took(&mut self, bytes: usize);
 }
 
 struct Job<F> {
     feed: F,
     hasher: Hasher,
-    /// Bytes hashed of those that the feed brought last.
+    /// How many of the feed's latest bytes have been hashed.
     at: usize,
     answer: oneshot::Sender<Result<(Hasher, F)>>,
 }

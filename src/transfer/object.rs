@@ -1,5 +1,5 @@
-//! A blob that comes from an object, in this store or another: it passes through memory, verified, and
-//! never touches the disk.
+//! Uploads a blob from an object, in this store or another: its bytes pass through memory,
+//! verified, and never touch the disk.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,15 +23,15 @@ pub struct ObjectSource {
     key: String,
     digest: Digest,
     size: u64,
-    /// Reads usually follow one another: they share one response.
+    /// Consecutive reads share one response.
     reading: Mutex<Option<Reading>>,
 }
 
-/// The object from some byte on.
+/// A response with the object from some byte on.
 struct Reading {
     /// Where `rest` begins.
     at: u64,
-    /// What came and was not asked for yet.
+    /// Bytes that have arrived but were not asked for yet.
     rest: Bytes,
     body: BoxStream<'static, StoreResult<Bytes>>,
 }
@@ -110,7 +110,7 @@ impl Source for ObjectSource {
         if range.is_empty() {
             return Ok((Vec::new(), hasher));
         }
-        // A read that fails, or is given up, leaves nothing for the next one to go on with.
+        // A read that fails or is dropped leaves nothing for the next one to continue.
         let mut kept = self.reading.lock().await;
         let mut reading = match kept.take() {
             Some(reading) if reading.at == range.start => reading,

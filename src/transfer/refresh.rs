@@ -5,20 +5,20 @@ use crate::progress::Verb;
 use crate::store::{Kind, ObjectInfo};
 use crate::transfer::upload::Uploader;
 
-/// What became of an object that was to be refreshed.
+/// The outcome of a refresh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refreshed {
-    /// It is young.
+    /// The object is young now.
     Done,
     /// It is not there any more.
     Gone,
-    /// The store could not copy it onto itself: only an upload makes it young.
+    /// The store could not copy the object onto itself: only an upload can make it young.
     Refused,
 }
 
 impl Uploader {
-    /// Refreshes the object at `key` by copying it onto itself. Whatever the store answers is no error:
-    /// the object is there and only its age is at stake.
+    /// Refreshes the object at `key` by copying it onto itself. No answer of the store is an error:
+    /// the object exists, and only its age is at stake.
     pub async fn refresh(&self, key: &str, digest: &Digest, info: &ObjectInfo) -> Refreshed {
         let blob = self.progress.blob(Verb::Refresh, digest, info.size);
         let touched = if info.size <= self.limits.copy {

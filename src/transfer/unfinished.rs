@@ -1,5 +1,5 @@
-//! Multipart uploads that are neither completed nor aborted: the ones of this run, and those that
-//! earlier runs left behind.
+//! Multipart uploads that are neither completed nor aborted: this run's, and those that earlier
+//! runs left behind.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,13 +10,14 @@ use futures::stream::StreamExt;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use crate::report::count;
 use crate::store::{Kind, ObjectInfo, Part, StoreError, Upload};
 use crate::transfer::upload::Uploader;
 
 /// An upload older than this has been abandoned, whoever started it.
 pub const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// So has one that holds no part after this time.
+/// An upload without parts has been abandoned after this time.
 const NEVER_BEGUN: Duration = Duration::from_secs(60 * 60);
 
 /// Unfinished uploads of one blob whose parts are listed. There are rarely two.
@@ -61,7 +62,8 @@ impl Unfinished {
         self.unknown.lock().remove(key);
     }
 
-    /// If this run may have an unknown upload at `key`: the uploads there that are not this run's.
+    /// If this run may have an unknown upload at `key`: the uploads there before it, which are to
+    /// be spared.
     fn spared_at(&self, key: &str) -> Option<Vec<String>> {
         let before = self.before.lock().get(key).cloned().unwrap_or_default();
         self.unknown.lock().contains(key).then_some(before)
@@ -112,8 +114,8 @@ impl Uploader {
         })
     }
 
-    /// Aborts those of `uploads` that have been abandoned. Each comes with the size of its blob, which
-    /// must be in place: a run that is still sending one of them then finds the blob.
+    /// Aborts those of `uploads` that have been abandoned. Each comes with the size of its blob,
+    /// which must be in place, so that a run that is still sending it finds the blob.
     pub async fn abort_pointless(&self, uploads: Vec<(Upload, u64)>) {
         futures::stream::iter(uploads)
             .for_each_concurrent(ABORTS, |(upload, size)| async move {
@@ -237,7 +239,8 @@ impl Uploader {
         let left = self.unfinished.uploads.lock().len();
         if !in_time || left > 0 {
             self.progress.warn(&format!(
-                "{left} multipart upload(s) could not be aborted; a lifecycle rule that aborts incomplete uploads removes them"
+                "{} could not be aborted; a lifecycle rule for incomplete uploads removes what is left",
+                count(left as u64, "multipart upload")
             ));
         }
     }

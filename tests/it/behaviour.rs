@@ -629,7 +629,7 @@ fn a_failed_export_under_ignore_error_is_a_warning() {
         .prints(expect![""], expect![[r#"
             Ns looking for blobs on S3
             Ns uploading (5 blobs, 30.1 KiB)
-            warning: ignored, as ignore-error=true asks: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; check bucket, region and endpoint_url
+            warning: ignored because of ignore-error=true: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; check bucket, region and endpoint_url
         "#]]);
 }
 
@@ -700,7 +700,7 @@ fn wrong_usage_ends_with_2_before_any_request() {
         .run()
         .ends_with(2)
         .prints(expect![[""]], expect![[r#"
-            error: no cache is given (use --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_TO to one spec a line)
+            error: no cache is given (use --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_TO to one spec per line)
         "#]]);
     assert_eq!(server.log().len(), 0);
 }

@@ -49,7 +49,7 @@ fn cli_md_is_the_help_of_every_command() {
         .filter(|name| *name != "help");
     let mut text = format!(
         "<!-- `make docs` writes this from the program's own help. -->\n# Commands\n\n\
-         Global options may stand before or after the command. Of a repeated flag the last one \
+         Global options may stand before or after the command. If a flag is repeated, the last one \
          wins.\n\n```text\n{program}\n```\n"
     );
     for command in commands {

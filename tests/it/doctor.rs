@@ -61,7 +61,7 @@ fn a_bucket_that_allows_everything_passes_and_stays_empty() {
               works   copy an object onto itself   refreshing
               works   delete an object             pruning
         "#]], expect![[r#"
-            Ns trying out the bucket
+            Ns testing the bucket
         "#]]);
     assert_empty(&server);
     let keys = server.log().into_iter().map(|request| request.key);
@@ -114,7 +114,7 @@ fn what_only_costs_comfort_is_named_with_its_permission_and_is_no_failure() {
                       without it, old blobs are uploaded again, or else expire although they are in use
               works   delete an object             pruning
         "#]], expect![[r#"
-            Ns trying out the bucket
+            Ns testing the bucket
         "#]]);
     assert_empty(&server);
 }
@@ -162,7 +162,7 @@ fn a_role_that_may_not_write_fails_the_export_alone() {
                       there is no object to copy
               works   delete an object             pruning
         "#]], expect![[r#"
-            Ns trying out the bucket
+            Ns testing the bucket
             error: an export would fail at s3://cache/manifests/buildkit: cannot put an object
         "#]]);
     assert_empty(&server);
@@ -205,7 +205,7 @@ fn what_may_not_be_deleted_or_aborted_is_named_as_left_behind() {
                       without it, only a lifecycle rule removes what is no longer used
                       allow s3:DeleteObject
         "#]], expect![[r#"
-            Ns trying out the bucket
+            Ns testing the bucket
             warning: left behind: the object s3://cache/blobs/layercache-doctor-RANDOM
             warning: left behind: a multipart upload of s3://cache/blobs/layercache-doctor-RANDOM
         "#]]);
@@ -253,7 +253,7 @@ fn with_a_wrong_secret_one_check_says_all() {
               -       copy an object onto itself   refreshing
               -       delete an object             pruning
         "#]], expect![[r#"
-            Ns trying out the bucket
+            Ns testing the bucket
             error: both an export and an import would fail at s3://cache/manifests/buildkit: cannot list objects
         "#]]);
     assert_eq!(server.log().len(), 1);
@@ -289,7 +289,7 @@ fn a_missing_bucket_ends_the_checks() {
               -       copy an object onto itself   refreshing
               -       delete an object             pruning
         "#]], expect![[r#"
-            Ns trying out the bucket
+            Ns testing the bucket
             error: both an export and an import would fail at s3://absent/manifests/buildkit: cannot list objects
         "#]]);
     assert_eq!(server.log().len(), 1);
@@ -341,7 +341,7 @@ fn a_clock_that_is_far_off_is_why_nothing_works() {
               -       copy an object onto itself   refreshing
               -       delete an object             pruning
         "#]], expect![[r#"
-            Ns trying out the bucket
+            Ns testing the bucket
             error: both an export and an import would fail at s3://cache/manifests/buildkit: cannot list objects
         "#]]);
     assert_eq!(server.log().len(), 1);

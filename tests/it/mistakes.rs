@@ -108,7 +108,7 @@ fn words_that_make_no_command() {
         line(&["export", "."]),
         expect![[r#"
         [2]
-        error: no cache is given (use --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_TO to one spec a line)
+        error: no cache is given (use --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_TO to one spec per line)
     "#]],
     );
     says(
@@ -473,7 +473,7 @@ fn a_cache_that_is_elsewhere() {
         export(&elsewhere.replace("type=s3", "type=s3,ignore-error=true")),
         expect![[r#"
             [0]
-            warning: ignored, as ignore-error=true asks: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://ci-cache/blobs/sha256:DIGEST; check bucket, region and endpoint_url
+            warning: ignored because of ignore-error=true: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://ci-cache/blobs/sha256:DIGEST; check bucket, region and endpoint_url
         "#]],
     );
     let in_oregon = Server::builder().region("us-west-2").start();

@@ -341,7 +341,7 @@ fn without_a_terminal_and_without_yes_nothing_goes() {
         to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
     "#]],
         expect![[r#"
-            error: nothing was removed: there is no terminal to ask at (--yes does not ask)
+            error: nothing was removed: there is no terminal to ask on (--yes skips the question)
         "#]],
     );
     assert_eq!(server.objects(), before);
@@ -690,7 +690,7 @@ fn a_layout_is_pruned_with_the_same_plan() {
         to keep: 12 blobs (70.0 KiB)
     "#]],
         expect![[r#"
-        error: pruning TMP: nothing was removed: there is no terminal to ask at (--yes does not ask)
+        error: pruning TMP: nothing was removed: there is no terminal to ask on (--yes skips the question)
     "#]],
     );
     assert!(orphan.exists());

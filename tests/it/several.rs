@@ -108,7 +108,7 @@ fn a_failure_that_is_ignored_says_what_it_took() {
         .prints(expect![""], expect![[r#"
             Ns looking for blobs on S3
             Ns uploading (5 blobs, 30.1 KiB)
-            warning: ignored, as ignore-error=true asks: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; check bucket, region and endpoint_url
+            warning: ignored because of ignore-error=true: http://127.0.0.1:PORT answered 404 NoSuchBucket, uploading s3://absent/blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2; check bucket, region and endpoint_url
         "#]]);
     let result = &results(&file)[0];
     assert_eq!(result["requests"], server.log().len());

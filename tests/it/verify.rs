@@ -107,7 +107,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
         "#]], expect![[r#"
             Ns reading the manifests
             Ns looking for blobs on S3
-            error: 3 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair makes those usable whose manifests can be read
+            error: 3 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair fixes those whose manifests can be read
         "#]]);
     verify(&server, &["--format=json"])
         .ends_with(1)
@@ -155,7 +155,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
         "#]], expect![[r#"
             Ns reading the manifests
             Ns looking for blobs on S3
-            error: 3 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair makes those usable whose manifests can be read
+            error: 3 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair fixes those whose manifests can be read
         "#]]);
 }
 
@@ -187,7 +187,7 @@ fn only_a_deep_look_finds_wrong_bytes_and_a_hiccup_of_the_network_is_none() {
             Ns reading the manifests
             Ns looking for blobs on S3
             Ns verifying (10 blobs, 62.9 KiB)
-            error: 1 of 2 caches in s3://cache at http://127.0.0.1:PORT is not whole; --repair makes those usable whose manifests can be read
+            error: 1 of 2 caches in s3://cache at http://127.0.0.1:PORT is not whole; --repair fixes those whose manifests can be read
         "#]]);
 }
 

@@ -1,5 +1,5 @@
-//! The bucket's lifecycle rules as a document: read as far as they concern caches, and written back
-//! with everything that is not understood.
+//! The bucket's lifecycle rules as a document: parsed as far as they concern caches, and written
+//! back with everything that was not understood.
 
 use anyhow::{Context, Result, bail};
 use xml::EventWriter;
@@ -19,7 +19,7 @@ pub struct Document {
     texts: Vec<Vec<XmlEvent>>,
 }
 
-/// What of a rule matters to caches.
+/// The parts of a rule that matter to caches.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rule {
     /// Empty if it has none.
@@ -27,14 +27,14 @@ pub struct Rule {
     pub enabled: bool,
     /// Empty: all keys.
     pub prefix: String,
-    /// It is only about objects with some tag.
+    /// It applies only to objects with some tag.
     pub tagged: bool,
     pub expiration: Option<Expiration>,
     /// The storage classes that current objects are moved to.
     pub transitions: Vec<String>,
     /// Days after which multipart uploads are aborted.
     pub abort_days: Option<u32>,
-    /// Its prefix is outside a Filter. S3 takes no mixture of both forms.
+    /// Its prefix is outside a Filter. S3 refuses a mixture of both forms.
     old_form: bool,
 }
 
@@ -43,7 +43,7 @@ pub struct Rule {
 pub enum Expiration {
     /// After they were last modified.
     Days(u32),
-    /// All that there are, from this date on.
+    /// All objects, from this date on.
     Date(String),
 }
 
@@ -56,12 +56,12 @@ impl Rule {
         }
     }
 
-    /// Whether it does something to objects without tags.
+    /// Whether it affects objects without tags.
     pub fn is_effective(&self) -> bool {
         self.enabled && !self.tagged
     }
 
-    /// Takes in an element below the rule, by the names that lead to it.
+    /// Reads an element below the rule, by its path of names.
     fn add(&mut self, path: &[&str], text: &str) {
         match path {
             ["ID"] => self.id = text.to_owned(),

@@ -14,7 +14,7 @@ Exit status 1 if an export or an import would fail.
 Example:
   layercache doctor --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app")]
 pub struct DoctorArgs {
-    /// What to try out; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
+    /// What to test; repeat for several [default: LAYERCACHE_CACHE_TO, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_to: Vec<SpecText>,
 }

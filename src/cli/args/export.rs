@@ -18,8 +18,8 @@ Leave credentials to the environment: the AWS default chain finds them.
 Example:
   layercache export --cache-to type=s3,region=eu-west-1,bucket=ci-cache,name=app,mode=max ../cache")]
 pub struct ExportArgs {
-    /// Where to; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
-    // By hand rather than by clap's `env`, which knows no lines and could show the value.
+    /// Where to export to; repeat for several [default: LAYERCACHE_CACHE_TO, one spec per line]
+    // Not clap's `env`, which does not split lines and could show the value.
     #[arg(long, value_name = "SPEC")]
     pub cache_to: Vec<SpecText>,
 
@@ -39,7 +39,7 @@ pub struct ExportArgs {
     #[arg(long)]
     pub force: bool,
 
-    /// Say what would be sent, and write nothing
+    /// Show what would be sent, but write nothing
     #[arg(long)]
     pub dry_run: bool,
 

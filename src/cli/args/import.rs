@@ -21,7 +21,7 @@ If there is no cache yet, the import succeeds, unless --require is given.
 Example:
   layercache import --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app ../cache")]
 pub struct ImportArgs {
-    /// Where from; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec a line]
+    /// Where to import from; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_from: Vec<SpecText>,
 
@@ -41,12 +41,12 @@ pub struct ImportArgs {
     #[arg(long)]
     pub verify: bool,
 
-    /// Refresh blobs on S3 that are older than 24 h, as an export does, so that lifecycle rules spare a
-    /// cache that is only imported. Needs the permission to write
+    /// Refresh blobs on S3 that are older than 24 h, as an export does, so that lifecycle rules
+    /// spare a cache that is only imported. Needs permission to write
     #[arg(long)]
     pub refresh: bool,
 
-    /// Say what would be fetched, and write nothing
+    /// Show what would be fetched, but write nothing
     #[arg(long)]
     pub dry_run: bool,
 

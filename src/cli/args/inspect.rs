@@ -19,7 +19,7 @@ Examples:
   layercache inspect --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app
   layercache inspect ./cache")]
 pub struct InspectArgs {
-    /// The cache on S3; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec a line]
+    /// The cache on S3; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_from: Vec<SpecText>,
 

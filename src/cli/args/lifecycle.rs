@@ -8,16 +8,16 @@ use crate::config::{LifecycleAction, LifecycleTask, Task};
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 Caches expire by age: manifests some days after the last export, blobs later, so that no manifest
-outlives its blobs. The spec's touch_refresh and prefixes count, its name does not, unless manifests
-share the blobs' prefix. The rules are printed for
+outlives its blobs. The rules depend on the spec's touch_refresh and prefixes, and on its name only
+if manifests share the blobs' prefix. They are printed for
 `aws s3api put-bucket-lifecycle-configuration`, which replaces all rules of the bucket; --apply
-keeps those of others.
+keeps the rules of others.
 Exit status 1 if --check finds a rule that can break builds.
 
 Example:
   layercache lifecycle --cache-to type=s3,region=eu-west-1,bucket=ci-cache --expire-after 30d")]
 pub struct LifecycleArgs {
-    /// Whose rules; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
+    /// The caches to expire; repeat for several [default: LAYERCACHE_CACHE_TO, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_to: Vec<SpecText>,
 
@@ -25,11 +25,11 @@ pub struct LifecycleArgs {
     #[arg(long, value_name = "DAYS", value_parser = days)]
     pub expire_after: Option<u32>,
 
-    /// Say of each rule that the bucket has whether it can break builds
+    /// Say whether each of the bucket's rules can break builds
     #[arg(long, conflicts_with_all = ["apply", "expire_after"])]
     pub check: bool,
 
-    /// Write the rules to the bucket, beside those of others
+    /// Write the rules to the bucket, and keep the rules of others
     #[arg(long)]
     pub apply: bool,
 }

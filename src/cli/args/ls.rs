@@ -8,13 +8,13 @@ use crate::config::{LsTask, Sort, Task};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
-SPEC is buildx's: type=s3 with region, bucket, prefix, endpoint_url and so on. All caches
-are listed, whatever its name.
+SPEC is buildx's: type=s3 with region, bucket, prefix, endpoint_url and so on. Its name does
+not matter: all caches are listed.
 
 Example:
   layercache ls --cache-from type=s3,region=eu-west-1,bucket=ci-cache --sort size")]
 pub struct LsArgs {
-    /// Where to look; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec a line]
+    /// Where to look; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_from: Vec<SpecText>,
 

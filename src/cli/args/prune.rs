@@ -11,8 +11,8 @@ use crate::cli::args::usage;
 use crate::cli::spec;
 use crate::config::{CacheChoice, Consent, ExportConfig, PruneLayoutTask, PruneTask, Task};
 
-/// How old a blob in a layout must be unless `--grace` says so: builds write blobs before the index
-/// names them.
+/// How old a blob in a layout must be to go, by default: builds write blobs before the index names
+/// them.
 const LAYOUT_GRACE: Duration = Duration::from_secs(60 * 60);
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -33,17 +33,17 @@ const OF_BUCKETS: [&str; 10] = [
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
-Without options no cache is removed, only garbage: blobs that no cache needs, and uploads that were
-abandoned. All caches of the spec's manifests_prefix count, whatever its name. Blobs younger than
---grace stay, because an export may be about to name them. Everything below the spec's prefix is
-examined for caches of other specs that need the same blobs.
+Without options, prune removes no cache, only garbage: blobs that no cache needs, and abandoned
+uploads. The spec's name does not matter: all caches of its manifests_prefix count. Blobs younger
+than --grace stay, because an export may be about to name them. Everything below the spec's prefix
+is searched for caches of other specs that need the same blobs.
 Exit status 2 without --yes where nobody can be asked.
 
 Examples:
   layercache prune --cache-to type=s3,region=eu-west-1,bucket=ci-cache --older-than 30d --keep main
   layercache prune ./cache")]
 pub struct PruneArgs {
-    /// Where; repeat for several [default: LAYERCACHE_CACHE_TO, one spec a line]
+    /// Where to prune; repeat for several [default: LAYERCACHE_CACHE_TO, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_to: Vec<SpecText>,
 
@@ -51,7 +51,7 @@ pub struct PruneArgs {
     #[arg(long, value_name = "AGE", value_parser = age)]
     pub older_than: Option<Duration>,
 
-    /// Keep so many caches, those that were written last
+    /// Keep the N caches that were written last
     #[arg(long, value_name = "N")]
     pub keep_last: Option<usize>,
 
@@ -75,15 +75,15 @@ pub struct PruneArgs {
     #[arg(long)]
     pub assume_no_others: bool,
 
-    /// Remove the last cache, too
+    /// Allow every cache to be removed
     #[arg(long)]
     pub allow_empty: bool,
 
-    /// Rewrite a manifest that was written meanwhile and names a deleted blob
+    /// Rewrite manifests that were written meanwhile and name a deleted blob
     #[arg(long)]
     pub repair: bool,
 
-    /// Keep blobs younger than this [default: touch_refresh and a day; of a LAYOUT 1h]
+    /// Keep blobs younger than this [default: touch_refresh plus a day; 1h for a LAYOUT]
     #[arg(long, value_name = "AGE", value_parser = age)]
     pub grace: Option<Duration>,
 
@@ -91,7 +91,7 @@ pub struct PruneArgs {
     #[arg(short, long, conflicts_with = "dry_run")]
     pub yes: bool,
 
-    /// Say what would be removed, but remove nothing
+    /// Show what would be removed, but remove nothing
     #[arg(long)]
     pub dry_run: bool,
 
@@ -99,7 +99,7 @@ pub struct PruneArgs {
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "table")]
     pub format: TableFormat,
 
-    /// Instead of a bucket: the directory of a local cache
+    /// Directory of a local cache to prune, instead of a bucket
     #[arg(value_name = "LAYOUT", conflicts_with_all = OF_BUCKETS)]
     pub layout: Option<PathBuf>,
 }

@@ -13,25 +13,25 @@ use crate::config::{ServeTask, Task};
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, name, prefix, endpoint_url and so on.
-Credentials are best left to the environment; the AWS default chain finds them.
-COMMAND, or with --env-file what follows, finds in its environment LAYERCACHE_FROM and LAYERCACHE_TO:
-values for --cache-from and --cache-to (one a line if there are several). LAYERCACHE_GHA_FROM and
-LAYERCACHE_GHA_TO are the same for type=gha. Nothing can be written without --cache-to.
-With COMMAND the exit status is that of COMMAND.
+Leave credentials to the environment: the AWS default chain finds them.
+COMMAND gets LAYERCACHE_FROM and LAYERCACHE_TO in its environment: values for --cache-from and
+--cache-to (one per line if there are several). LAYERCACHE_GHA_FROM and LAYERCACHE_GHA_TO are the
+same for type=gha. Without --cache-to, builders cannot write.
+The exit status is COMMAND's.
 
 Example:
   layercache serve --cache-from type=s3,region=eu-west-1,bucket=ci-cache,name=app \\
     -- sh -c 'docker buildx build --cache-from \"$LAYERCACHE_FROM\" .'")]
 pub struct ServeArgs {
-    /// What builders may read; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec a line]
+    /// What builders may read; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_from: Vec<SpecText>,
 
-    /// Where builders may write [default: LAYERCACHE_CACHE_TO, without --cache-from]
+    /// Where builders may write [default: LAYERCACHE_CACHE_TO, unless --cache-from is given]
     #[arg(long, value_name = "SPEC")]
     pub cache_to: Option<SpecText>,
 
-    /// Address to listen at; port 0 is any free one
+    /// Address to listen on; port 0 takes any free one
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
 
@@ -39,11 +39,11 @@ pub struct ServeArgs {
     #[arg(long)]
     pub insecure_listen: bool,
 
-    /// Append the variables to this file once it is listening, for $GITHUB_ENV
+    /// Append the variables to this file once the endpoint listens, for $GITHUB_ENV
     #[arg(long, value_name = "FILE")]
     pub env_file: Option<PathBuf>,
 
-    /// What to run; serves until it ends [default: until SIGTERM]
+    /// Command to run; serve until it ends [default: until SIGTERM]
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
 }

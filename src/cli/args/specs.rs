@@ -190,7 +190,7 @@ impl<'a> Specs<'a> {
         if configs.is_empty() {
             return Err(usage(format!(
                 "no cache is given (use {flag} type=s3,region=...,bucket=..., or set {variable} to \
-                 one spec a line)",
+                 one spec per line)",
                 flag = flag.name,
                 variable = flag.variable,
             )));

@@ -242,11 +242,11 @@ fn no_spec_at_all_is_a_usage_error_that_names_flag_and_variable() {
     assert_eq!(
         usage_error(&["export", "dir"], &no_env),
         "no cache is given (use --cache-to type=s3,region=...,bucket=..., or set \
-         LAYERCACHE_CACHE_TO to one spec a line)"
+         LAYERCACHE_CACHE_TO to one spec per line)"
     );
     let blank = env_of(&[("LAYERCACHE_CACHE_FROM", " \n")]);
     let expected = "no cache is given (use --cache-from type=s3,region=...,bucket=..., or set \
-         LAYERCACHE_CACHE_FROM to one spec a line)";
+         LAYERCACHE_CACHE_FROM to one spec per line)";
     assert_eq!(usage_error(&["import", "dir"], &blank), expected);
     assert_eq!(
         usage_error(&["import", "--cache-from", "", "dir"], &no_env),

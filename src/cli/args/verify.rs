@@ -12,15 +12,15 @@ use crate::config::{Origin, Task, VerifyTask};
 #[command(after_help = "\
 SPEC is buildx's: type=s3 with region, bucket, prefix, endpoint_url and so on. Its name does not matter:
 all caches are verified.
-An interrupted verify --deep on S3 continues where it stopped: what it has verified is in the directory
-layercache below $XDG_CACHE_HOME or ~/.cache until a run has come to its end.
-Exit status 1 if something is wrong and stays wrong.
+An interrupted verify --deep on S3 continues where it stopped: until a run completes, the list of
+verified blobs is in the directory layercache below $XDG_CACHE_HOME or ~/.cache.
+Exit status 1 if anything is still wrong at the end.
 
 Examples:
   layercache verify --cache-from type=s3,region=eu-west-1,bucket=ci-cache
   layercache verify --deep --repair ./cache")]
 pub struct VerifyArgs {
-    /// Where the caches are; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec a line]
+    /// Where the caches are; repeat for several [default: LAYERCACHE_CACHE_FROM, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_from: Vec<SpecText>,
 
@@ -28,7 +28,7 @@ pub struct VerifyArgs {
     #[arg(long)]
     pub deep: bool,
 
-    /// On S3, take out of the manifests what is missing or damaged, and delete damaged blobs; in a
+    /// On S3, drop missing and damaged blobs from the manifests, and delete damaged ones; in a
     /// layout, move damaged blobs aside
     #[arg(long)]
     pub repair: bool,

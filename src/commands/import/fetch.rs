@@ -16,11 +16,11 @@ use crate::process;
 use crate::progress::Verb;
 use crate::transfer::download::{Damaged, Downloader, Fetched};
 
-/// Blobs fetched at once. How many of them are large, the bound on buffers decides.
+/// Blobs fetched at once. The bound on buffers decides how many of them are large.
 const BLOBS: usize = 160;
 
-/// Open files that a blob in flight needs: its file twice and a connection, and as many again for
-/// those that wait to be published.
+/// Open files that a blob in flight needs: its file twice and a connection, and as many for a blob
+/// that waits to be published.
 const FILES: usize = 6;
 
 /// Verified blobs that may wait to be published. Each holds a file open.
@@ -45,13 +45,13 @@ pub(super) struct Haul {
     pub(super) bytes: u64,
 }
 
-/// What every fetch of a run works with.
+/// What the fetches of a run share.
 struct Means<'a> {
     downloader: &'a Downloader,
-    /// Bounds the staging files that are being opened.
+    /// Limits how many staging files are opened at once.
     stagings: &'a Arc<Semaphore>,
     verified: &'a mpsc::Sender<Staged>,
-    /// A clone is held by whatever works on the staging files on a thread that blocks.
+    /// Held, as a clone, by any blocking thread that works on staging files.
     busy: &'a mpsc::Sender<()>,
 }
 
@@ -97,10 +97,10 @@ impl ImportFrom<'_> {
             }
             Ok(haul)
         };
-        // Both run to their ends: what was verified before a failure is kept for the next run.
+        // Both run to completion: what was verified before a failure is kept for the next run.
         let (fetched, published) = tokio::join!(fetching, publishing);
-        // A fetch that is dropped does not stop what it began on a thread that blocks. Nothing may still
-        // create or remove files when the caller cleans up.
+        // Dropping a fetch does not stop what it started on a blocking thread, and nothing may
+        // create or remove files any more when the caller cleans up.
         idle.recv().await;
         published?;
         fetched
@@ -114,7 +114,7 @@ impl ImportFrom<'_> {
         means: Means<'_>,
     ) -> Result<Option<Fetched>> {
         let blob = self.progress.blob(Verb::Download, &digest, size);
-        // Released as soon as another process has to be waited for, so that others can go on.
+        // Released before waiting for another process, so that other fetches can go on.
         let permit = Arc::clone(means.stagings).acquire_owned().await.ok();
         let mut turn = Some((permit, means.busy.clone()));
         let waited_for = Arc::clone(&blob);
@@ -136,7 +136,8 @@ impl ImportFrom<'_> {
         if self.task.missing == Missing::Drop
             && let Err(error) = &fetched
             && let Some(damaged) = error.downcast_ref::<Damaged>()
-            // A store that answers with another size may be in trouble now; the object may be fine.
+            // A store that answers with another size may only be in trouble now; the object may be
+            // fine.
             && damaged.unnoticed
         {
             self.progress.warn(&damaged.to_string());

@@ -1,4 +1,4 @@
-//! `--refresh`: the blobs that an import uses stay young on S3, as those of an export do.
+//! `--refresh`: keeps the blobs that an import uses young on S3, as an export does.
 
 use std::time::{Duration, SystemTime};
 
@@ -26,7 +26,8 @@ impl ImportFrom<'_> {
         Ok(found.filter(|(_, info)| is_old(info, age, now)).collect())
     }
 
-    /// Refreshes them; returns how many. The import is done by then, so that a failure is a warning.
+    /// Refreshes them; returns how many. The import is already done, so a failure is only a
+    /// warning.
     pub(super) async fn refresh(
         &self,
         blobs: impl IntoIterator<Item = Digest>,

@@ -1,13 +1,13 @@
 //! The layers of a cache as a tree.
 //!
-//! A layer that is the only one on top of another stands below it, in the same column: most chains of
-//! layers are long and do not branch. Only branches are drawn.
+//! If a layer has a single child, the child is listed below it in the same column: most chains of
+//! layers are long and do not branch. Lines are drawn only for branches.
 
-/// Branches within branches that are drawn; deeper ones stand in the same column.
+/// How deeply nested branches are drawn; deeper ones share a column.
 const DEEPEST: usize = 12;
 
 /// The layers in the order in which they are shown, each with the lines of the tree before it.
-/// `parents` has each layer's parent; no chain of parents runs in a circle.
+/// `parents` has each layer's parent; no chain of parents has a cycle.
 pub(super) fn rows(parents: &[Option<usize>]) -> Vec<(usize, String)> {
     let mut roots = Vec::new();
     let mut children = vec![Vec::new(); parents.len()];
@@ -18,7 +18,8 @@ pub(super) fn rows(parents: &[Option<usize>]) -> Vec<(usize, String)> {
         }
     }
     let mut rows = Vec::with_capacity(parents.len());
-    // Still to be shown, the next last: the layer, what is before it, and before what is on top of it.
+    // Still to be shown, the next one last: the layer, its prefix, and the prefix of the layers on
+    // top of it.
     let mut waiting: Vec<(usize, String, String)> = Vec::new();
     branch(&mut waiting, &roots, "");
     while let Some((layer, before, below)) = waiting.pop() {

@@ -1,10 +1,11 @@
-//! The deleting. Manifests first, then blobs: whenever it ends, no manifest names what was deleted.
+//! Deletes manifests first, then blobs: wherever it stops, no manifest names a deleted blob.
 //!
-//! Exports go on meanwhile. Before each page of blobs is listed, the manifests are looked at again; the
-//! page is then deleted at once. An export that names a blob has either sent or refreshed it, so that it
-//! is young in the listing; or found it younger than touch_refresh, and the grace is longer. What is left
-//! is a blob that is refreshed between the listing and the deletion. So once all is deleted, the manifests
-//! that were written since the plan are read and their blobs looked up.
+//! Exports may run at the same time. Before each page of blobs is listed, the manifests are looked
+//! at again; the page is then deleted at once. An export that names a blob has either sent or
+//! refreshed it, so the blob is young in the listing; or it found the blob younger than
+//! touch_refresh, and the grace is longer. That leaves a blob that is refreshed between the listing
+//! and the deletion. So at the end, the manifests that were written since the plan are read and
+//! their blobs looked up.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -26,7 +27,7 @@ use crate::progress::Progress;
 use crate::report::count;
 use crate::store::{Kind, ObjectInfo, StoreError, StoreResult, Upload};
 
-/// Requests for one object each in flight at once.
+/// Requests in flight at once, each for one object.
 const AT_ONCE: usize = 16;
 
 /// Objects that one request deletes at most.
@@ -46,7 +47,7 @@ pub(super) struct Deleted {
     pub repaired: Vec<String>,
 }
 
-/// What is known of the bucket while it is deleted from.
+/// What is known about the bucket while blobs are being deleted.
 struct Guard {
     watch: Watch,
     /// When the latest look began.
@@ -92,7 +93,7 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// Carries out the plan. `details` say what was deleted, also if it fails midway.
+    /// Carries out the plan. `details` say what was deleted, even if it fails midway.
     pub async fn run(self, plan: Plan, repair: bool, details: &mut PruneDetails) -> Result<()> {
         let ended = self.work(plan, repair, details).await;
         details.deleted = self.deleted.into_inner();
@@ -123,7 +124,7 @@ impl<'a> Deletion<'a> {
         Ok(())
     }
 
-    /// Deletes what of the blobs of a listing is old and not needed, page by page.
+    /// Deletes the old, unneeded blobs of a listing, page by page.
     async fn delete_listed(&self, mut pages: Pages) -> Result<()> {
         while self.look().await? {
             let Some(page) = pages.try_next().await? else {
@@ -155,7 +156,8 @@ impl<'a> Deletion<'a> {
         self.needed.write().extend(blobs.map(|(digest, _)| *digest));
     }
 
-    /// Deletes the manifests that are still the ones that were read. The blobs of the others are needed.
+    /// Deletes those manifests that have not changed since they were read. The blobs of the others
+    /// are needed.
     async fn delete_manifests(&self, caches: &[Watched]) -> Result<()> {
         for batch in caches.chunks(BATCH) {
             let keys: Vec<_> = batch.iter().map(|w| w.cache.named.key.clone()).collect();
@@ -204,7 +206,7 @@ impl<'a> Deletion<'a> {
         Ok(())
     }
 
-    /// Deletes what of a page of blobs is old and not needed.
+    /// Deletes the old, unneeded blobs of one page.
     async fn delete_blobs(&self, page: Vec<(String, ObjectInfo)>) -> Result<()> {
         let now = now(self.bucket);
         let (mut objects, mut sizes) = (Vec::new(), Vec::new());
@@ -235,7 +237,7 @@ impl<'a> Deletion<'a> {
         Ok(())
     }
 
-    /// Deletes objects, as they are where their ETags are known.
+    /// Deletes objects, checking their ETags where they are known.
     async fn delete(
         &self,
         objects: &[(String, Option<String>)],
@@ -257,7 +259,7 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// An object that is another one by now stays, which is no failure.
+    /// An object that has been replaced stays, which is not a failure.
     fn note_failure(&self, error: &StoreError) {
         if error.kind == Kind::Changed {
             return;
@@ -285,8 +287,8 @@ impl<'a> Deletion<'a> {
             .await;
     }
 
-    /// Of the caches that were read since the plan, those that name blobs which are not there. What was
-    /// `needed` from the start was not deleted.
+    /// Of the caches that were read since the plan, those that name missing blobs. Blobs `needed`
+    /// from the start were not deleted.
     async fn broken(&self, needed: &BTreeSet<Digest>) -> Result<Vec<(Watched, BTreeSet<Digest>)>> {
         let late = std::mem::take(&mut self.guard.lock().await.late);
         let blobs = |watched: &Watched| {
@@ -313,7 +315,7 @@ impl<'a> Deletion<'a> {
         Ok(broken)
     }
 
-    /// Repairs manifests that name what is gone, or reports them.
+    /// Repairs manifests that name deleted blobs, or reports them.
     async fn settle(
         &self,
         broken: Vec<(Watched, BTreeSet<Digest>)>,

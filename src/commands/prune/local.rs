@@ -14,7 +14,7 @@ use crate::progress;
 use crate::quote::printable;
 use crate::report::{Details, Place, count};
 
-/// What was to be done, and what was.
+/// What was planned, and what was done.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct PruneLayoutDetails {
@@ -185,7 +185,7 @@ pub(super) async fn prune(
         entries,
         blobs,
         bytes,
-    } = pruned.map_err(|error| anyhow!("{error:#}; the next prune goes on"))?;
+    } = pruned.map_err(|error| anyhow!("{error:#}; the next prune continues"))?;
     details.deleted = Deleted {
         entries,
         blobs,

@@ -66,7 +66,7 @@ pub(super) fn decide(
     (decisions, rest)
 }
 
-/// The indexes of the `count` caches that were written last. What has no date may be the latest.
+/// The indexes of the `count` caches that were written last. One without a date may be the latest.
 fn last(candidates: &[Candidate], count: usize) -> BTreeSet<usize> {
     let mut order: Vec<usize> = (0..candidates.len())
         .filter(|&at| candidates[at].ours && candidates[at].blobs.is_some())
@@ -126,7 +126,7 @@ fn decide_one(
             Some(_) => Decision::new(Action::Keep, false, "fits --max-size"),
         };
     }
-    // These say what stays; what they do not name goes.
+    // These options say what stays; the rest goes.
     match (choice.keep_last, choice.name.is_empty()) {
         (Some(count), _) => {
             Decision::new(Action::Remove, true, format!("not among the last {count}"))

@@ -73,7 +73,7 @@ pub(super) async fn verify(
                 ..Verdict::new(name, &[])
             },
         };
-        // What was moved aside is missing now.
+        // A blob that was moved aside is missing now.
         verdict.ok = verdict.is_intact();
         details.caches.push(verdict);
     }

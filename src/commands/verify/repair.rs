@@ -1,8 +1,9 @@
-//! Repair on S3: manifests without what is missing or damaged, and then no damaged objects.
+//! Repair on S3: rewrites manifests without missing and damaged blobs, then deletes the damaged
+//! objects.
 //!
-//! Others go on exporting meanwhile. So everything is looked at again right before it is changed: a
-//! manifest is rewritten only as it is by then, and an object is deleted only if it is still the one that
-//! was found damaged and no manifest names it any more.
+//! Others may export at the same time. So everything is looked at again right before it is changed:
+//! the manifest that is rewritten is the latest one, and an object is deleted only if it is still
+//! the one that was found damaged and no manifest names it any more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +21,7 @@ use crate::transfer::download::Downloader;
 /// How often a manifest may be replaced by others while it is repaired.
 const ATTEMPTS: usize = 5;
 
-/// How often manifests are looked through for new ones that name a damaged object.
+/// How often to look for new manifests that name a damaged object.
 const PASSES: usize = 3;
 
 /// Keys in one DeleteObjects.
@@ -40,7 +41,7 @@ pub(super) struct Repair<'a> {
 pub(super) struct Repaired {
     /// The caches that were rewritten, by name, and what they lost.
     pub(super) caches: BTreeMap<String, Dropped>,
-    /// The caches that could not be, by name, and why.
+    /// The caches that could not be rewritten, by name, and why.
     pub(super) failed: BTreeMap<String, String>,
     pub(super) deleted: u64,
     /// Damaged objects that are still there.
@@ -51,8 +52,7 @@ impl Repair<'_> {
     /// Repairs the caches called `names`, then deletes the objects of `doomed`, which are damaged or have
     /// a size that no cache gives them: with the sizes that caches give them.
     ///
-    /// # Errors
-    /// The store's. What could not be repaired is none.
+    /// # Errors The store's. A cache that could not be repaired is not an error.
     pub(super) async fn run(
         &self,
         names: BTreeSet<String>,
@@ -109,7 +109,8 @@ impl Repair<'_> {
         Ok(done)
     }
 
-    /// Rewrites the manifest called `name` without what is missing or damaged by now. `None`: nothing is.
+    /// Rewrites the manifest called `name` without the blobs that are missing or damaged by now.
+    /// `None`: there are none.
     async fn cache(&self, name: &str) -> Result<Option<Dropped>> {
         for _ in 0..ATTEMPTS {
             let Some(cache) = self.bucket.manifest(name).await? else {

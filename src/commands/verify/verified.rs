@@ -1,8 +1,8 @@
-//! What an interrupted `verify --deep` has verified, for the next run to pass over.
+//! What an interrupted `verify --deep` has verified, so that the next run can skip it.
 //!
-//! One file for each bucket, of one line for each blob: its key, ETag, LastModified and size. A blob
-//! counts as verified only if all of them are still the same. The file is removed when a run comes to its
-//! end, so that each complete run reads everything; and it is no longer believed after a week.
+//! There is one file per bucket, with one line per blob: its key, ETag, LastModified and size. A
+//! blob counts as verified only if all four are still the same. A run that completes removes the
+//! file, so that each complete run reads everything; after a week the file is ignored.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache::digest::Digest;
 use crate::store::ObjectInfo;
 
-/// A file that was not written to for this long says nothing.
+/// A file that has not been written to for this long is ignored.
 const BELIEVED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// An object as it was when its bytes were verified.
@@ -26,7 +26,7 @@ const BELIEVED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 struct Line {
     key: String,
     etag: String,
-    /// Seconds since 1970: all that a HEAD tells.
+    /// Seconds since 1970: a HEAD is no more precise.
     modified: u64,
     size: u64,
 }
@@ -52,7 +52,7 @@ pub(super) struct Verified {
 }
 
 impl Verified {
-    /// Opens the file of the bucket at `url` in `directory`, and makes it if need be.
+    /// Opens the file of the bucket at `url` in `directory`, and creates it if needed.
     ///
     /// # Errors
     /// The file system's.
@@ -70,7 +70,7 @@ impl Verified {
         match age.unwrap_or_default() > BELIEVED {
             true => file.set_len(0).with_context(opening)?,
             false => {
-                // A line that was cut off, or that someone else wrote, is none.
+                // Ignores a line that was cut off, or that someone else wrote.
                 let lines = BufReader::new(&file).split(b'\n').map_while(Result::ok);
                 earlier.extend(lines.filter_map(|line| serde_json::from_slice(&line).ok()));
             }
@@ -87,8 +87,8 @@ impl Verified {
         Line::new(key, info).is_some_and(|line| self.earlier.contains(&line))
     }
 
-    /// The object that `info` describes is verified. If that cannot be noted, the next run verifies it
-    /// again.
+    /// Notes that the object that `info` describes is verified. If that fails, the next run
+    /// verifies it again.
     pub(super) fn note(&self, key: &str, info: &ObjectInfo) {
         let Some(line) = Line::new(key, info) else {
             return;
@@ -100,7 +100,7 @@ impl Verified {
         let _ = self.file.lock().write_all(&json);
     }
 
-    /// The run has come to its end.
+    /// The run is complete.
     pub(super) fn remove(self) {
         let _ = std::fs::remove_file(&self.path);
     }

@@ -44,7 +44,8 @@ pub async fn manifest(repository: &Arc<Repository>, reference: &str, head: bool)
     of_manifest(tagged.manifest)
 }
 
-/// What the tag leads to. If S3 fails there is no cache, and the build goes on without.
+/// The manifest that the tag names. If S3 fails, there is none, and the build goes on without a
+/// cache.
 async fn tagged(repository: &Arc<Repository>) -> Option<Tagged> {
     let found = tokio::time::timeout(PATIENCE, repository.tagged()).await;
     let late = |_| Err(anyhow!("S3 did not answer within {PATIENCE:?}"));
@@ -90,7 +91,7 @@ pub async fn blob<B>(
         return of_document(document, range);
     }
     let found = match &repository.push {
-        // Someone asks before pushing.
+        // A client asks before pushing.
         Some(push) if head => push.look(digest).await,
         _ => repository.blobs.size(digest).await,
     };
@@ -106,7 +107,7 @@ pub async fn blob<B>(
     match read(repository, digest, size, range).await {
         Ok(Some(response)) => response,
         Ok(None) => unknown_blob(digest),
-        // It is in the log already.
+        // Already logged.
         Err(_) => error(
             StatusCode::BAD_GATEWAY,
             "UNKNOWN",
@@ -174,22 +175,23 @@ fn beyond(size: u64) -> Response {
     let response = error(
         StatusCode::RANGE_NOT_SATISFIABLE,
         "SIZE_INVALID",
-        "the range begins behind the blob's end",
+        "the range begins after the blob's end",
     );
     reply::with(response, CONTENT_RANGE, &format!("bytes */{size}"))
 }
 
-/// What of a blob is asked for.
+/// Which bytes of a blob a request asks for.
 #[derive(Debug, PartialEq, Eq)]
 enum Asked {
     Whole,
     Range(Range<u64>),
-    /// Nothing that is there.
+    /// No byte of the blob.
     Beyond,
 }
 
 impl Asked {
-    /// Reads a Range header. One that is not understood, or has several ranges, may be ignored.
+    /// Parses a Range header. A header that is not understood, or has several ranges, may be
+    /// ignored.
     fn parse(header: Option<&str>, size: u64) -> Self {
         let Some((first, last)) = header
             .and_then(|header| header.trim().strip_prefix("bytes="))

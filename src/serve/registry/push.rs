@@ -23,13 +23,13 @@ use crate::serve::uploads::{ClientGone, Spool, incoming, whole};
 use crate::store::StoreError;
 use crate::transfer::arriving::WrongBytes;
 
-/// A blob on its way in.
+/// A blob that is being uploaded.
 pub struct Sending {
     repository: String,
     received: Mutex<Received>,
 }
 
-/// What came in PATCHes.
+/// The bytes that came in PATCHes.
 #[derive(Default)]
 struct Received {
     spool: Option<Spool>,
@@ -45,7 +45,7 @@ fn read_only() -> Response {
     )
 }
 
-/// `POST …/blobs/uploads/`. A mount from another repository is answered the same: send it.
+/// `POST …/blobs/uploads/`. A mount from another repository gets the same answer: send it.
 pub fn begin(serving: &Arc<Serving>, repository: &Arc<Repository>) -> Response {
     if repository.push.is_none() {
         return read_only();
@@ -77,7 +77,7 @@ fn located(
     reply::with(response, RANGE, &format!("0-{}", length.max(1) - 1))
 }
 
-/// What is done with an upload that has begun.
+/// Requests about an upload that has begun.
 pub async fn upload(
     serving: &Arc<Serving>,
     repository: &Arc<Repository>,
@@ -147,7 +147,7 @@ fn created(serving: &Serving, repository: &Repository, kind: &str, digest: &Dige
     reply::with(response, CONTENT_DIGEST, &digest.to_string())
 }
 
-/// Adds a PATCH's body to what has arrived. `None`: it belongs elsewhere.
+/// Appends a PATCH's body. `None`: its range does not continue the upload.
 async fn append(sending: Arc<Sending>, begins: Option<u64>, body: Incoming) -> Result<Option<u64>> {
     let mut received = sending.received.lock().await;
     let at = received.hasher.length();
@@ -170,7 +170,7 @@ impl Received {
             first = first.or_else(|| chunk.first().copied());
         };
         let written = spool.write(at, most, incoming(body), each).await;
-        // What a broken request has left is written over by the next.
+        // The next request overwrites what a broken one left.
         self.spool = Some(spool);
         written?;
         (self.hasher, self.first) = (hasher, first);
@@ -178,7 +178,7 @@ impl Received {
     }
 }
 
-/// Ends an upload: streams its only body to S3, or sends what has arrived before.
+/// Ends an upload: streams its only body to S3, or sends the bytes that arrived before.
 async fn finish(
     push: Arc<Push>,
     sending: Arc<Sending>,
@@ -303,7 +303,7 @@ async fn take_manifest(
     Ok(digest)
 }
 
-/// A manifest that cannot be understood.
+/// The error for a manifest that cannot be understood.
 #[derive(Debug)]
 struct Invalid(String);
 
@@ -315,7 +315,7 @@ impl std::fmt::Display for Invalid {
 
 impl std::error::Error for Invalid {}
 
-/// Whatever is wrong with what was pushed is the client's to know, unless S3 or the client failed.
+/// Tells the client what is wrong with what it pushed, unless S3 or the client itself failed.
 fn invalid(error: anyhow::Error) -> anyhow::Error {
     if error.is::<UnknownBlobs>() || error.is::<StoreError>() || error.is::<ClientGone>() {
         return error;
@@ -323,7 +323,7 @@ fn invalid(error: anyhow::Error) -> anyhow::Error {
     Invalid(format!("{error:#}")).into()
 }
 
-/// What a client learns of a failure; the log has all of it.
+/// What a client learns about a failure; the log has the details.
 fn failed(repository: &Repository, what: &str, failure: &anyhow::Error) -> Response {
     repository
         .progress
@@ -350,7 +350,8 @@ fn content_length<B>(request: &Request<B>) -> Option<u64> {
     header(request, &CONTENT_LENGTH)?.parse().ok()
 }
 
-/// Where a PATCH says that its body begins: `A-B`, as the specification has it, or `bytes A-B/*`.
+/// Where the body of a PATCH begins, by its header: `A-B`, as the specification has it, or `bytes
+/// A-B/*`.
 fn content_range<B>(request: &Request<B>) -> Option<u64> {
     let value = header(request, &CONTENT_RANGE)?.trim();
     let value = value.strip_prefix("bytes").unwrap_or(value);
