@@ -238,9 +238,12 @@ impl Uploader {
         let in_time = tokio::time::timeout(patience, aborting).await.is_ok();
         let left = self.unfinished.uploads.lock().len();
         if !in_time || left > 0 {
+            let left = match left {
+                0 => "multipart uploads whose ids are not known".to_owned(),
+                left => count(left as u64, "multipart upload"),
+            };
             self.progress.warn(&format!(
-                "{} could not be aborted; a lifecycle rule for incomplete uploads removes what is left",
-                count(left as u64, "multipart upload")
+                "{left} could not be aborted; a lifecycle rule for incomplete uploads removes what is left"
             ));
         }
     }
