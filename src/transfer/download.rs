@@ -1,5 +1,5 @@
-//! One blob's way from the store into a file: fetched in pieces that arrive side by side, written and
-//! hashed in order, resumed where an earlier run stopped.
+//! Downloads a blob from the store into a file: in pieces that arrive in parallel and are written and
+//! hashed in order, from where an earlier run stopped.
 
 use std::fs::File;
 use std::io::{Seek, Write};

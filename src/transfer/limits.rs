@@ -1,4 +1,4 @@
-//! The sizes at which a transfer changes its ways.
+//! The sizes from which a blob is transferred differently: in parts, in pieces.
 
 use std::ops::Range;
 

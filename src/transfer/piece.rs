@@ -237,8 +237,8 @@ impl<'a> Active<'a> {
         Active(count)
     }
 
-    /// Pieces that it may have in flight: all for one, but few each for many, lest the blobs be
-    /// fetched (and hashed, which no two cores can share for one blob) one after the other.
+    /// Pieces that it may have in flight: all for one blob, few for each of many. Otherwise blobs would
+    /// be fetched one after another, and hashed so, too: one blob is hashed on one core.
     fn share(&self) -> usize {
         (WINDOW / self.0.load(Ordering::Relaxed).max(1)).max(LEAST)
     }

@@ -307,7 +307,7 @@ fn a_full_disk_fails_the_import_with_room_again_the_next_one_finishes() {
                     .says("No space left on device");
                 assert_layout_is_sound(&root, name);
                 assert!(!root.join("index.json").exists());
-                assert!(mount(disk, 64, true), "a mount of ours can be resized");
+                assert!(mount(disk, 64, true), "our mount can be resized");
                 Program::import(&spec, &root).run().succeeds();
                 assert_eq!(files(&root), files(reference.path()));
             });
