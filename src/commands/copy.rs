@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use async_trait::async_trait;
@@ -32,9 +32,6 @@ const COPIES: usize = 32;
 
 /// Open files of a blob that passes through: connections to both sides, and their replacements.
 const FILES: usize = 4;
-
-/// How long to go on aborting uploads after a copy failed or was interrupted.
-const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 
 const WORDS: Words = Words {
     send: "copy",
@@ -275,7 +272,7 @@ impl Work<CopyDetails> for CopyTo<'_> {
     }
 
     async fn clean_up(&mut self) -> Result<()> {
-        self.uploader.abort_unfinished(ABORT_PATIENCE).await;
+        self.uploader.abort_unfinished().await;
         Ok(())
     }
 

@@ -5,7 +5,7 @@ mod build_context;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use anyhow::{Context as _, Result};
 use async_trait::async_trait;
@@ -35,9 +35,6 @@ const FILES: usize = 3;
 
 /// Blobs read back at once under `--verify-remote`.
 const READ_BACK: usize = 16;
-
-/// How long to go on aborting uploads after an export failed or was interrupted.
-const ABORT_PATIENCE: Duration = Duration::from_secs(20);
 
 const WORDS: Words = Words {
     send: "upload",
@@ -218,7 +215,7 @@ impl Work<ExportDetails> for ExportTo<'_> {
     }
 
     async fn clean_up(&mut self) -> Result<()> {
-        self.uploader.abort_unfinished(ABORT_PATIENCE).await;
+        self.uploader.abort_unfinished().await;
         Ok(())
     }
 }

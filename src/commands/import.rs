@@ -35,9 +35,6 @@ const HASHES: usize = 4;
 /// How often to fetch blobs again that another process deletes during the import.
 const REFETCHES: usize = 10;
 
-/// How long to go on aborting copies after an import failed or was interrupted.
-const ABORT_PATIENCE: Duration = Duration::from_secs(20);
-
 /// How many digests an error lists.
 const LISTED: usize = 5;
 
@@ -297,7 +294,7 @@ impl Work<ImportDetails> for ImportFrom<'_> {
         if self.task.dry_run {
             return Ok(());
         }
-        self.uploader.abort_unfinished(ABORT_PATIENCE).await;
+        self.uploader.abort_unfinished().await;
         let layout = self.layout.clone();
         // Keeps only what the next run can resume.
         blocking(move || {

@@ -40,9 +40,6 @@ const WORDS: Words = Words {
     done: "pushed",
 };
 
-/// How long to go on aborting uploads at the end of the run.
-const ABORT_PATIENCE: Duration = Duration::from_secs(20);
-
 /// The largest document that is held back, in bytes.
 const HELD_BACK: u64 = 8 << 20;
 
@@ -348,7 +345,7 @@ impl Push {
 
     /// Aborts unfinished uploads at the end of the run.
     pub async fn clean_up(&self) {
-        self.uploader.abort_unfinished(ABORT_PATIENCE).await;
+        self.uploader.abort_unfinished().await;
     }
 }
 

@@ -15,7 +15,6 @@ use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Verb;
 use crate::transfer::body::{FileSource, InMemory, Means, Source};
 use crate::transfer::buffers::BUFFER;
-use crate::transfer::hashing::Feed;
 use crate::transfer::upload::Uploader;
 
 /// The bytes that a client sends.
@@ -147,18 +146,14 @@ impl Source for Arriving {
         if rest.at != range.start {
             bail!("the upload was taken away, and the client has to send the blob again");
         }
-        let mut read = Read {
-            chunks: Vec::new(),
-            at: None,
-        };
+        let mut chunks = Vec::new();
         while rest.at < range.end {
             let length = (range.end - rest.at).min(BUFFER) as usize;
             let mut buffer = means.buffers.take(length);
             rest.fill(&mut buffer, length).await?;
-            read.chunks.push(buffer);
+            chunks.push(buffer);
         }
-        let (hasher, read) = means.hashing.run(hasher, read).await?;
-        Ok((read.chunks, hasher))
+        means.hashing.run_filled(hasher, chunks).await
     }
 
     fn damaged(&self, found: Digest) -> anyhow::Error {
@@ -168,24 +163,6 @@ impl Source for Arriving {
 
 fn wrong_bytes(announced: Digest, found: Digest) -> anyhow::Error {
     WrongBytes { announced, found }.into()
-}
-
-/// Buffers that have been filled.
-struct Read {
-    chunks: Vec<Vec<u8>>,
-    at: Option<usize>,
-}
-
-impl Feed for Read {
-    fn advance(&mut self) -> Result<bool> {
-        let next = self.at.map_or(0, |at| at + 1);
-        self.at = Some(next);
-        Ok(next < self.chunks.len())
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.at.map_or(&[], |at| &self.chunks[at])
-    }
 }
 
 struct Arrived(FileSource);

@@ -65,6 +65,26 @@ pub trait Feed: Send + 'static {
     fn bytes(&self) -> &[u8];
 }
 
+/// Filled buffers on their way through the hasher.
+struct Filled {
+    chunks: Vec<Vec<u8>>,
+    next: usize,
+}
+
+impl Feed for Filled {
+    fn advance(&mut self) -> Result<bool> {
+        self.next += 1;
+        Ok(self.next <= self.chunks.len())
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self.next.checked_sub(1) {
+            Some(at) => self.chunks.get(at).map_or(&[], Vec::as_slice),
+            None => &[],
+        }
+    }
+}
+
 /// Reads a range of a file, without moving the file's position.
 pub struct FileFeed {
     file: Arc<File>,
@@ -174,6 +194,19 @@ impl Hashing {
             start(Arc::clone(&self.queue));
         }
         answered.await.context("a thread that hashes has ended")?
+    }
+
+    /// Hashes filled buffers, in their order, after what `hasher` has seen.
+    ///
+    /// # Errors
+    /// A thread that hashes has ended.
+    pub async fn run_filled(
+        &self,
+        hasher: Hasher,
+        chunks: Vec<Vec<u8>>,
+    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        let (hasher, filled) = self.run(hasher, Filled { chunks, next: 0 }).await?;
+        Ok((filled.chunks, hasher))
     }
 
     /// Whether to start another thread.

@@ -15,7 +15,6 @@ use crate::store::{self, Expected, Kind, Store, StoreError, StoreResult};
 use crate::transfer::body::{Means, Source};
 use crate::transfer::buffers::BUFFER;
 use crate::transfer::download::Damaged;
-use crate::transfer::hashing::Feed;
 
 /// A blob in an object.
 pub struct ObjectSource {
@@ -125,34 +124,10 @@ impl Source for ObjectSource {
         }
         *kept = (range.end < self.size).then_some(reading);
         drop(kept);
-        let (hasher, filled) = means
-            .hashing
-            .run(hasher, Filled { chunks, next: 0 })
-            .await?;
-        Ok((filled.chunks, hasher))
+        means.hashing.run_filled(hasher, chunks).await
     }
 
     fn damaged(&self, found: Digest) -> anyhow::Error {
         Damaged::bytes(&self.key, found).into()
-    }
-}
-
-/// Filled buffers on their way through the hasher.
-struct Filled {
-    chunks: Vec<Vec<u8>>,
-    next: usize,
-}
-
-impl Feed for Filled {
-    fn advance(&mut self) -> Result<bool> {
-        self.next += 1;
-        Ok(self.next <= self.chunks.len())
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match self.next.checked_sub(1) {
-            Some(at) => self.chunks.get(at).map_or(&[], Vec::as_slice),
-            None => &[],
-        }
     }
 }

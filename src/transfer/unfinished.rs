@@ -23,6 +23,9 @@ const NEVER_BEGUN: Duration = Duration::from_secs(60 * 60);
 /// Unfinished uploads of one blob whose parts are listed. There are rarely two.
 const EXAMINED: usize = 16;
 
+/// How long to go on aborting uploads at the end of a run.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// Uploads aborted at once.
 const ABORTS: usize = 8;
 
@@ -211,8 +214,8 @@ impl Uploader {
         }
     }
 
-    /// Aborts what is unfinished, for at most `patience`. To be called when a run does not succeed.
-    pub async fn abort_unfinished(&self, patience: Duration) {
+    /// Aborts what is unfinished, for at most 20 s. To be called at the end of a run.
+    pub async fn abort_unfinished(&self) {
         let aborting = async {
             loop {
                 let created = self.unfinished.created.notified();
@@ -235,7 +238,7 @@ impl Uploader {
                 })
                 .await;
         };
-        let in_time = tokio::time::timeout(patience, aborting).await.is_ok();
+        let in_time = tokio::time::timeout(PATIENCE, aborting).await.is_ok();
         let left = self.unfinished.uploads.lock().len();
         if !in_time || left > 0 {
             let left = match left {
