@@ -85,6 +85,26 @@ impl Verb {
     }
 }
 
+/// `1 layer`, `2 layers`.
+pub fn count(n: u64, what: &str) -> String {
+    match n {
+        1 => format!("1 {what}"),
+        _ => format!("{n} {what}s"),
+    }
+}
+
+/// How long ago: `42 s`, `5 min`, `3 h`, `12 d`, in whole units.
+pub fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3_600 => format!("{} min", seconds / 60),
+        // Up to two days, hours are more informative.
+        3_600..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
 /// Three digits of a size, in binary units: `159 B`, `1.20 MiB`, `62.9 MiB`, `1023 MiB`.
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];

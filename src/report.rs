@@ -6,12 +6,12 @@ pub mod table;
 
 use std::fmt::Debug;
 use std::path::Path;
-use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::S3Config;
+use crate::progress::count;
 use crate::quote;
 
 /// The result for one spec.
@@ -295,25 +295,5 @@ impl<D: Details> From<(Vec<Report<D>>, Vec<anyhow::Error>)> for Outcome {
             errors,
             status: None,
         }
-    }
-}
-
-/// `1 layer`, `2 layers`.
-pub fn count(n: u64, what: &str) -> String {
-    match n {
-        1 => format!("1 {what}"),
-        _ => format!("{n} {what}s"),
-    }
-}
-
-/// How long ago: `42 s`, `5 min`, `3 h`, `12 d`, in whole units.
-pub fn age(age: Duration) -> String {
-    let seconds = age.as_secs();
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3_600 => format!("{} min", seconds / 60),
-        // Up to two days, hours are more informative.
-        3_600..172_800 => format!("{} h", seconds / 3_600),
-        _ => format!("{} d", seconds / 86_400),
     }
 }

@@ -18,10 +18,10 @@ use crate::cache::{CacheConfig, Time};
 use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec, on_layout};
 use crate::config::{InspectTask, Origin, S3Config};
 use crate::layout::Layout;
-use crate::progress::{self, Progress};
+use crate::progress::{self, Progress, age, count};
 use crate::quote::printable;
 use crate::report::table::{Column, Table};
-use crate::report::{Details, Outcome, Place, Report, age, count};
+use crate::report::{Details, Outcome, Place, Report};
 use crate::store::{Kind, StoreError};
 
 /// How many other caches the summary names.

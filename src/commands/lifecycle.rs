@@ -12,9 +12,9 @@ use crate::bucket::Bucket;
 use crate::bucket::rules::{self, Document, Fitting, Judged};
 use crate::commands::{Context, PerSpec, Work, for_each_spec};
 use crate::config::{ExportConfig, LifecycleAction, LifecycleTask, S3Config};
-use crate::progress::Progress;
+use crate::progress::{Progress, count};
 use crate::quote::{printable, quoted};
-use crate::report::{Details, Outcome, Place, Report, count, quoted_names};
+use crate::report::{Details, Outcome, Place, Report, quoted_names};
 
 /// Does this for every target of the task. If a rule can break builds, the check itself has not
 /// failed: it prints the report like any other, but the run fails.

@@ -14,10 +14,10 @@ use crate::cache::Time;
 use crate::cache::digest::Digest;
 use crate::commands::{Context, PerSpec, Work, for_each_spec};
 use crate::config::{LsTask, S3Config, Sort};
-use crate::progress::{self, Progress};
+use crate::progress::{self, Progress, age, count};
 use crate::quote::printable;
 use crate::report::table::{Column, Table};
-use crate::report::{Details, Outcome, Place, Report, age, count};
+use crate::report::{Details, Outcome, Place, Report};
 
 /// Lists the caches of every source of the task.
 pub async fn run(task: &LsTask, context: &Context<'_>) -> Outcome {

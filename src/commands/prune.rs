@@ -22,10 +22,10 @@ use crate::cache::Time;
 use crate::cache::digest::Digest;
 use crate::commands::{Context, PerSpec, Work, for_each_spec, on_layout};
 use crate::config::{Consent, ExportConfig, PruneLayoutTask, PruneTask, S3Config};
-use crate::progress;
+use crate::progress::{self, age, count};
 use crate::quote::printable;
 use crate::report::table::{Column, Table};
-use crate::report::{Details, Outcome, Place, Report, age, count};
+use crate::report::{Details, Outcome, Place, Report};
 use crate::store::{ObjectInfo, Upload};
 use crate::transfer::upload::ABANDONED;
 

@@ -22,8 +22,8 @@ use crate::bucket::Bucket;
 use crate::commands::Context;
 use crate::config::{ExportConfig, Mode, S3Config, ServeTask};
 use crate::interrupt::Interrupt;
-use crate::progress;
-use crate::report::{AnyReport, Details, Outcome, Place, Report, count};
+use crate::progress::{self, count};
+use crate::report::{AnyReport, Details, Outcome, Place, Report};
 use crate::serve::{Endpoint, Repository, Served, Serving, TAG};
 use crate::store::Store;
 

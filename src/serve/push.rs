@@ -23,7 +23,7 @@ use crate::cache::read::{self, read_cache};
 use crate::cache::{CacheConfig, diff_id};
 use crate::config::{ExportConfig, Mode};
 use crate::progress::Progress;
-use crate::report::count;
+use crate::progress::count;
 use crate::serve::blobs::Blobs;
 use crate::serve::kept::{Document, Kept};
 use crate::store::ObjectInfo;

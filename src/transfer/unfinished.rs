@@ -10,7 +10,7 @@ use futures::stream::StreamExt;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::report::count;
+use crate::progress::count;
 use crate::store::{Kind, ObjectInfo, Part, StoreError, Upload};
 use crate::transfer::upload::Uploader;
 

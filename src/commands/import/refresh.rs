@@ -9,7 +9,7 @@ use super::ImportFrom;
 use crate::bucket::Certainty;
 use crate::bucket::publish::{REFRESHES, is_old};
 use crate::cache::digest::Digest;
-use crate::report::count;
+use crate::progress::count;
 use crate::store::ObjectInfo;
 use crate::transfer::refresh::Refreshed;
 

@@ -24,7 +24,7 @@ use crate::bucket::watch::{Watch, Watched};
 use crate::bucket::{Bucket, Certainty, Key, Pages};
 use crate::cache::digest::Digest;
 use crate::progress::Progress;
-use crate::report::count;
+use crate::progress::count;
 use crate::store::{Kind, ObjectInfo, StoreError, StoreResult, Upload};
 
 /// Requests in flight at once, each for one object.

@@ -10,9 +10,9 @@ use crate::cache::digest::Digest;
 use crate::commands::{Context, LOCK_WAIT};
 use crate::config::{Consent, PruneLayoutTask};
 use crate::layout::{Layout, Orphan, PrunePlan, Pruned};
-use crate::progress;
+use crate::progress::{self, count};
 use crate::quote::printable;
-use crate::report::{Details, Place, count};
+use crate::report::{Details, Place};
 
 /// What was planned, and what was done.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]

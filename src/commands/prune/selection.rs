@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use crate::cache::digest::Digest;
 use crate::config::CacheChoice;
+use crate::progress::age;
 use crate::progress::bytes;
-use crate::report::age;
 use crate::store::ObjectInfo;
 
 /// A cache that may go.
