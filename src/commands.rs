@@ -150,8 +150,10 @@ trait PerSpec: Send + Sync {
 
     fn s3<'a>(&self, spec: &'a Self::Spec) -> &'a S3Config;
 
-    /// Whether a failure at this spec is only a warning.
-    fn ignores_errors(&self, spec: &Self::Spec) -> bool;
+    /// Whether a failure at this spec is only a warning: `ignore-error` applies to what writes caches.
+    fn ignores_errors(&self, _: &Self::Spec) -> bool {
+        false
+    }
 
     /// A report that says where the work is, before any of it is done.
     fn blank(&self, spec: &Self::Spec) -> Report<Self::Details>;

@@ -66,7 +66,7 @@ fn get(host: &str, path: &str) -> Result<BufReader<TcpStream>> {
     Ok(reader)
 }
 
-/// Counts what comes. On Linux the kernel throws it away, so that it costs no CPU time of ours.
+/// Counts the bytes that arrive. On Linux the kernel discards them, which costs us no CPU time.
 fn discard(body: BufReader<TcpStream>) -> Result<u64> {
     let mut read = body.buffer().len() as u64;
     let stream = body.into_inner();

@@ -56,7 +56,7 @@ impl Bucket {
         futures::stream::once(first).flatten().boxed()
     }
 
-    /// All blobs, and whatever is between them, in sixteen parallel listings.
+    /// All objects whose keys begin like a blob's, in sixteen parallel listings.
     pub fn blobs_in_parallel(&self) -> Pages {
         futures::stream::iter(self.blob_listings())
             .flatten_unordered(LISTINGS)

@@ -64,6 +64,20 @@ pub struct Counts {
     pub bytes: u64,
 }
 
+impl Counts {
+    /// All its blobs, for people; `left_out` more would be there if mode=max `sends` all.
+    pub fn blobs(&self, left_out: u64, sends: &str) -> String {
+        let all = self.transferred + self.present + self.refreshed;
+        match left_out {
+            0 => count(all, "blob"),
+            more => format!(
+                "{all} of {} (mode=min; mode=max {sends} all)",
+                count(all + more, "blob")
+            ),
+        }
+    }
+}
+
 /// What is going to be done at one bucket.
 pub struct Plan {
     /// The S3 manifest, to be written under every name.

@@ -72,14 +72,7 @@ impl Details for CopyDetails {
             refreshed,
             bytes,
         } = self.counts;
-        let sent = transferred + present + refreshed;
-        let blobs = match self.left_out {
-            0 => count(sent, "blob"),
-            more => format!(
-                "{sent} of {} (mode=min; mode=max copies all)",
-                count(sent + more, "blob")
-            ),
-        };
+        let blobs = self.counts.blobs(self.left_out, "copies");
         let sources = self.sources.iter().map(|source| printable(source));
         let sources = sources.collect::<Vec<_>>().join(" and ");
         let (addresses, bytes) = (place.addresses(), progress::bytes(bytes));

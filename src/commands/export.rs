@@ -22,7 +22,7 @@ use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ExportConfig, ExportTask, Mode, Resend, S3Config};
 use crate::layout::Layout;
 use crate::process;
-use crate::progress::{self, Progress, Verb, count};
+use crate::progress::{self, Progress, Verb};
 use crate::report::{Details, Outcome, Place, Report};
 use crate::store::ObjectInfo;
 use crate::transfer::body::FileSource;
@@ -73,14 +73,7 @@ impl Details for ExportDetails {
             refreshed,
             bytes,
         } = self.counts;
-        let sent = transferred + present + refreshed;
-        let blobs = match self.left_out {
-            0 => count(sent, "blob"),
-            more => format!(
-                "{sent} of {} (mode=min; mode=max sends all)",
-                count(sent + more, "blob")
-            ),
-        };
+        let blobs = self.counts.blobs(self.left_out, "sends");
         let (addresses, bytes) = (place.addresses(), progress::bytes(bytes));
         if self.dry_run {
             format!(

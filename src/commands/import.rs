@@ -185,10 +185,6 @@ impl PerSpec for Import<'_> {
         source
     }
 
-    fn ignores_errors(&self, _: &S3Config) -> bool {
-        false
-    }
-
     fn blank(&self, source: &S3Config) -> Report<ImportDetails> {
         let details = ImportDetails {
             layout: self.task.layout.display().to_string(),

@@ -409,10 +409,6 @@ impl PerSpec for Inspect<'_> {
         source
     }
 
-    fn ignores_errors(&self, _: &S3Config) -> bool {
-        false
-    }
-
     fn blank(&self, source: &S3Config) -> Report<InspectDetails> {
         let place = Place::new("inspect", "inspecting", source, &source.names[..1]);
         Report::new(place, InspectDetails::default())

@@ -16,7 +16,7 @@ use crate::progress::{Progress, count};
 use crate::quote::{printable, quoted};
 use crate::report::{Details, Outcome, Place, Report, quoted_names};
 
-/// Does this for every target of the task. If a rule can break builds, the check itself has not
+/// Prints, checks or applies rules for every target of the task. If a rule can break builds, the check itself has not
 /// failed: it prints the report like any other, but the run fails.
 pub async fn run(task: &LifecycleTask, context: &Context<'_>) -> Outcome {
     let command = Lifecycle { task };
@@ -118,11 +118,6 @@ impl PerSpec for Lifecycle<'_> {
 
     fn s3<'a>(&self, target: &'a ExportConfig) -> &'a S3Config {
         &target.s3
-    }
-
-    /// `ignore-error` applies to exports only.
-    fn ignores_errors(&self, _: &ExportConfig) -> bool {
-        false
     }
 
     fn blank(&self, target: &ExportConfig) -> Report<LifecycleDetails> {

@@ -288,10 +288,6 @@ impl PerSpec for Ls<'_> {
         source
     }
 
-    fn ignores_errors(&self, _: &S3Config) -> bool {
-        false
-    }
-
     fn blank(&self, source: &S3Config) -> Report<LsDetails> {
         let place = Place::below("ls", "listing the caches of", source);
         Report::new(place, LsDetails::default())

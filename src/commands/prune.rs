@@ -93,8 +93,26 @@ struct Blobs {
     remove_bytes: u64,
     keep: u64,
     keep_bytes: u64,
-    /// No cache needs them, but they are younger than the grace.
+    /// Nothing needs them, but they are younger than the grace.
     too_young: u64,
+}
+
+impl Blobs {
+    /// What goes, for people.
+    fn removed(&self) -> String {
+        let bytes = progress::bytes(self.remove_bytes);
+        format!("{} ({bytes})", count(self.remove, "blob"))
+    }
+
+    /// What stays, for people; `young` says of the young ones why.
+    fn kept(&self, young: &str) -> String {
+        let bytes = progress::bytes(self.keep_bytes);
+        let mut text = format!("{} ({bytes})", count(self.keep, "blob"));
+        if self.too_young > 0 {
+            let _ = write!(text, ", and {} that {young}", count(self.too_young, "blob"));
+        }
+        text
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -134,31 +152,16 @@ impl PruneDetails {
             }
             text = table.text() + "\n\n";
         }
-        let Blobs {
-            remove,
-            remove_bytes,
-            keep,
-            keep_bytes,
-            too_young,
-        } = self.blobs;
         let _ = write!(
             text,
-            "to remove: {}, {} ({}), {}\nto keep: {}, {} ({})",
+            "to remove: {}, {}, {}\nto keep: {}, {}",
             count(self.removed_caches(), "cache"),
-            count(remove, "blob"),
-            progress::bytes(remove_bytes),
+            self.blobs.removed(),
             count(self.uploads.abort, "unfinished upload"),
             count(self.caches.len() as u64 - self.removed_caches(), "cache"),
-            count(keep, "blob"),
-            progress::bytes(keep_bytes)
+            self.blobs
+                .kept("no cache needs but that may be part of an export under way")
         );
-        if too_young > 0 {
-            let _ = write!(
-                text,
-                ", and {} that no cache needs but that may be part of an export under way",
-                count(too_young, "blob")
-            );
-        }
         text
     }
 
@@ -225,11 +228,6 @@ impl PerSpec for Prune<'_> {
 
     fn s3<'a>(&self, target: &'a ExportConfig) -> &'a S3Config {
         &target.s3
-    }
-
-    /// `ignore-error` applies to exports only.
-    fn ignores_errors(&self, _: &ExportConfig) -> bool {
-        false
     }
 
     fn blank(&self, target: &ExportConfig) -> Report<PruneDetails> {

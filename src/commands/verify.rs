@@ -311,10 +311,6 @@ impl PerSpec for Verify<'_> {
         source
     }
 
-    fn ignores_errors(&self, _: &S3Config) -> bool {
-        false
-    }
-
     fn blank(&self, source: &S3Config) -> Report<VerifyDetails> {
         let place = Place::below("verify", "verifying", source);
         Report::new(place, VerifyDetails::default())

@@ -33,7 +33,7 @@ impl Secret {
         &self.0
     }
 
-    /// Whether a client knows it. Takes equally long for every wrong answer.
+    /// Whether `claimed` is the secret. Compares in constant time.
     pub fn is(&self, claimed: &str) -> bool {
         same(self.0.as_bytes(), claimed.as_bytes())
     }

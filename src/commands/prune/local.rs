@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Result, anyhow};
 use serde::Serialize;
 
+use super::Blobs;
 use crate::blocking::blocking;
 use crate::cache::digest::Digest;
 use crate::commands::{Context, LOCK_WAIT};
@@ -32,17 +33,6 @@ pub(super) struct PruneLayoutDetails {
 struct Entry {
     entry: String,
     manifest: Digest,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Blobs {
-    remove: u64,
-    remove_bytes: u64,
-    keep: u64,
-    keep_bytes: u64,
-    /// The index does not reach them, but they are younger than the grace.
-    too_young: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -84,33 +74,16 @@ impl PruneLayoutDetails {
                 printable(entry)
             );
         }
-        let Blobs {
-            remove,
-            remove_bytes,
-            keep,
-            keep_bytes,
-            too_young,
-        } = self.blobs;
         let entries = match self.entries.len() as u64 {
             0 => String::new(),
             1 => "1 entry, ".to_owned(),
             n => format!("{n} entries, "),
         };
-        let _ = write!(
-            text,
-            "to remove: {entries}{} ({})\nto keep: {} ({})",
-            count(remove, "blob"),
-            progress::bytes(remove_bytes),
-            count(keep, "blob"),
-            progress::bytes(keep_bytes)
-        );
-        if too_young > 0 {
-            let _ = write!(
-                text,
-                ", and {} that nothing reaches but that may be part of a build under way",
-                count(too_young, "blob")
-            );
-        }
+        let removed = self.blobs.removed();
+        let kept = self
+            .blobs
+            .kept("nothing reaches but that may be part of a build under way");
+        let _ = write!(text, "to remove: {entries}{removed}\nto keep: {kept}");
         text
     }
 }
