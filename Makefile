@@ -7,10 +7,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 SHARE := $(if $(filter $(HOME)/%,$(abspath $(PREFIX))),$(or $(XDG_DATA_HOME),$(HOME)/.local/share),$(PREFIX)/share)
 
 .DEFAULT_GOAL := help
-.PHONY: help build check docs test soak fuzz demo bench interop install dist clean toolchain
+.PHONY: help build check docs test soak fuzz demo bench bench-check interop install dist clean toolchain
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: toolchain ## the release binary
 	$(CARGO) build --release --locked
@@ -41,9 +41,14 @@ demo: toolchain ## export and import a cache through an S3 server on loopback
 	$(CARGO) build --locked --bin layercache --example demo
 	$(TARGET)/debug/examples/demo $(TARGET)/debug/layercache
 
-bench: toolchain ## against s5cmd, rclone and aws s3, on loopback
+bench: toolchain ## against s5cmd, rclone and aws s3, on loopback, with and without TLS
 	$(CARGO) build --release --locked --bin layercache --example bench
 	$(TARGET)/release/examples/bench $(TARGET)/release/layercache
+
+# The same in every profile, so that of the tests serves.
+bench-check: toolchain ## requests, bytes and calls of fixed runs against the committed figures; UPDATE=1 rewrites them
+	$(CARGO) build --locked --bin layercache --example bench
+	$(TARGET)/debug/examples/bench check $(if $(UPDATE),--update) $(TARGET)/debug/layercache
 
 interop: toolchain ## against real S3 servers on loopback, installed below interop-work; options in INTEROP
 	$(CARGO) build --locked --bin layercache --example interop

@@ -196,6 +196,11 @@ async fn for_each_spec<C: PerSpec>(
 ) -> (Vec<Report<C::Details>>, Vec<anyhow::Error>) {
     let (mut reports, mut errors) = (Vec::new(), Vec::new());
     let began = Instant::now();
+    // Meanwhile the way to the first store is prepared.
+    let mut early = match specs.first() {
+        Some(spec) => Some((context.connect)(command.s3(spec), context.progress).await),
+        None => None,
+    };
     let ready = match context.interrupt.or(command.prepare(context)).await {
         Ok(ready) => ready,
         Err(error) => return fail_all(command, specs, error, began, context),
@@ -210,7 +215,14 @@ async fn for_each_spec<C: PerSpec>(
                 .progress
                 .note(&format!("{work} ({number} of {several})"));
         }
-        let (mut report, done) = run_one(command, &ready, spec, &reports, context).await;
+        let connected = match early.take() {
+            Some(connected) => connected,
+            None => {
+                let connecting = (context.connect)(command.s3(spec), context.progress);
+                context.interrupt.or(connecting).await
+            }
+        };
+        let (mut report, done) = run_one(command, &ready, spec, connected, &reports, context).await;
         let Err(error) = done else {
             context.finish(&report);
             reports.push(report);
@@ -271,15 +283,15 @@ async fn run_one<C: PerSpec>(
     command: &C,
     ready: &C::Ready,
     spec: &C::Spec,
+    connected: Result<Arc<dyn Store>>,
     earlier: &[Report<C::Details>],
     context: &Context<'_>,
 ) -> (Report<C::Details>, Result<()>) {
     let began = Instant::now();
     let mut report = command.blank(spec);
-    let config = command.s3(spec);
-    let connecting = (context.connect)(config, context.progress);
-    let done = match context.interrupt.or(connecting).await {
+    let done = match connected {
         Ok(store) => {
+            let config = command.s3(spec);
             let bucket = Bucket::new(Arc::clone(&store), config, context.progress);
             let mut work = command.work(ready, spec, bucket, earlier, context);
             let ran = context.interrupt.or(work.run(&mut report)).await;

@@ -1,5 +1,5 @@
 //! What an export or an import is to do, once every value has been checked. Past this module nothing
-//! sees the command line, and only two things see the environment:
+//! sees the command line, and only these see the environment:
 //!
 //! - `s3::wire` reads HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in either case;
 //! - `s3::credentials`, if the spec has no keys, runs AWS's default chain, which reads the AWS_
@@ -93,6 +93,8 @@ pub struct ExportConfig {
     pub s3: S3Config,
     /// Layers uploaded at once; at least 1.
     pub upload_parallelism: usize,
+    /// Small blobs uploaded at once in addition.
+    pub small_uploads: usize,
     /// Blobs last modified longer ago than this are refreshed.
     pub touch_refresh: Duration,
     pub mode: Mode,

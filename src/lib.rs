@@ -22,6 +22,7 @@ pub mod commands;
 pub mod config;
 pub mod interrupt;
 pub mod layout;
+pub mod memory;
 mod process;
 pub mod progress;
 pub mod quote;
@@ -110,6 +111,10 @@ fn run_command(
     progress: &Progress,
 ) -> Result<(Vec<anyhow::Error>, Option<u8>)> {
     let metadata_file = args.global.metadata_file.clone();
+    let limits = Limits {
+        memory: memory::limit(args.global.memory(env)?, memory::available()),
+        ..Limits::default()
+    };
     let (task, warnings) = args::resolve(args, env)?;
     for warning in warnings {
         progress.warn(&warning);
@@ -118,7 +123,7 @@ fn run_command(
     if let Some(file) = &metadata_file {
         report::metadata::check(file).map_err(|error| args::usage(format!("{error:#}")))?;
     }
-    let (outcome, printed) = perform(task, progress)?;
+    let (outcome, printed) = perform(task, limits, progress)?;
     let Outcome {
         reports,
         mut errors,
@@ -138,7 +143,7 @@ fn run_command(
 
 /// Performs `task` on a runtime of its own, until a signal arrives, and prints each result as soon
 /// as there is one. Returns the outcome of the work, and of the printing.
-fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)> {
+fn perform(task: Task, limits: Limits, progress: &Progress) -> Result<(Outcome, io::Result<()>)> {
     process::allow_many_files();
     process::keep_one_heap();
     process::survive_file_size_limit();
@@ -160,7 +165,7 @@ fn perform(task: Task, progress: &Progress) -> Result<(Outcome, io::Result<()>)>
         let interrupt = signals.interrupt()?;
         let context = Context {
             connect: &connect,
-            limits: Limits::default(),
+            limits,
             interrupt: &interrupt,
             progress: &watched,
             person: &Terminal {

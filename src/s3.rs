@@ -7,6 +7,7 @@ mod call;
 mod credentials;
 mod deleting;
 mod dispatch;
+mod early;
 mod endpoint;
 mod exchange;
 mod failure;
@@ -46,7 +47,8 @@ use crate::store::{
     UploadBody,
 };
 
-/// Connects to the bucket that `config` describes. Sends nothing yet.
+/// Connects to the bucket that `config` describes: in the background, where certificates and credentials
+/// are loaded, too. What fails there fails again when the first request needs it. Sends nothing yet.
 pub async fn connect(config: &S3Config, progress: Progress) -> Result<Arc<dyn Store>> {
     connect_with(config, progress, Timing::default()).await
 }
@@ -57,7 +59,12 @@ pub async fn connect_with(
     progress: Progress,
     timing: Timing,
 ) -> Result<Arc<dyn Store>> {
-    Ok(Arc::new(S3Store::new(config, progress, timing)?))
+    let store = S3Store::new(config, progress, timing)?;
+    let remote = Arc::clone(&store.remote);
+    tokio::spawn(async move {
+        let _ = tokio::join!(remote.wire(), remote.keyring.get());
+    });
+    Ok(Arc::new(store))
 }
 
 struct S3Store {

@@ -10,6 +10,7 @@ pub mod hashing;
 pub mod limits;
 mod multipart;
 pub mod object;
+mod pace;
 mod piece;
 pub mod refresh;
 mod unfinished;

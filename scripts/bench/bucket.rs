@@ -18,6 +18,7 @@ use crate::table::mebibytes;
 
 pub const NAME: &str = "a bucket of 1,000,000 objects, 20 ms a request";
 pub const OBJECTS: usize = 1_000_000;
+pub const DELAY_MS: u64 = 20;
 const NAMED: usize = 100_000;
 const CACHES: usize = 100;
 

@@ -1,23 +1,30 @@
 //! `make bench`: layercache compared with s5cmd, rclone and `aws s3`, on synthetic caches, against one
-//! S3 server on loopback.
+//! S3 server on loopback, with and without TLS.
 //!
 //! Layouts are in memory if there is enough of it, and the server is a separate process. The tools take
 //! turns: in each round every tool does the first operation, then every tool the second. The output
 //! shows medians, and each target with what was measured.
 
 mod bucket;
+mod check;
 mod child;
+mod floor;
+mod hashed;
 mod layouts;
 mod pull;
 #[path = "../../tests/server/mod.rs"]
 mod s3;
+mod scenarios;
 mod serve;
 mod server;
+mod start;
 #[path = "../synthetic.rs"]
 mod synthetic;
 mod table;
+mod targets;
 mod tools;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,10 +33,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 
+use hashed::Hashed;
 use layouts::Layout;
+use scenarios::{BIG, NEAR, SCENARIOS, Scenario, When};
 use server::{Network, Server};
-use table::{Series, Table, Target, best_peer, mebibytes, median, seconds};
+use table::{Series, Table, best_peer, mebibytes, seconds};
 use tools::{Kind, Operation, Tool};
+
+use Operation::{ColdExport, ColdImport};
 
 #[derive(Parser)]
 #[command(about = "Measures layercache beside s5cmd, rclone and aws s3")]
@@ -66,6 +77,13 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Internal {
+    /// Compares what is the same on every machine with figures.json
+    Check {
+        /// Write the figures instead
+        #[arg(long)]
+        update: bool,
+        layercache: PathBuf,
+    },
     /// Prints how many milliseconds planning takes
     #[command(hide = true)]
     Plan,
@@ -89,149 +107,25 @@ enum Internal {
         blobs: PathBuf,
         delay_ms: u64,
         rate_mib: u64,
+        #[arg(long)]
+        tls: bool,
+    },
+    /// Hashes every file of a directory
+    #[command(hide = true)]
+    Hash { dir: PathBuf },
+    /// Fetches, hashes and writes a layout's blobs, and nothing else
+    #[command(hide = true)]
+    Floor {
+        /// The blobs' URL, of a bucket over http
+        url: String,
+        /// The blobs of the layout
+        blobs: PathBuf,
+        target: PathBuf,
     },
     /// Runs the S3 server over a bucket that has grown
     #[command(hide = true)]
     ServeBucket { objects: usize, delay_ms: u64 },
 }
-
-const PLAIN: Network = Network {
-    delay_ms: 0,
-    rate_mib: 0,
-};
-const DISTANT: Network = Network {
-    delay_ms: 20,
-    rate_mib: 0,
-};
-const LIKE_S3: Network = Network {
-    delay_ms: 20,
-    rate_mib: 90,
-};
-
-/// One shape of a cache behind one kind of network.
-struct Scenario {
-    name: &'static str,
-    layers: usize,
-    /// Bytes of each layer.
-    size: u64,
-    network: Network,
-    operations: &'static [Operation],
-    /// Many small layers, where `upload_parallelism` matters.
-    wide: bool,
-    /// The cache is already on both sides.
-    filled: bool,
-    /// Compared with a single stream. Peers run once, because they are not part of that comparison.
-    single: bool,
-    when: When,
-}
-
-#[derive(PartialEq)]
-enum When {
-    Always,
-    NotQuick,
-    Full,
-}
-
-use Operation::{ColdExport, ColdImport, Served, WarmExport, WarmImport};
-const ALL: &[Operation] = &[ColdExport, WarmExport, ColdImport, WarmImport];
-
-const BIG_LIKE_S3: &str = "8 × 128 MiB, 20 ms a request, 90 MiB/s a connection";
-const BIG: &str = "8 × 128 MiB, loopback";
-const SMALL_DISTANT: &str = "500 × 200 KiB, 20 ms a request";
-const HUGE: &str = "1 × 2 GiB, 20 ms a request, 90 MiB/s a connection";
-const MANY: &str = "5,000 × 1 KiB already there, 20 ms a request";
-
-/// In the order in which they run.
-const SCENARIOS: &[Scenario] = &[
-    Scenario {
-        name: BIG,
-        layers: 8,
-        size: 128 << 20,
-        network: PLAIN,
-        operations: &[ColdExport, WarmExport, ColdImport, WarmImport, Served],
-        wide: false,
-        filled: false,
-        single: false,
-        when: When::Always,
-    },
-    Scenario {
-        name: SMALL_DISTANT,
-        layers: 500,
-        size: 200 << 10,
-        network: DISTANT,
-        operations: ALL,
-        wide: true,
-        filled: false,
-        single: false,
-        when: When::Always,
-    },
-    Scenario {
-        name: HUGE,
-        layers: 1,
-        size: 2 << 30,
-        network: LIKE_S3,
-        operations: &[ColdExport, ColdImport, Served],
-        wide: false,
-        filled: false,
-        single: true,
-        when: When::Always,
-    },
-    Scenario {
-        name: MANY,
-        layers: 5000,
-        size: 1 << 10,
-        network: DISTANT,
-        operations: &[WarmExport, WarmImport],
-        wide: false,
-        filled: true,
-        single: false,
-        when: When::Always,
-    },
-    Scenario {
-        name: "500 × 200 KiB, loopback",
-        layers: 500,
-        size: 200 << 10,
-        network: PLAIN,
-        operations: ALL,
-        wide: true,
-        filled: false,
-        single: false,
-        when: When::NotQuick,
-    },
-    Scenario {
-        name: BIG_LIKE_S3,
-        layers: 8,
-        size: 128 << 20,
-        network: LIKE_S3,
-        operations: &[ColdExport, ColdImport],
-        wide: false,
-        filled: false,
-        single: false,
-        when: When::NotQuick,
-    },
-    Scenario {
-        name: "1 × 2 GiB, loopback",
-        layers: 1,
-        size: 2 << 30,
-        network: PLAIN,
-        operations: ALL,
-        wide: false,
-        filled: false,
-        single: false,
-        when: When::Full,
-    },
-    Scenario {
-        name: "5,000 × 1 KiB already there, loopback",
-        layers: 5000,
-        size: 1 << 10,
-        network: PLAIN,
-        operations: &[WarmExport, WarmImport],
-        wide: false,
-        filled: true,
-        single: false,
-        when: When::Full,
-    },
-];
 
 /// After so many rounds, a peer this many times slower than the fastest one does not run again: it
 /// cannot become the best.
@@ -246,6 +140,10 @@ struct Bench {
     layercache: PathBuf,
     tools: Vec<Tool>,
     series: Vec<Series>,
+    /// By scenario, what hashing its files costs.
+    hashed: BTreeMap<&'static str, Vec<Hashed>>,
+    /// By scenario, what the bare program that imports costs.
+    floors: BTreeMap<&'static str, Vec<child::Cost>>,
     /// Seconds of one stream up and down, of the single-stream scenario.
     single: Option<(f64, f64)>,
     notes: Vec<String>,
@@ -269,10 +167,18 @@ fn main() -> Result<()> {
             blobs,
             delay_ms,
             rate_mib,
+            tls,
         }) => {
-            let network = Network { delay_ms, rate_mib };
+            let network = Network {
+                delay_ms,
+                rate_mib,
+                tls,
+            };
             return serve::run(&blobs, network);
         }
+        Some(Internal::Check { layercache, update }) => return check::run(&layercache, update),
+        Some(Internal::Hash { dir }) => return hashed::hash(&dir),
+        Some(Internal::Floor { url, blobs, target }) => return floor::run(&url, &blobs, &target),
         Some(Internal::ServeBucket { objects, delay_ms }) => {
             return serve::run_bucket(objects, Duration::from_millis(delay_ms));
         }
@@ -316,6 +222,8 @@ fn measure(
         layercache,
         tools,
         series: Vec::new(),
+        hashed: BTreeMap::new(),
+        floors: BTreeMap::new(),
         single: None,
         notes: Vec::new(),
         args,
@@ -355,12 +263,11 @@ fn measure(
     let named = bench.args.only.as_deref();
     if named.map_or(wanted, |text| bucket::NAME.contains(text)) {
         eprintln!("{}: filling it", bucket::NAME);
-        let server = Server::start_bucket(bucket::OBJECTS, DISTANT)?;
+        let server = Server::start_bucket(bucket::OBJECTS, bucket::DELAY_MS)?;
         bucket::measure(&bench.layercache, &server, &bench.scratch.join("log"))?;
     }
 
-    let start_up = bench.start_up();
-    let targets = bench.targets(start_up);
+    let targets = bench.targets();
     print!("{}", table::targets_text(&targets));
     for note in &bench.notes {
         println!("note: {note}");
@@ -373,9 +280,11 @@ fn measure(
             text.push_str(&format!("- {line}\n"));
         }
         text.push_str(&table::targets_markdown(&targets));
-        for one in bench.tables() {
-            text.push_str(&one.markdown());
-        }
+        let hashed = |scenario: &'static str, operation| {
+            let hashed = bench.hashed_beside(scenario, operation)?;
+            Some((hashed.wall(), hashed.cpu()))
+        };
+        text.push_str(&table::summary_markdown(&bench.series, hashed));
         fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
@@ -409,9 +318,7 @@ impl Bench {
         let first = self.series.len();
         for &operation in scenario.operations {
             for tool in &self.tools {
-                let wide = tool.kind == Kind::LayercacheWide;
-                let served = operation == Served && tool.kind != Kind::Layercache;
-                if !served && (!wide || (scenario.wide && operation.is_export())) {
+                if tool.runs_in(scenario, operation) {
                     self.series.push(Series {
                         scenario: scenario.name,
                         operation,
@@ -443,6 +350,15 @@ impl Bench {
                     }
                 }
             }
+            if scenario.operations.contains(&ColdImport) {
+                let hashed = self.hashed.entry(scenario.name).or_default();
+                hashed::measure(hashed, &layout.blobs(), &self.scratch);
+                // At a distance it is the line that bounds, not the work.
+                if scenario.network == NEAR {
+                    let cost = floor::measure(&server, &layout, &home, &self.scratch)?;
+                    self.floors.entry(scenario.name).or_default().push(cost);
+                }
+            }
         }
         drop(server);
         fs::remove_dir_all(&home)?;
@@ -450,10 +366,7 @@ impl Bench {
             self.note_signing();
         }
         for &operation in scenario.operations {
-            print!(
-                "{}",
-                Table::of(&self.series, scenario.name, operation).text()
-            );
+            print!("{}", self.table(scenario.name, operation).text());
         }
         Ok(())
     }
@@ -518,12 +431,11 @@ impl Bench {
                 continue;
             }
             server.fill(tool.bucket(), "blobs/sha256:", layout.mtime)?;
-            if tool.kind == Kind::LayercacheWide {
+            if tool.kind != Kind::Layercache {
                 continue;
             }
             for operation in [ColdExport, ColdImport] {
-                let command =
-                    tool.command(operation, layout, &target, &server.url(), &self.scratch);
+                let command = tool.command(operation, layout, &target, server, &self.scratch);
                 if let Err(error) = child::run(command, &self.scratch.join("log")) {
                     // The measured runs will fail too, and the table will say so.
                     eprintln!("preparing {}: {error:#}", tool.name());
@@ -553,249 +465,18 @@ impl Bench {
         Ok((up, down))
     }
 
-    fn tables(&self) -> Vec<Table> {
-        let mut tables: Vec<Table> = Vec::new();
-        for one in &self.series {
-            let table = Table::of(&self.series, one.scenario, one.operation);
-            if tables.iter().all(|other| other.title != table.title) {
-                tables.push(table);
-            }
-        }
-        tables
+    /// What hashing the files costs, where that is compared.
+    fn hashed_beside(&self, scenario: &str, operation: Operation) -> Option<&Hashed> {
+        let all = self
+            .hashed
+            .get(scenario)
+            .filter(|_| operation == ColdImport);
+        hashed::fastest(all?)
     }
 
-    /// Seconds that `layercache --version` takes: the median of fifty.
-    fn start_up(&self) -> Option<f64> {
-        let mut walls = Vec::new();
-        for _ in 0..50 {
-            let mut command = Command::new(&self.layercache);
-            command.arg("--version");
-            tools::clean_environment(&mut command, &self.scratch);
-            walls.push(child::run(command, &self.scratch.join("log")).ok()?.wall);
-        }
-        Some(median(walls))
-    }
-
-    fn find(&self, scenario: &str, operation: Operation, kind: Kind) -> Option<&Series> {
-        self.series.iter().find(|one| {
-            one.scenario == scenario
-                && one.operation == operation
-                && one.tool.kind == kind
-                && one.is_good()
-        })
-    }
-
-    fn targets(&self, start_up: Option<f64>) -> Vec<Target> {
-        let mut targets = Vec::new();
-        let mut add = |goal, outcome: Option<(String, bool)>| {
-            let (measured, met) = match outcome {
-                Some((measured, met)) => (measured, Some(met)),
-                None => ("-".to_owned(), None),
-            };
-            targets.push(Target {
-                goal,
-                measured,
-                met,
-            });
-        };
-
-        for (goal, scenario, operation) in [
-            (
-                "cold export of 8 × 128 MiB: at most 0.8 of the best peer's wall time, half of its CPU",
-                BIG,
-                ColdExport,
-            ),
-            (
-                "cold import of 8 × 128 MiB: at most 0.8 of the best peer's wall time, half of its CPU",
-                BIG,
-                ColdImport,
-            ),
-            (
-                "the same export at 20 ms a request and 90 MiB/s a connection",
-                BIG_LIKE_S3,
-                ColdExport,
-            ),
-            (
-                "the same import at 20 ms a request and 90 MiB/s a connection",
-                BIG_LIKE_S3,
-                ColdImport,
-            ),
-        ] {
-            add(goal, self.against_best_peer(scenario, operation));
-        }
-        for (goal, operation) in [
-            (
-                "cold export of 2 GiB at 90 MiB/s a connection: 4 times a single stream",
-                ColdExport,
-            ),
-            (
-                "cold import of 2 GiB at 90 MiB/s a connection: 4 times a single stream",
-                ColdImport,
-            ),
-        ] {
-            let ours = self.find(HUGE, operation, Kind::Layercache);
-            add(
-                goal,
-                self.single.zip(ours).map(|((up, down), ours)| {
-                    let single = if operation.is_export() { up } else { down };
-                    let times = single / ours.wall();
-                    let text = format!(
-                        "{times:.2} times ({} against {})",
-                        seconds(ours.wall()),
-                        seconds(single)
-                    );
-                    (text, times >= 4.0)
-                }),
-            );
-        }
-        for (goal, operation, kind) in [
-            (
-                "cold export of 500 × 200 KiB at 20 ms: 2 times the best peer (upload_parallelism=4)",
-                ColdExport,
-                Kind::Layercache,
-            ),
-            (
-                "cold export of 500 × 200 KiB at 20 ms: 2 times the best peer (upload_parallelism=64)",
-                ColdExport,
-                Kind::LayercacheWide,
-            ),
-            (
-                "cold import of 500 × 200 KiB at 20 ms: 2 times the best peer",
-                ColdImport,
-                Kind::Layercache,
-            ),
-        ] {
-            let ours = self.find(SMALL_DISTANT, operation, kind);
-            let best = best_peer(&self.series, SMALL_DISTANT, operation);
-            add(
-                goal,
-                ours.zip(best).map(|(ours, best)| {
-                    let times = best.wall() / ours.wall();
-                    let text = format!(
-                        "{times:.2} times {} ({} against {})",
-                        best.tool.name(),
-                        seconds(ours.wall()),
-                        seconds(best.wall())
-                    );
-                    (text, times >= 2.0)
-                }),
-            );
-        }
-        for (goal, scenario, most, of) in [
-            (
-                "2 GiB through serve at 90 MiB/s a connection: at most 1.2 times the import's wall time",
-                HUGE,
-                1.2,
-                Series::wall as fn(&Series) -> f64,
-            ),
-            (
-                "1 GiB through serve: at most 1.3 times the import's CPU time",
-                BIG,
-                1.3,
-                Series::cpu,
-            ),
-        ] {
-            let served = self.find(scenario, Served, Kind::Layercache);
-            let import = self.find(scenario, ColdImport, Kind::Layercache);
-            add(
-                goal,
-                served.zip(import).map(|(served, import)| {
-                    let times = of(served) / of(import);
-                    let text = format!(
-                        "{times:.2} times ({} against {})",
-                        seconds(of(served)),
-                        seconds(of(import))
-                    );
-                    (text, times <= most)
-                }),
-            );
-        }
-        let warm = self.find(SMALL_DISTANT, WarmExport, Kind::Layercache);
-        add(
-            "warm export of 500 layers at 20 ms: at most 6 round trips",
-            warm.map(|ours| {
-                let text = format!(
-                    "{:.0} round trips, {:.0} requests, {}",
-                    ours.round_trips(),
-                    ours.requests(),
-                    seconds(ours.wall())
-                );
-                (text, ours.round_trips() <= 6.0)
-            }),
-        );
-        let warm = self.find(BIG, WarmImport, Kind::Layercache);
-        add(
-            "warm import: one request, no hashing of blobs known good (1 GiB: under 100 ms of CPU)",
-            warm.map(|ours| {
-                let text = format!(
-                    "{:.0} requests, {} CPU",
-                    ours.requests(),
-                    seconds(ours.cpu())
-                );
-                (text, ours.requests() <= 1.0 && ours.cpu() < 0.1)
-            }),
-        );
-        let memory = self
-            .series
-            .iter()
-            .filter(|one| one.tool.kind == Kind::Layercache && one.is_good())
-            .max_by_key(|one| one.peak_memory());
-        add(
-            "peak memory: at most 64 MiB",
-            memory.map(|one| {
-                let text = format!(
-                    "{} ({}: {})",
-                    mebibytes(one.peak_memory()),
-                    one.scenario,
-                    one.operation.name()
-                );
-                (text, one.peak_memory() <= 64 << 20)
-            }),
-        );
-        let memory = self
-            .series
-            .iter()
-            .filter(|one| one.tool.kind == Kind::LayercacheWide && one.is_good())
-            .map(Series::peak_memory)
-            .max();
-        add(
-            "peak memory with upload_parallelism=64: at most 64 MiB",
-            memory.map(|bytes| (mebibytes(bytes), bytes <= 64 << 20)),
-        );
-        add(
-            "start-up (`layercache --version`): under 10 ms",
-            start_up.map(|wall| (seconds(wall), wall < 0.01)),
-        );
-        add(
-            "planning 10,000 layers and 50,000 records: under 200 ms",
-            planning().map(|milliseconds| (format!("{milliseconds:.0} ms"), milliseconds < 200.0)),
-        );
-        let binary = fs::metadata(&self.layercache).ok();
-        add(
-            "release binary: under 15 MiB",
-            binary.map(|file| (mebibytes(file.len()), file.len() < 15 << 20)),
-        );
-        targets
-    }
-
-    fn against_best_peer(&self, scenario: &str, operation: Operation) -> Option<(String, bool)> {
-        let ours = self.find(scenario, operation, Kind::Layercache)?;
-        let best = best_peer(&self.series, scenario, operation)?;
-        let frugal = self
-            .series
-            .iter()
-            .filter(|one| one.scenario == scenario && one.operation == operation)
-            .filter(|one| one.tool.is_peer() && one.is_good())
-            .min_by(|one, other| one.cpu().total_cmp(&other.cpu()))?;
-        let (wall, cpu) = (ours.wall() / best.wall(), ours.cpu() / best.cpu());
-        let text = format!(
-            "{wall:.2} of the wall time and {cpu:.2} of the CPU of {} (CPU {:.2} of the most \
-             frugal peer's, {})",
-            best.tool.name(),
-            ours.cpu() / frugal.cpu(),
-            frugal.tool.name()
-        );
-        Some((text, wall <= 0.8 && cpu <= 0.5))
+    fn table(&self, scenario: &'static str, operation: Operation) -> Table {
+        let hashed = self.hashed_beside(scenario, operation);
+        Table::of(&self.series, scenario, operation, hashed)
     }
 }
 
@@ -813,29 +494,17 @@ fn one_run(
         ColdImport if target.exists() => fs::remove_dir_all(&target)?,
         _ => {}
     }
-    let command = tool.command(operation, layout, &target, &server.url(), scratch);
+    let command = tool.command(operation, layout, &target, server, scratch);
     server.reset()?;
     let cost = child::run(command, &scratch.join("log"))?;
     let asked = server.asked()?;
     if operation.is_export() {
         let (objects, bytes) = server.objects(tool.bucket())?;
         layout.check(objects, bytes)?;
-    } else if operation != Served {
+    } else if operation != Operation::Served {
         layout.check_arrived(&target)?;
     }
     Ok((cost, asked))
-}
-
-/// Milliseconds that planning takes. Measured in a child, since it needs more memory than the runner
-/// may have.
-fn planning() -> Option<f64> {
-    let output = Command::new(std::env::current_exe().ok()?)
-        .arg("plan")
-        .output()
-        .ok()?;
-    let text = String::from_utf8(output.stdout).ok()?;
-    output.status.success().then_some(())?;
-    text.trim().parse().ok()
 }
 
 /// Milliseconds from a layout's cache config to the manifest to send, for 10,000 layers and 50,000

@@ -13,17 +13,20 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::bucket;
-use crate::s3::{Logged, Server, Stored, round_trips};
+use crate::s3::{Authority, Logged, Server, Stored, round_trips};
 use crate::server::Network;
 
 pub fn run(blobs: &Path, network: Network) -> Result<()> {
     let blobs = map_files(blobs)?;
-    let server = Server::builder()
+    let authority = network.tls.then(Authority::new);
+    let mut server = Server::builder()
         .unverified(blobs.clone())
         .delay(Duration::from_millis(network.delay_ms))
-        .rate(network.rate_mib << 20)
-        .start();
-    obey(&server, &blobs)
+        .rate(network.rate_mib << 20);
+    if let Some(authority) = &authority {
+        server = server.tls(authority);
+    }
+    obey(&server.start(), &blobs, authority.as_ref())
 }
 
 /// A server over a bucket that has grown.
@@ -34,13 +37,22 @@ pub fn run_bucket(objects: usize, delay: Duration) -> Result<()> {
         .delay(delay)
         .start();
     bucket::fill(&server, objects);
-    obey(&server, &blobs)
+    obey(&server, &blobs, None)
 }
 
 /// Performs the runner's commands.
-fn obey(server: &Server, blobs: &HashMap<String, Bytes>) -> Result<()> {
+fn obey(
+    server: &Server,
+    blobs: &HashMap<String, Bytes>,
+    authority: Option<&Authority>,
+) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", json!({ "url": server.url() }))?;
+    let bundle = authority.map(Authority::bundle);
+    writeln!(
+        out,
+        "{}",
+        json!({ "url": server.url(), "authority": bundle })
+    )?;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let words: Vec<&str> = line.split(' ').collect();

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
 use std::time::Instant;
@@ -20,23 +20,15 @@ pub struct Network {
     pub delay_ms: u64,
     /// MiB/s of each connection; 0 is no limit.
     pub rate_mib: u64,
-}
-
-impl std::fmt::Display for Network {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.delay_ms, self.rate_mib) {
-            (0, 0) => f.write_str("loopback as it is"),
-            (delay, 0) => write!(f, "{delay} ms a request"),
-            (0, rate) => write!(f, "{rate} MiB/s a connection"),
-            (delay, rate) => write!(f, "{delay} ms a request, {rate} MiB/s a connection"),
-        }
-    }
+    pub tls: bool,
 }
 
 pub struct Server {
     process: Child,
     control: Mutex<(ChildStdin, BufReader<ChildStdout>)>,
-    port: u16,
+    url: String,
+    /// The certificate authority's certificate, with TLS.
+    authority: Option<PathBuf>,
 }
 
 /// The requests of one command.
@@ -57,16 +49,17 @@ impl Server {
         command
             .arg("serve")
             .arg(blobs)
-            .args([network.delay_ms.to_string(), network.rate_mib.to_string()]);
+            .args([network.delay_ms.to_string(), network.rate_mib.to_string()])
+            .args(network.tls.then_some("--tls"));
         Server::spawn(command)
     }
 
     /// Starts a server whose bucket holds so many objects.
-    pub fn start_bucket(objects: usize, network: Network) -> Result<Self> {
+    pub fn start_bucket(objects: usize, delay_ms: u64) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command
             .arg("serve-bucket")
-            .args([objects.to_string(), network.delay_ms.to_string()]);
+            .args([objects.to_string(), delay_ms.to_string()]);
         Server::spawn(command)
     }
 
@@ -80,17 +73,22 @@ impl Server {
         let mut server = Server {
             process,
             control,
-            port: 0,
+            url: String::new(),
+            authority: None,
         };
         let hello = server.answer()?;
-        let url = hello["url"].as_str().unwrap_or_default();
-        let port = url.rsplit(':').next().unwrap_or_default();
-        server.port = port.parse().with_context(|| format!("the URL {url:?}"))?;
+        server.url = hello["url"].as_str().unwrap_or_default().to_owned();
+        server.authority = hello["authority"].as_str().map(PathBuf::from);
         Ok(server)
     }
 
-    pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The file that clients are to trust.
+    pub fn authority(&self) -> Option<&Path> {
+        self.authority.as_deref()
     }
 
     /// Sends a command; returns the server's answer.
@@ -109,7 +107,8 @@ impl Server {
     }
 
     fn connect(&self) -> Result<TcpStream> {
-        let stream = TcpStream::connect(("127.0.0.1", self.port))?;
+        let address = self.url.strip_prefix("http://");
+        let stream = TcpStream::connect(address.context("a single stream is not over TLS")?)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(child::TIMEOUT))?;
         stream.set_write_timeout(Some(child::TIMEOUT))?;

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::child::Cost;
+use crate::hashed::Hashed;
 use crate::server::Asked;
 use crate::tools::{Operation, Tool};
 
@@ -106,7 +107,12 @@ pub struct Table {
 }
 
 impl Table {
-    pub fn of(series: &[Series], scenario: &'static str, operation: Operation) -> Self {
+    pub fn of(
+        series: &[Series],
+        scenario: &'static str,
+        operation: Operation,
+        hashed: Option<&Hashed>,
+    ) -> Self {
         let best = best_peer(series, scenario, operation);
         let mut rows = Vec::new();
         for one in series {
@@ -134,6 +140,22 @@ impl Table {
                 format!("{:.0}", one.at_once()),
                 one.runs.len().to_string(),
             ]);
+        }
+        if let (Some(best), Some(hashed)) = (best, hashed) {
+            let (wall, cpu) = (best.wall() + hashed.wall(), best.cpu() + hashed.cpu());
+            let mut row = vec![
+                format!(
+                    "{}, and its files hashed ({})",
+                    best.tool.name(),
+                    hashed.program
+                ),
+                seconds(wall),
+                format!("{:.2}", wall / best.wall()),
+                seconds(cpu),
+                format!("{:.2}", cpu / best.cpu()),
+            ];
+            row.resize(10, String::new());
+            rows.push(row);
         }
         Table {
             title: format!("{scenario}: {}", operation.name()),
@@ -180,18 +202,52 @@ impl Table {
         }
         out
     }
+}
 
-    pub fn markdown(&self) -> String {
-        let mut out = format!("\n### {}\n\n| {} |\n", self.title, self.head.join(" | "));
-        out.push_str("|---|");
-        out.push_str(&"---:|".repeat(self.head.len() - 1));
-        out.push('\n');
-        for row in &self.rows {
-            let cells: Vec<String> = row.iter().map(|cell| cell.replace('|', "\\|")).collect();
-            let _ = writeln!(out, "| {} |", cells.join(" | "));
-        }
-        out
+/// One line for each operation of each scenario, for docs/performance.md: layercache beside the fastest
+/// peer, and beside that with its files hashed.
+pub fn summary_markdown(
+    series: &[Series],
+    hashed: impl Fn(&'static str, Operation) -> Option<(f64, f64)>,
+) -> String {
+    let mut out = String::from(
+        "\n| | layercache: wall | CPU | memory | requests | best peer | ÷ wall | ÷ CPU | ÷ hashed: wall | CPU |\n\
+         |---|---:|---:|---:|---:|---|---:|---:|---:|---:|\n",
+    );
+    let ours = series
+        .iter()
+        .filter(|one| !one.tool.is_peer() && one.is_good());
+    for one in ours {
+        let (scenario, operation) = (one.scenario, one.operation);
+        let variant = match one.tool.name().split_once(", ") {
+            Some((_, variant)) => format!(" ({variant})"),
+            None => String::new(),
+        };
+        let best = best_peer(series, scenario, operation);
+        let over = |mine: f64, theirs: Option<f64>| match theirs {
+            Some(theirs) => format!("{:.2}", mine / theirs),
+            None => String::new(),
+        };
+        let hashed = best.zip(hashed(scenario, operation));
+        let _ = writeln!(
+            out,
+            "| {scenario}: {}{variant} | {} | {} | {} | {:.0} | {} | {} | {} | {} | {} |",
+            operation.name(),
+            seconds(one.wall()),
+            seconds(one.cpu()),
+            mebibytes(one.peak_memory()),
+            one.requests(),
+            best.map_or("-", |best| best.tool.name()),
+            over(one.wall(), best.map(Series::wall)),
+            over(one.cpu(), best.map(Series::cpu)),
+            over(
+                one.wall(),
+                hashed.map(|(best, (wall, _))| best.wall() + wall)
+            ),
+            over(one.cpu(), hashed.map(|(best, (_, cpu))| best.cpu() + cpu)),
+        );
     }
+    out
 }
 
 /// A target, and whether it was met.

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::layouts::Layout;
+use crate::scenarios::Scenario;
+use crate::server::Server;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
@@ -36,6 +38,8 @@ pub enum Kind {
     Layercache,
     /// With `upload_parallelism=64`.
     LayercacheWide,
+    /// With `LAYERCACHE_MEMORY=64MiB`.
+    LayercacheSmall,
     S5cmd,
     Rclone,
     RcloneTuned,
@@ -77,6 +81,7 @@ impl Tool {
         match self.kind {
             Kind::Layercache => "layercache",
             Kind::LayercacheWide => "layercache, upload_parallelism=64",
+            Kind::LayercacheSmall => "layercache, LAYERCACHE_MEMORY=64MiB",
             Kind::S5cmd => "s5cmd",
             Kind::Rclone => "rclone",
             Kind::RcloneTuned => "rclone, tuned",
@@ -85,13 +90,26 @@ impl Tool {
     }
 
     pub fn is_peer(&self) -> bool {
-        !matches!(self.kind, Kind::Layercache | Kind::LayercacheWide)
+        self.kind != Kind::Layercache && !self.is_variant()
+    }
+
+    fn is_variant(&self) -> bool {
+        matches!(self.kind, Kind::LayercacheWide | Kind::LayercacheSmall)
+    }
+
+    pub fn runs_in(&self, scenario: &Scenario, operation: Operation) -> bool {
+        match self.kind {
+            kind if operation == Operation::Served => kind == Kind::Layercache,
+            Kind::LayercacheWide if !operation.is_export() => false,
+            kind => !self.is_variant() || scenario.variants.contains(&kind),
+        }
     }
 
     pub fn bucket(&self) -> &'static str {
         match self.kind {
             Kind::Layercache => "layercache",
             Kind::LayercacheWide => "layercache-wide",
+            Kind::LayercacheSmall => "layercache-small",
             Kind::S5cmd => "s5cmd",
             Kind::Rclone => "rclone",
             Kind::RcloneTuned => "rclone-tuned",
@@ -106,9 +124,10 @@ impl Tool {
         operation: Operation,
         layout: &Layout,
         target: &Path,
-        endpoint: &str,
+        server: &Server,
         scratch: &Path,
     ) -> Command {
+        let endpoint = server.url();
         let bucket = self.bucket();
         let cold = matches!(operation, Operation::ColdExport | Operation::ColdImport);
         let mut command = match self.kind {
@@ -120,8 +139,19 @@ impl Tool {
             _ => Command::new(&self.program),
         };
         clean_environment(&mut command, scratch);
+        if let Some(authority) = server.authority() {
+            // rclone refuses the one of the two that the others read.
+            let variable = match self.kind {
+                Kind::Rclone | Kind::RcloneTuned => "RCLONE_CA_CERT",
+                _ => "AWS_CA_BUNDLE",
+            };
+            command.env(variable, authority);
+        }
         match self.kind {
-            Kind::Layercache | Kind::LayercacheWide => {
+            Kind::Layercache | Kind::LayercacheWide | Kind::LayercacheSmall => {
+                if self.kind == Kind::LayercacheSmall {
+                    command.env("LAYERCACHE_MEMORY", "64MiB");
+                }
                 let spec = format!(
                     "type=s3,region=us-east-1,bucket={bucket},endpoint_url={endpoint},\
                      use_path_style=true,access_key_id=x,secret_access_key=y"
@@ -245,6 +275,7 @@ pub fn find(
     let candidates = [
         (Kind::Layercache, layercache.to_owned(), "--version"),
         (Kind::LayercacheWide, layercache.to_owned(), "--version"),
+        (Kind::LayercacheSmall, layercache.to_owned(), "--version"),
         (Kind::S5cmd, s5cmd, "version"),
         (Kind::Rclone, PathBuf::from("rclone"), "version"),
         (Kind::RcloneTuned, PathBuf::from("rclone"), "version"),
@@ -303,6 +334,7 @@ impl Tool {
         Ok(match self.kind {
             Kind::Layercache | Kind::Rclone => line.to_owned(),
             Kind::LayercacheWide => format!("{line}, upload_parallelism=64"),
+            Kind::LayercacheSmall => format!("{line}, LAYERCACHE_MEMORY=64MiB"),
             Kind::S5cmd => format!("s5cmd {line}"),
             Kind::RcloneTuned => format!("{line}, {}", RCLONE_TUNED.join(" ")),
             Kind::Aws => line

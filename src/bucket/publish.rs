@@ -23,6 +23,9 @@ use crate::transfer::upload::Uploader;
 /// Refreshes in flight at once. Each is one request, and the store does the rest.
 pub const REFRESHES: usize = 32;
 
+/// Bytes below which a blob costs a round trip rather than bandwidth.
+const SMALL: u64 = 1 << 20;
+
 /// How often blobs may vanish from S3 during one run before it gives up.
 const CHECKS: usize = 5;
 
@@ -202,6 +205,8 @@ pub struct Publisher<'a> {
     pub supply: &'a dyn Supply,
     /// Blobs sent at once.
     pub parallelism: usize,
+    /// Blobs below 1 MiB sent at once in addition. 0: they are sent like the others.
+    pub small: usize,
     pub progress: &'a Progress,
 }
 
@@ -342,11 +347,17 @@ impl Publisher<'_> {
             let sending = self.supply.words().sending;
             self.progress.stage(sending, blobs.len() as u64, bytes);
         }
-        futures::stream::iter(blobs.to_vec())
-            .map(|(digest, size)| self.send(digest, size))
-            .buffer_unordered(self.parallelism)
-            .try_collect()
-            .await
+        let is_small = |&(_, size): &(Digest, u64)| self.small > 0 && size < SMALL;
+        let (small, others): (Vec<_>, Vec<_>) = blobs.iter().copied().partition(is_small);
+        let send = |blobs: Vec<(Digest, u64)>, at_once: usize| {
+            futures::stream::iter(blobs)
+                .map(|(digest, size)| self.send(digest, size))
+                .buffer_unordered(at_once)
+                .try_collect::<()>()
+        };
+        let others = send(others, self.parallelism);
+        tokio::try_join!(others, send(small, self.small.max(1)))?;
+        Ok(())
     }
 
     async fn send(&self, digest: Digest, size: u64) -> Result<()> {

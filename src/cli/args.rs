@@ -11,6 +11,7 @@ mod lifecycle;
 mod ls;
 mod prune;
 mod serve;
+mod size;
 mod specs;
 mod verify;
 
@@ -37,6 +38,7 @@ use crate::cli::manual::Manual;
 use crate::cli::spec::{self, Env};
 use crate::config::Task;
 use crate::layout::check_tag;
+use crate::memory;
 use crate::progress::Display;
 
 /// Move BuildKit's build cache between a local OCI layout and S3, without a build
@@ -203,6 +205,27 @@ impl Global {
                      quiet, rawjson)"
                 ))
             }),
+        }
+    }
+
+    /// The bytes that LAYERCACHE_MEMORY lets a run use. `None`: it is not set.
+    ///
+    /// # Errors
+    /// A [`UsageError`] if the variable holds something else.
+    pub fn memory(&self, env: Env) -> Result<Option<u64>> {
+        let Some(value) = env("LAYERCACHE_MEMORY").filter(|value| !value.is_empty()) else {
+            return Ok(None);
+        };
+        let least = memory::LEAST;
+        match size::size(&value) {
+            Ok(bytes) if bytes >= least => Ok(Some(bytes)),
+            Ok(_) => Err(usage(format!(
+                "LAYERCACHE_MEMORY: {value:?} is too little (accepted: {} MiB and above)",
+                least >> 20
+            ))),
+            Err(accepted) => Err(usage(format!(
+                "LAYERCACHE_MEMORY: {value:?} is not a size ({accepted})"
+            ))),
         }
     }
 }

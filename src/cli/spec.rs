@@ -42,14 +42,20 @@ pub struct Parsed<T> {
 pub fn cache_to(spec: &str, env: Env) -> Result<Parsed<ExportConfig>> {
     let mut warnings = Vec::new();
     let mut attributes = Attributes::parse(spec, Direction::To, &mut warnings)?;
-    let config = ExportConfig {
-        s3: s3_config(&mut attributes, Direction::To, env, &mut warnings)?,
-        upload_parallelism: match attributes.take("upload_parallelism") {
+    let s3 = s3_config(&mut attributes, Direction::To, env, &mut warnings)?;
+    let (upload_parallelism, small_uploads) = match attributes.take("upload_parallelism") {
+        Some(value) => {
+            let layers = usize::try_from(count("upload_parallelism", &value)?);
             // No cache has a million layers, and more than some semaphores can count is no use.
-            Some(value) => usize::try_from(count("upload_parallelism", &value)?)
-                .map_or(1 << 20, |layers| layers.min(1 << 20)),
-            None => 4,
-        },
+            (layers.map_or(1 << 20, |layers| layers.min(1 << 20)), 0)
+        }
+        // The limit is there for bandwidth, of which small blobs need little.
+        None => (4, 32),
+    };
+    let config = ExportConfig {
+        s3,
+        upload_parallelism,
+        small_uploads,
         touch_refresh: match attributes.take("touch_refresh") {
             Some(value) => duration("touch_refresh", &value)?,
             None => Duration::from_secs(24 * 60 * 60),

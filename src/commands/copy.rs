@@ -257,6 +257,7 @@ impl Work<CopyDetails> for CopyTo<'_> {
             uploader: &self.uploader,
             supply: &supply,
             parallelism: process::within_open_files(COPIES, FILES),
+            small: 0,
             progress: self.progress,
         };
         let done = publisher.execute(plan, &mut report.details.counts).await;

@@ -197,11 +197,14 @@ impl Work<ExportDetails> for ExportTo<'_> {
             plan.show(&self.bucket, &WORDS, self.progress);
             return Ok(());
         }
+        let (layers, small) = (self.target.upload_parallelism, self.target.small_uploads);
+        let at_once = process::within_open_files(layers + small, FILES);
         let publisher = Publisher {
             bucket: &self.bucket,
             uploader: &self.uploader,
             supply: &FromLayout(&self.exported.layout),
-            parallelism: process::within_open_files(self.target.upload_parallelism, FILES),
+            parallelism: at_once.min(layers),
+            small: at_once.saturating_sub(layers),
             progress: self.progress,
         };
         publisher.execute(plan, &mut report.details.counts).await

@@ -26,6 +26,7 @@ use crate::progress::{self, count};
 use crate::report::{AnyReport, Details, Outcome, Place, Report};
 use crate::serve::{Endpoint, Repository, Served, Serving, TAG};
 use crate::store::Store;
+use crate::transfer::limits::Limits;
 
 /// A shell's exit status for a command that does not exist.
 const NOT_FOUND: u8 = 127;
@@ -47,7 +48,13 @@ pub async fn run(task: &ServeTask, context: &Context<'_>) -> Outcome {
         .iter()
         .map(|cache| Arc::clone(cache.bucket.store()))
         .collect();
-    let endpoint = Endpoint::listen(task.listen, caches, &progress, context.limits);
+    // Each has buffers of its own, for both directions where builds may write.
+    let sharing = caches.len() + usize::from(task.target.is_some());
+    let limits = Limits {
+        memory: context.limits.memory / sharing.max(1) as u64,
+        ..context.limits
+    };
+    let endpoint = Endpoint::listen(task.listen, caches, &progress, limits);
     let endpoint = match endpoint.await {
         Ok(endpoint) => endpoint,
         Err(error) => {

@@ -26,6 +26,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tower_service::Service;
 
+use super::early::Early;
 use super::endpoint::{Endpoint, is_localhost};
 use super::outgoing::Outgoing;
 use super::timing::Timing;
@@ -42,7 +43,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The pool of connections to one endpoint.
 pub(super) struct Wire {
-    pub(super) client: Client<InTime<HttpsConnector<Connector>>, Outgoing>,
+    pub(super) client: Client<Early<InTime<HttpsConnector<Connector>>>, Outgoing>,
     /// For a proxy that is not tunnelled through.
     pub(super) proxy_authorization: Option<HeaderValue>,
     /// What any proxy is sent to know us by.
@@ -50,6 +51,7 @@ pub(super) struct Wire {
 }
 
 impl Wire {
+    /// Opens the first connection at once, in the background.
     pub(super) fn new(endpoint: &Endpoint, trust: &Trust, timing: &Timing) -> Result<Self> {
         // Loopback needs no proxy; Go, and so BuildKit, does the same.
         let proxy = match endpoint.is_loopback() {
@@ -83,6 +85,7 @@ impl Wire {
             connector,
             limit: timing.ready,
         };
+        let connector = Early::begin(connector, endpoint.uri(None, "").parse()?);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
@@ -211,10 +214,8 @@ impl Service<Uri> for Connector {
         let Some(proxy) = self.proxy.clone() else {
             let connecting = self.direct.call(to);
             return Box::pin(async move {
-                Ok(Watched::new(
-                    MaybeHttpsStream::Http(connecting.await?),
-                    false,
-                ))
+                let stream = MaybeHttpsStream::Http(connecting.await?);
+                Ok(Watched::new(stream, false))
             });
         };
         Box::pin(async move {

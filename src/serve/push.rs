@@ -320,6 +320,7 @@ impl Push {
             uploader: &self.uploader,
             supply: self,
             parallelism: self.target.upload_parallelism,
+            small: self.target.small_uploads,
             progress: &self.progress,
         };
         let mut counts = plan.counts();

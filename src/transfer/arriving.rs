@@ -49,7 +49,7 @@ impl Uploader {
         size: u64,
         incoming: Incoming,
     ) -> Result<()> {
-        let source = Arriving {
+        let source: Arc<dyn Source> = Arc::new(Arriving {
             digest,
             size,
             rest: Mutex::new(Unread {
@@ -57,7 +57,7 @@ impl Uploader {
                 chunk: Bytes::new(),
                 at: 0,
             }),
-        };
+        });
         let blob = self.progress.blob(Verb::Upload, &digest, size);
         if size < self.limits.part {
             let _room = self.means.buffers.room(size).await;
@@ -69,7 +69,7 @@ impl Uploader {
             let bytes = InMemory(chunks.concat().into());
             self.store.put(key, Arc::new(bytes)).await?;
         } else {
-            self.upload_parts(key, &source, &blob).await?;
+            self.upload_parts(key, source, &blob).await?;
         }
         blob.done();
         Ok(())

@@ -17,6 +17,7 @@ use crate::quote::printable;
 use crate::store::{ByteStream, UploadBody};
 use crate::transfer::buffers::{BUFFER, Buffers};
 use crate::transfer::hashing::{Feed, Hashing, read_into};
+use crate::transfer::pace::Gate;
 
 /// Where a blob comes from: a file, an object in another store, a stream that arrives.
 #[async_trait]
@@ -39,6 +40,11 @@ pub trait Source: Send + Sync {
 
     /// The error of a source whose bytes hash to `found` rather than to its digest.
     fn damaged(&self, found: Digest) -> anyhow::Error;
+
+    /// Whether any range can be read again later, while others are read.
+    fn can_be_read_again(&self) -> bool {
+        false
+    }
 }
 
 /// What every upload of a run reads with.
@@ -46,6 +52,8 @@ pub trait Source: Send + Sync {
 pub struct Means {
     pub buffers: Buffers,
     pub hashing: Hashing,
+    /// Bounds the parts in flight.
+    pub(super) gate: Arc<Gate>,
 }
 
 /// A blob in a local file.
@@ -101,6 +109,10 @@ impl Source for FileSource {
             "{} is damaged: its bytes hash to {found}; remove it, and build or import it again",
             printable(&self.path.display().to_string())
         )
+    }
+
+    fn can_be_read_again(&self) -> bool {
+        true
     }
 }
 
@@ -165,18 +177,20 @@ pub fn verified<'a>(
     chunks.map(check).boxed()
 }
 
-/// The bytes of one body that progress counts. A new try takes them back.
+/// The bytes of one body, counted as they are sent. A new try takes them back from progress.
 #[derive(Clone)]
 struct Count {
     blob: Arc<Blob>,
+    gate: Arc<Gate>,
     /// Bytes of the latest try.
     sent: Arc<Mutex<u64>>,
 }
 
 impl Count {
-    fn new(blob: &Arc<Blob>) -> Self {
+    fn new(blob: &Arc<Blob>, means: &Means) -> Self {
         Count {
             blob: Arc::clone(blob),
+            gate: Arc::clone(&means.gate),
             sent: Arc::default(),
         }
     }
@@ -189,12 +203,12 @@ impl Count {
     fn add(&self, bytes: u64) {
         *self.sent.lock() += bytes;
         self.blob.advance(bytes);
+        self.gate.moved(bytes);
     }
 }
 
 /// A blob sent in one request. It is hashed while it is sent; a store that does not check
 /// x-amz-content-sha256 never sees a damaged blob whole either.
-#[derive(Clone)]
 pub struct WholeBlob {
     source: Arc<dyn Source>,
     means: Means,
@@ -205,27 +219,9 @@ impl WholeBlob {
     pub fn new(source: Arc<dyn Source>, means: Means, blob: &Arc<Blob>) -> Self {
         WholeBlob {
             source,
+            count: Count::new(blob, &means),
             means,
-            count: Count::new(blob),
         }
-    }
-
-    /// The chunks of the blob, each with the hasher that has seen it. An empty blob is one empty chunk.
-    fn chunks(self) -> impl Stream<Item = Result<(Bytes, Hasher)>> + Send {
-        let size = self.source.size();
-        let state = Some((self, 0, Hasher::default()));
-        futures::stream::try_unfold(state, move |state| async move {
-            let Some((body, at, hasher)) = state else {
-                return Ok(None);
-            };
-            let end = size.min(at + BUFFER);
-            let room = body.means.buffers.room(end - at).await;
-            let (chunks, hasher) = body.source.read(at..end, hasher, &body.means).await?;
-            let bytes = body.means.buffers.lend(chunks, &room).next();
-            let chunk = (bytes.unwrap_or_default(), hasher.clone());
-            let rest = (end < size).then_some((body, end, hasher));
-            Ok(Some((chunk, rest)))
-        })
     }
 }
 
@@ -240,22 +236,16 @@ impl UploadBody for WholeBlob {
 
     fn open(&self) -> ByteStream {
         self.count.restart();
-        let (source, count) = (Arc::clone(&self.source), self.count.clone());
+        let source = Arc::clone(&self.source);
         let (digest, size) = (source.digest(), source.size());
-        let chunks = verified(self.clone().chunks(), digest, size, move |found| {
-            source.damaged(found)
-        });
-        let chunks = chunks.map(|chunk| {
-            chunk.map_err(|error| {
-                std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{error:#}"))
-            })
-        });
-        let count_sent = move |chunk: &std::io::Result<Bytes>| {
-            if let Ok(bytes) = chunk {
-                count.add(bytes.len() as u64);
-            }
-        };
-        read_ahead(chunks).inspect(count_sent).boxed()
+        let chunks = chunks(
+            Arc::clone(&source),
+            self.means.clone(),
+            0..size,
+            Hasher::default(),
+        );
+        let chunks = verified(chunks, digest, size, move |found| source.damaged(found));
+        counted(unread_is_local(chunks), self.count.clone())
     }
 }
 
@@ -276,26 +266,90 @@ fn read_ahead(
     futures::stream::poll_fn(move |context| receiver.poll_recv(context)).boxed()
 }
 
-/// A part of a blob, in memory.
+/// The chunks of `range` of `source`, each with the hasher that has seen it after what `hasher` had.
+/// An empty range is one empty chunk.
+fn chunks(
+    source: Arc<dyn Source>,
+    means: Means,
+    range: Range<u64>,
+    hasher: Hasher,
+) -> impl Stream<Item = Result<(Bytes, Hasher)>> + Send {
+    futures::stream::try_unfold(Some((range, hasher)), move |rest| {
+        let (source, means) = (Arc::clone(&source), means.clone());
+        async move {
+            let Some((range, hasher)) = rest else {
+                return Ok(None);
+            };
+            let end = range.end.min(range.start + BUFFER);
+            let room = means.buffers.room(end - range.start).await;
+            let (read, hasher) = source.read(range.start..end, hasher, &means).await?;
+            let bytes = means.buffers.lend(read, room).next().unwrap_or_default();
+            let rest = (end < range.end).then(|| (end..range.end, hasher.clone()));
+            Ok(Some(((bytes, hasher), rest)))
+        }
+    })
+}
+
+/// A part of a blob. What was read for the digest is sent, and forgotten chunk by chunk. If it has to be
+/// sent again, it is read again: its last chunk passes only if the blob up to its end hashes as before.
 pub struct PartBody {
-    chunks: Vec<Bytes>,
-    size: u64,
+    source: Arc<dyn Source>,
+    means: Means,
+    range: Range<u64>,
+    /// Has seen what comes before it.
+    before: Hasher,
+    /// Of the blob up to its end.
+    after: Digest,
+    chunks: Mutex<Chunks>,
     count: Count,
 }
 
+/// The chunks of a part, in memory.
+enum Chunks {
+    /// For the first try.
+    Once(Vec<Bytes>),
+    /// For every try: the source cannot be read again.
+    Kept(Vec<Bytes>),
+}
+
 impl PartBody {
-    pub fn new(chunks: Vec<Bytes>, size: u64, blob: &Arc<Blob>) -> Self {
+    /// The part of `source` that has been read into `chunks` by `before`, which then became `after`.
+    pub fn new(
+        source: Arc<dyn Source>,
+        means: Means,
+        range: Range<u64>,
+        (before, after): (Hasher, Digest),
+        chunks: Vec<Bytes>,
+        blob: &Arc<Blob>,
+    ) -> Self {
+        let chunks = match source.can_be_read_again() {
+            true => Chunks::Once(chunks),
+            false => Chunks::Kept(chunks),
+        };
         PartBody {
-            chunks,
-            size,
-            count: Count::new(blob),
+            source,
+            count: Count::new(blob, &means),
+            means,
+            range,
+            before,
+            after,
+            chunks: Mutex::new(chunks),
         }
+    }
+
+    /// The part once more, from the source.
+    fn again(&self) -> BoxStream<'static, Result<Bytes>> {
+        let digest = self.source.digest();
+        let changed = move |_| anyhow!("blob {digest} changed while it was sent");
+        let (source, means) = (Arc::clone(&self.source), self.means.clone());
+        let chunks = chunks(source, means, self.range.clone(), self.before.clone());
+        verified(chunks, self.after, self.len(), changed)
     }
 }
 
 impl UploadBody for PartBody {
     fn len(&self) -> u64 {
-        self.size
+        self.range.end - self.range.start
     }
 
     fn sha256(&self) -> Option<Digest> {
@@ -304,14 +358,35 @@ impl UploadBody for PartBody {
 
     fn open(&self) -> ByteStream {
         self.count.restart();
-        let count = self.count.clone();
-        futures::stream::iter(self.chunks.clone())
-            .map(move |chunk| {
-                count.add(chunk.len() as u64);
-                Ok(chunk)
-            })
-            .boxed()
+        let in_memory = match &mut *self.chunks.lock() {
+            Chunks::Once(chunks) => std::mem::take(chunks),
+            Chunks::Kept(chunks) => chunks.clone(),
+        };
+        let chunks = match in_memory.is_empty() {
+            true => unread_is_local(self.again()),
+            false => futures::stream::iter(in_memory).map(Ok).boxed(),
+        };
+        counted(chunks, self.count.clone())
     }
+}
+
+/// What a source fails with, as a stream of a request has it.
+fn unread_is_local(chunks: BoxStream<'static, Result<Bytes>>) -> ByteStream {
+    let failed = |error| {
+        let text = format!("{error:#}");
+        std::io::Error::new(std::io::ErrorKind::InvalidData, text)
+    };
+    read_ahead(chunks.map(move |chunk| chunk.map_err(failed)))
+}
+
+/// `chunks`, each counted when it is passed on.
+fn counted(chunks: ByteStream, count: Count) -> ByteStream {
+    let count_sent = move |chunk: &std::io::Result<Bytes>| {
+        if let Ok(bytes) = chunk {
+            count.add(bytes.len() as u64);
+        }
+    };
+    chunks.inspect(count_sent).boxed()
 }
 
 /// A small body from memory whose digest is known: a manifest.
@@ -335,6 +410,7 @@ impl UploadBody for InMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::{Display, Progress, Verb};
 
     async fn pass(chunks: &[&[u8]], digest: Digest, size: u64) -> Vec<Result<Bytes, String>> {
         let mut hasher = Hasher::default();
@@ -362,6 +438,66 @@ mod tests {
         assert_eq!(passed, [Ok("ab".into()), Err(format!("hashes to {found}"))]);
         let passed = pass(&[b""], Digest::of(b""), 0).await;
         assert_eq!(passed, [Ok("".into())]);
+    }
+
+    /// What a part passes on: its bytes, and the error that ended it.
+    async fn send(part: &PartBody) -> (Vec<u8>, Option<String>) {
+        let (mut sent, mut stream) = (Vec::new(), part.open());
+        while let Some(chunk) = stream.next().await {
+            match chunk {
+                Ok(bytes) => sent.extend_from_slice(&bytes),
+                Err(error) => return (sent, Some(error.to_string())),
+            }
+        }
+        (sent, None)
+    }
+
+    #[tokio::test]
+    async fn a_part_that_is_sent_again_is_read_again_and_must_hash_as_before() {
+        let bytes: Vec<u8> = (0..1 << 20).map(|at: u32| (at >> 7) as u8).collect();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("blob");
+        std::fs::write(&path, &bytes).unwrap();
+        let digest = Digest::of(&bytes);
+        let file = File::open(&path).unwrap();
+        let source = FileSource::new(file, path.clone(), digest, bytes.len() as u64);
+        let source: Arc<dyn Source> = Arc::new(source);
+        let means = Means {
+            buffers: Buffers::new(1 << 20),
+            hashing: Hashing::on_half_the_cores(),
+            gate: Arc::new(Gate::new(1)),
+        };
+        let progress = Progress::new(Display::Quiet, 0);
+        let blob = progress.blob(Verb::Upload, &digest, bytes.len() as u64);
+
+        let (start, end) = (100_000, 900_000);
+        let mut before = Hasher::default();
+        before.update(&bytes[..start as usize]);
+        let room = means.buffers.room(end - start).await;
+        let read = source.read(start..end, before.clone(), &means).await;
+        let (chunks, after) = read.unwrap();
+        let chunks = means.buffers.lend(chunks, room).collect();
+        let hashes = (before, after.digest());
+        let part = PartBody::new(source, means.clone(), start..end, hashes, chunks, &blob);
+
+        let range = start as usize..end as usize;
+        assert_eq!(send(&part).await, (bytes[range.clone()].to_vec(), None));
+        // Nothing of it is in memory any more.
+        drop(means.buffers.room(1 << 20).await);
+        assert_eq!(send(&part).await, (bytes[range.clone()].to_vec(), None));
+
+        let mut changed = bytes.clone();
+        changed[start as usize] ^= 1;
+        std::fs::write(&path, &changed).unwrap();
+        let (sent, error) = send(&part).await;
+        assert!(sent.len() < range.len());
+        let expected = format!("blob {digest} changed while it was sent");
+        assert_eq!(error, Some(expected));
+        // What follows it is none of its business.
+        let mut changed = bytes.clone();
+        changed[range.end] ^= 1;
+        std::fs::write(&path, &changed).unwrap();
+        assert_eq!(send(&part).await, (bytes[range].to_vec(), None));
     }
 
     #[tokio::test]

@@ -7,22 +7,11 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that an export holds in buffers at most: nine parts of 5.25 MiB, which keep nine connections
-/// busy. Peak memory stays below 64 MiB.
-pub const UPLOADS: u64 = 48 << 20;
-
-/// The same for an import: pieces of 2 MiB, and what waits to be written of each blob's first piece.
-/// Less, because the connections' read buffers come on top.
-pub const DOWNLOADS: u64 = 40 << 20;
-
 /// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
 const UNIT: u64 = 4 << 10;
 
 /// Bytes of the largest buffer. Larger reads take several, so that every buffer fits the next taker.
 pub const BUFFER: u64 = 256 << 10;
-
-/// Free buffers kept at most: as many as an export fills at once.
-const KEPT: usize = (UPLOADS / BUFFER) as usize;
 
 /// Cheap to clone; all clones share the bound.
 #[derive(Clone)]
@@ -53,6 +42,14 @@ impl Room {
             drop(permit.split(more));
         }
     }
+
+    /// Takes room for `bytes` out of it, or all that is left. `None`: there are clones.
+    fn split(&mut self, bytes: u64) -> Option<Room> {
+        let permit = Arc::get_mut(&mut self.permit)?;
+        let wanted = (units(bytes) as usize).min(permit.num_permits());
+        let permit = Arc::new(permit.split(wanted)?);
+        Some(Room { permit })
+    }
 }
 
 fn units(bytes: u64) -> u32 {
@@ -68,7 +65,8 @@ impl AsRef<[u8]> for Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         let mut free = self.pool.free.lock();
-        if free.len() < KEPT {
+        // As many as can be filled at once.
+        if (free.len() as u64) < u64::from(self.pool.capacity) * UNIT / BUFFER {
             free.push(std::mem::take(&mut self.bytes));
         }
     }
@@ -108,14 +106,15 @@ impl Buffers {
         buffer
     }
 
-    /// Shares `filled` buffers; each comes back when the last clone of its bytes is dropped, `room` when
-    /// all have.
-    pub fn lend(&self, filled: Vec<Vec<u8>>, room: &Room) -> impl Iterator<Item = Bytes> {
-        filled.into_iter().map(|bytes| {
+    /// Shares `filled` buffers; each comes back when the last clone of its bytes is dropped, and with it
+    /// its share of `room`.
+    pub fn lend(&self, filled: Vec<Vec<u8>>, mut room: Room) -> impl Iterator<Item = Bytes> {
+        filled.into_iter().map(move |bytes| {
+            let share = room.split(bytes.len() as u64);
             Bytes::from_owner(Lent {
                 bytes,
                 pool: self.clone(),
-                _room: room.clone(),
+                _room: share.unwrap_or_else(|| room.clone()),
             })
         })
     }
@@ -126,15 +125,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn room_comes_back_when_the_last_reader_of_a_buffer_is_gone() {
-        let buffers = Buffers::new(8 << 10);
-        let room = buffers.room(8 << 10).await;
-        let lent: Vec<_> = buffers.lend(vec![vec![7; 3], vec![8; 3]], &room).collect();
+    async fn each_buffers_room_comes_back_when_its_last_reader_is_gone() {
+        let buffers = Buffers::new(12 << 10);
+        let room = buffers.room(12 << 10).await;
+        let filled = vec![vec![7; 3], vec![8; 5000]];
+        let lent: Vec<_> = buffers.lend(filled, room).collect();
         let second = lent[1].clone();
-        drop((lent, room));
         assert_eq!(buffers.budget.available_permits(), 0);
+        drop(lent);
+        assert_eq!(buffers.budget.available_permits(), 1);
         drop(second);
-        assert_eq!(buffers.budget.available_permits(), 2);
+        assert_eq!(buffers.budget.available_permits(), 3);
     }
 
     #[tokio::test]

@@ -12,12 +12,17 @@ use futures::future::{Fuse, FusedFuture, FutureExt};
 use futures::stream::StreamExt;
 
 use crate::cache::digest::{Digest, Hasher};
+use crate::process;
 use crate::progress::{Blob, Progress};
 use crate::store::{self, Expected, Kind, Store, StoreError};
-use crate::transfer::buffers::{Buffers, DOWNLOADS};
+use crate::transfer::buffers::Buffers;
 use crate::transfer::hashing::{Feed, FileFeed, Hashing};
 use crate::transfer::limits::Limits;
+use crate::transfer::pace::Gate;
 use crate::transfer::piece::{Next, Pieces};
+
+/// Open files that a piece in flight is counted as: connections change over, and blobs need some.
+const FILES: usize = 4;
 
 /// Times a blob whose bytes are wrong is fetched again.
 pub(super) const REFETCHES: u32 = 2;
@@ -68,6 +73,8 @@ pub struct Downloader {
     pub(super) limits: Limits,
     /// Blobs of several pieces in flight.
     pub(super) active: AtomicUsize,
+    /// Bounds their pieces.
+    pub(super) gate: Gate,
     /// The store ignores ranges: blobs are fetched in one stream.
     pub(super) one_stream: AtomicBool,
 }
@@ -76,11 +83,13 @@ impl Downloader {
     pub fn new(store: Arc<dyn Store>, progress: Progress, limits: Limits) -> Self {
         Downloader {
             store,
-            buffers: Buffers::new(DOWNLOADS),
+            // The connections' read buffers come on top.
+            buffers: Buffers::new(limits.memory / 8 * 5),
             hashing: Hashing::on_every_core(),
             progress,
             limits,
             active: AtomicUsize::new(0),
+            gate: Gate::new(process::within_open_files(usize::MAX, FILES)),
             one_stream: AtomicBool::new(false),
         }
     }

@@ -14,7 +14,10 @@ use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Verb;
 use crate::transfer::download::{Damaged, Downloader, REFETCHES, ignores_ranges};
 use crate::transfer::hashing::Feed;
-use crate::transfer::piece::{Next, Pieces, WINDOW};
+use crate::transfer::piece::{Next, Pieces};
+
+/// Pieces in flight for one taker at most.
+const WINDOW: usize = 20;
 
 /// A taker that has had no room for this long loses what was fetched ahead for it: others need the
 /// memory.

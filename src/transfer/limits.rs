@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::memory::MEMORY;
 use crate::store::Part;
 use crate::transfer::buffers::BUFFER;
 
@@ -24,6 +25,8 @@ pub struct Limits {
     /// A piece of a download. One stream from S3 carries 85 to 95 MiB/s, so a large blob is fetched
     /// in several pieces at once; a piece stays in memory until the ones before it are written.
     pub piece: u64,
+    /// What the process may take in memory, roughly.
+    pub memory: u64,
 }
 
 impl Default for Limits {
@@ -34,6 +37,7 @@ impl Default for Limits {
             copy: 5 << 30,
             copy_part: marked(512 * MIB),
             piece: 2 * MIB,
+            memory: MEMORY,
         }
     }
 }

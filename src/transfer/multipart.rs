@@ -10,7 +10,7 @@ use md5::{Digest as _, Md5};
 use crate::blocking::blocking;
 use crate::cache::digest::Hasher;
 use crate::progress::Blob;
-use crate::store::{Kind, Part, StoreError, UploadBody};
+use crate::store::{Kind, Part, StoreError};
 use crate::transfer::body::{PartBody, Source};
 use crate::transfer::limits::ranges;
 use crate::transfer::unfinished::Abandoned;
@@ -51,7 +51,7 @@ impl Uploader {
     pub(super) async fn upload_parts(
         &self,
         key: &str,
-        source: &dyn Source,
+        source: Arc<dyn Source>,
         blob: &Arc<Blob>,
     ) -> Result<()> {
         let (digest, size) = (source.digest(), source.size());
@@ -71,7 +71,7 @@ impl Uploader {
                 }
                 None => (self.create(key, None).await?, Vec::new()),
             };
-            match self.send_parts(key, &upload, source, held, blob).await {
+            match self.send_parts(key, &upload, &source, held, blob).await {
                 Ok(()) => {
                     self.unfinished.remove(key, &upload);
                     self.abort_superseded(key, &abandoned, &upload).await;
@@ -110,7 +110,7 @@ impl Uploader {
         &self,
         key: &str,
         upload: &str,
-        source: &dyn Source,
+        source: &Arc<dyn Source>,
         held: Vec<Part>,
         blob: &Arc<Blob>,
     ) -> Result<(), Failed> {
@@ -122,22 +122,26 @@ impl Uploader {
         for (number, range) in (1u32..).zip(ranges(source.size(), part_size)) {
             let size = range.end - range.start;
             let known = held.get(&number).cloned();
+            let before = hasher.clone();
+            let read = source.read(range.clone(), hasher, &self.means);
             let prepare = async {
+                let place = self.means.gate.enter().await;
                 let room = self.means.buffers.room(size).await;
-                let (chunks, hasher) = source.read(range, hasher, &self.means).await?;
+                let (chunks, hasher) = read.await?;
                 let Some(part) = known else {
-                    return Ok((room, chunks, hasher, None));
+                    return Ok((place, room, chunks, hasher, None));
                 };
                 // The store's part is good if its ETag is the MD5 of these bytes.
-                blocking(move || {
+                let (chunks, known) = blocking(move || {
                     let same = part.size == size && part.etag.trim_matches('"') == md5_hex(&chunks);
-                    Ok((room, chunks, hasher, Some(same.then_some(part))))
+                    Ok((chunks, same.then_some(part)))
                 })
-                .await
+                .await?;
+                anyhow::Ok((place, room, chunks, hasher, Some(known)))
             };
             tokio::pin!(prepare);
-            // Parts are sent meanwhile: as they finish, they free the room that this one waits for.
-            let (room, chunks, hashed, known) = loop {
+            // Parts are sent meanwhile: as they finish, they free what this one waits for.
+            let (place, room, chunks, hashed, known) = loop {
                 tokio::select! {
                     biased;
                     prepared = &mut prepare => break prepared?,
@@ -151,10 +155,14 @@ impl Uploader {
                 parts.push(part);
                 continue;
             }
-            let chunks = self.means.buffers.lend(chunks, &room).collect();
-            let body: Arc<dyn UploadBody> = Arc::new(PartBody::new(chunks, size, blob));
+            let chunks = self.means.buffers.lend(chunks, room).collect();
+            let (source, means) = (Arc::clone(source), self.means.clone());
+            let hashes = (before, hasher.digest());
+            let body = PartBody::new(source, means, range, hashes, chunks, blob);
             sending.push(async move {
+                let body = Arc::new(body);
                 let etag = self.store.upload_part(key, upload, number, body).await?;
+                drop(place);
                 Ok::<_, StoreError>(Part { number, size, etag })
             });
         }

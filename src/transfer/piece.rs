@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -17,10 +17,7 @@ use crate::store::{self, Expected, Kind, StoreError};
 use crate::transfer::buffers::Room;
 use crate::transfer::download::{Damaged, Downloader};
 
-/// Pieces of one blob in flight.
-pub(super) const WINDOW: usize = 20;
-
-/// The fewest of them, however many blobs are in flight.
+/// The fewest pieces of one blob in flight, however many blobs are.
 const LEAST: usize = 3;
 
 /// Bytes of a blob that are taken at a time, once that many have arrived.
@@ -84,8 +81,8 @@ impl<'a> Pieces<'a> {
             size,
             blob,
             ranges: Box::new(ranges),
-            active: (count > 1).then(|| Active::new(&downloader.active)),
-            most: WINDOW,
+            active: (count > 1).then(|| Active::new(downloader)),
+            most: usize::MAX,
             fetching: FuturesUnordered::new(),
             waiting: VecDeque::new(),
             outcome: Ok(true),
@@ -166,8 +163,10 @@ impl<'a> Pieces<'a> {
 
     /// Begins as many pieces as this blob's share allows.
     fn begin_more(&mut self) {
+        let share = self.active.as_ref().map_or(1, Active::share);
+        let share = share.min(self.most);
         while matches!(self.outcome, Ok(true))
-            && self.waiting.len() < self.active.as_ref().map_or(1, Active::share).min(self.most)
+            && self.waiting.len() < share
             && let Some(range) = self.ranges.next()
         {
             let piece = Arc::new(Piece::new(range, self.waiting.is_empty()));
@@ -179,6 +178,9 @@ impl<'a> Pieces<'a> {
                 fetched
             };
             self.fetching.push(fetch.boxed());
+            if self.waiting.len() >= share {
+                self.downloader.gate.note_full();
+            }
         }
     }
 }
@@ -211,6 +213,7 @@ impl Downloader {
             match chunk {
                 Ok(chunk) => {
                     blob.advance(chunk.len() as u64);
+                    self.gate.moved(chunk.len() as u64);
                     piece.add(chunk).await;
                 }
                 Err(error) if error.kind == Kind::Missing => return Ok(None),
@@ -229,24 +232,25 @@ fn explain(key: &str, size: u64, error: StoreError) -> anyhow::Error {
 }
 
 /// A blob of several pieces that is being fetched, counted among those of its run.
-struct Active<'a>(&'a AtomicUsize);
+struct Active<'a>(&'a Downloader);
 
 impl<'a> Active<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Active(count)
+    fn new(downloader: &'a Downloader) -> Self {
+        downloader.active.fetch_add(1, Ordering::Relaxed);
+        Active(downloader)
     }
 
     /// Pieces that it may have in flight: all for one blob, few for each of many. Otherwise blobs would
     /// be fetched one after another, and hashed so, too: one blob is hashed on one core.
     fn share(&self) -> usize {
-        (WINDOW / self.0.load(Ordering::Relaxed).max(1)).max(LEAST)
+        let active = self.0.active.load(Ordering::Relaxed);
+        (self.0.gate.limit() / active.max(1)).max(LEAST)
     }
 }
 
 impl Drop for Active<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -5,14 +5,19 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
+use crate::process;
 use crate::progress::{Progress, Verb};
 use crate::store::Store;
 use crate::transfer::body::{Means, Source, WholeBlob};
-use crate::transfer::buffers::{Buffers, UPLOADS};
+use crate::transfer::buffers::Buffers;
 use crate::transfer::hashing::Hashing;
 use crate::transfer::limits::Limits;
+use crate::transfer::pace::Gate;
 pub use crate::transfer::unfinished::ABANDONED;
 use crate::transfer::unfinished::Unfinished;
+
+/// Open files that a part in flight is counted as: connections change over, and other uploads need some.
+const FILES: usize = 4;
 
 /// Uploads and refreshes blobs, and cleans up what did not end well.
 pub struct Uploader {
@@ -28,8 +33,9 @@ impl Uploader {
         Uploader {
             store,
             means: Means {
-                buffers: Buffers::new(UPLOADS),
+                buffers: Buffers::new(limits.memory / 4 * 3),
                 hashing: Hashing::on_half_the_cores(),
+                gate: Arc::new(Gate::new(process::within_open_files(usize::MAX, FILES))),
             },
             progress,
             limits,
@@ -50,7 +56,7 @@ impl Uploader {
             let sent = self.store.put(key, Arc::new(body)).await;
             sent?;
         } else {
-            self.upload_parts(key, &*source, &blob).await?;
+            self.upload_parts(key, source, &blob).await?;
         }
         blob.done();
         Ok(())

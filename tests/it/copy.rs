@@ -509,6 +509,7 @@ fn a_blob_over_the_limit_is_copied_in_parts_or_passes_through_in_parts() {
             copy: 10_000,
             copy_part: 5000,
             piece: 3000,
+            ..Limits::default()
         };
         let task = inside::copy(&server.spec(""), &server.spec("prefix=p/,mode=max"));
         inside::runtime()

@@ -51,6 +51,7 @@ pub fn small() -> Limits {
         copy: 1000,
         copy_part: 5000,
         piece: 3000,
+        ..Limits::default()
     }
 }
 

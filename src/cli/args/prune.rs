@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::cli::args::format::TableFormat;
+use crate::cli::args::size::size;
 use crate::cli::args::specs::{SpecText, Specs, check_layout};
 use crate::cli::args::usage;
 use crate::cli::spec;
@@ -172,21 +173,4 @@ fn age(text: &str) -> Result<Duration, &'static str> {
         return Ok(DAY.saturating_mul(days));
     }
     spec::duration("", text).map_err(|_| "accepted: days as in 30d, or hours as in 720h or 1h30m")
-}
-
-/// Bytes.
-fn size(text: &str) -> Result<u64, &'static str> {
-    const ACCEPTED: &str = "accepted: a number with B, KiB, MiB, GiB or TiB, as in 50GiB";
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.');
-    let (number, unit) = text.split_at(digits.unwrap_or(text.len()));
-    let unit = match unit.trim() {
-        "B" => 1_u64,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        "TiB" => 1 << 40,
-        _ => return Err(ACCEPTED),
-    };
-    let number: f64 = number.parse().map_err(|_| ACCEPTED)?;
-    Ok((number * unit as f64) as u64)
 }
