@@ -32,12 +32,19 @@ fn tests() -> Vec<(String, String)> {
             };
             let module = module.expect("a name").to_string_lossy().into_owned();
             let text = fs::read_to_string(&path).expect("source text");
-            let names = text.lines().filter_map(|line| {
+            let mut is_test = false;
+            for line in text.lines() {
                 let line = line.trim_start();
+                is_test |= line.starts_with("#[test]") || line.starts_with("#[tokio::test");
                 let line = line.strip_prefix("async ").unwrap_or(line);
-                line.strip_prefix("fn ")?.split('(').next()
-            });
-            tests.extend(names.map(|name| (module.clone(), name.to_owned())));
+                let Some(name) = line.strip_prefix("fn ") else {
+                    continue;
+                };
+                if is_test && let Some(name) = name.split('(').next() {
+                    tests.push((module.clone(), name.to_owned()));
+                }
+                is_test = false;
+            }
         }
     }
     tests
