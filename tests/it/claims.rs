@@ -1,5 +1,5 @@
-//! docs/reliability.md names tests, and docs/architecture.md the source files and what they import. What
-//! they name must be there, and nothing else.
+//! docs/reliability.md names tests, docs/architecture.md the source files and what they import, and
+//! docs/dependencies.md the crates. What they name must be there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -191,5 +191,32 @@ fn modules_import_what_the_page_on_architecture_says_and_only_what_is_below_them
                 "{module} imports {import}"
             );
         }
+    }
+}
+
+/// The crates in a section of Cargo.toml.
+fn crates(section: &str) -> BTreeSet<String> {
+    let manifest = page("Cargo.toml");
+    let head = format!("\n[{section}]\n");
+    let (_, rest) = manifest.split_once(&head).expect("the section");
+    let lines = rest.lines().take_while(|line| !line.starts_with('['));
+    let names = lines.filter_map(|line| line.split_once(" = "));
+    names.map(|(name, _)| name.to_owned()).collect()
+}
+
+#[test]
+fn the_page_on_dependencies_gives_each_crate_a_reason() {
+    let page = page("docs/dependencies.md");
+    let rows = table(&page, "| crate | for |");
+    let named = rows.iter().flat_map(|row| row[0].split(", "));
+    let named: BTreeSet<_> = named.map(str::to_owned).collect();
+    assert_eq!(named, crates("dependencies"));
+    let (_, rest) = page.split_once("\nFor tests and benchmarks: ").expect("it");
+    let (tests, _) = rest.split_once("\n\n").expect("it ends");
+    for name in crates("dev-dependencies") {
+        assert!(
+            tests.contains(&name),
+            "the page does not say what {name} is for"
+        );
     }
 }
