@@ -22,10 +22,10 @@ pub struct Layout {
 }
 
 /// xoshiro256++: fast, and random enough to be incompressible.
-struct Random([u64; 4]);
+pub struct Random([u64; 4]);
 
 impl Random {
-    fn new(seed: u64) -> Self {
+    pub fn new(seed: u64) -> Self {
         let mut state = seed;
         // Seeded with splitmix64, as the generator's authors recommend.
         Random(std::array::from_fn(|_| {
@@ -53,7 +53,7 @@ impl Random {
         word
     }
 
-    fn fill(&mut self, buffer: &mut [u8]) {
+    pub fn fill(&mut self, buffer: &mut [u8]) {
         for chunk in buffer.chunks_mut(8) {
             let word = self.next().to_le_bytes();
             chunk.copy_from_slice(&word[..chunk.len()]);

@@ -6,6 +6,7 @@
 //! shows medians, and each target with what was measured.
 
 mod bucket;
+mod buildkit;
 mod check;
 mod child;
 mod floor;
@@ -265,6 +266,11 @@ fn measure(
         eprintln!("{}: filling it", bucket::NAME);
         let server = Server::start_bucket(bucket::OBJECTS, bucket::DELAY_MS)?;
         bucket::measure(&bench.layercache, &server, &bench.scratch)?;
+    }
+    if named.map_or(wanted, |text| buildkit::NAME.contains(text))
+        && let Err(error) = buildkit::measure(&bench.layercache, &bench.scratch)
+    {
+        println!("\n{}: not measured: {error:#}", buildkit::NAME);
     }
 
     let targets = bench.targets();
