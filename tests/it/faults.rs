@@ -23,6 +23,7 @@ use layercache::store::{
 use layercache::transfer::limits::Limits;
 use tempfile::TempDir;
 
+use crate::aftermath::soak;
 use crate::inside::{self, Inside};
 use crate::program::{copy_of, files, fixture};
 use crate::server::{Fault, Server};
@@ -448,11 +449,7 @@ pub fn wire_faults() -> Vec<(Fault, End, End)> {
 #[test]
 fn whatever_the_server_does_to_one_request_or_to_all_from_one_on_leaves_nothing_wrong() {
     // It matters little with which request a lasting fault starts.
-    let step = if std::env::var_os("LAYERCACHE_SOAK").is_some() {
-        1
-    } else {
-        4
-    };
+    let step = if soak() { 1 } else { 4 };
     let references = references();
     let mut cases = Vec::new();
     for (scenario, reference) in &references {
