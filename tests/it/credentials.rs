@@ -538,18 +538,34 @@ fn a_single_sign_on_session_that_has_ended_or_never_began_says_how_to_begin_one(
     let by_session = (&*session, "sso_session = corp\n", "corp");
     let by_url = ("", &*place, start_url);
     for ((section, profile, cached_under), expired, expected) in [
-        (by_session, true, expect![[r#"
+        (
+            by_session,
+            true,
+            expect![[r#"
             error: the SSO session of profile "ci" has expired or is not there: run `aws sso login --profile ci` (an error occurred while loading an access token: the SSO token has expired and cannot be refreshed) (exporting 'buildkit' to s3://cache at http://127.0.0.1:PORT)
-        "#]]),
-        (by_session, false, expect![[r#"
+        "#]],
+        ),
+        (
+            by_session,
+            false,
+            expect![[r#"
             error: the SSO session of profile "ci" has expired or is not there: run `aws sso login --profile ci` (an error occurred while loading an access token: failed to load the cached SSO token) (exporting 'buildkit' to s3://cache at http://127.0.0.1:PORT)
-        "#]]),
-        (by_url, true, expect![[r#"
+        "#]],
+        ),
+        (
+            by_url,
+            true,
+            expect![[r#"
             error: the SSO session of profile "ci" has expired or is not there: run `aws sso login --profile ci` (service error: unhandled error: Error { message: "Session token not found or invalid" }) (exporting 'buildkit' to s3://cache at http://127.0.0.1:PORT)
-        "#]]),
-        (by_url, false, expect![[r#"
+        "#]],
+        ),
+        (
+            by_url,
+            false,
+            expect![[r#"
             error: the SSO session of profile "ci" has expired or is not there: run `aws sso login --profile ci` (failed to read `TMP/.aws/sso/cache/e8be5486177c5b5392bd9aa76563515b29358e6e.json`: No such file or directory (os error 2)) (exporting 'buildkit' to s3://cache at http://127.0.0.1:PORT)
-        "#]]),
+        "#]],
+        ),
     ] {
         let server = Server::start();
         let portal = Scripted::start(|_, _| {
