@@ -25,7 +25,7 @@ check: toolchain ## formatting, lints, documentation: what a change must pass
 	else echo "make: cargo-deny is not installed; licenses and advisories were not checked"; fi
 
 docs: toolchain ## docs/cli.md and every transcript, written anew from the program
-	UPDATE_EXPECT=1 $(CARGO) test --locked --lib --test it -- docs:: the_readme_shows
+	UPDATE_EXPECT=1 $(CARGO) test --locked --lib --test it -- docs:: story:: the_readme_shows
 
 test: toolchain ## all tests, the long ones scaled down
 	$(CARGO) test --locked

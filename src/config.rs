@@ -307,7 +307,7 @@ pub struct PruneTask {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CacheChoice {
     pub older_than: Option<Duration>,
-    /// So many stay, those that were written last.
+    /// This many stay: those that were written last.
     pub keep_last: Option<usize>,
     /// Only these may go; empty: all may.
     pub name: Vec<glob::Pattern>,

@@ -30,7 +30,8 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// Handles the signals of one run, until dropped.
+/// Handles the signals of one run. Once it is dropped they are ignored: signal-hook does not bring the
+/// default action back.
 pub struct Signals {
     /// Whether the next signal ends the process.
     armed: Arc<AtomicBool>,

@@ -67,7 +67,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     match run_command(args, &env, &progress) {
-        Ok((errors, status)) => {
+        // A signal ends the program even if nobody takes its last output.
+        Ok((errors, status, _signals)) => {
             let code = end(&progress, &errors);
             match status {
                 Some(status) if status != 0 => ExitCode::from(status),
@@ -103,13 +104,13 @@ fn exit_code(errors: &[anyhow::Error]) -> ExitCode {
     }
 }
 
-/// Arguments → task → outcome → output. Returns the failures, and the exit status of a command that
-/// was run; an error if nothing was begun.
+/// Arguments → task → outcome → output. Returns the failures, the exit status of a command that was
+/// run, and what still handles signals; an error if nothing was begun.
 fn run_command(
     args: Args,
     env: cli::spec::Env,
     progress: &Progress,
-) -> Result<(Vec<anyhow::Error>, Option<u8>)> {
+) -> Result<(Vec<anyhow::Error>, Option<u8>, Signals)> {
     let metadata_file = args.global.metadata_file.clone();
     let limits = Limits {
         memory: memory::limit(args.global.memory(env)?, memory::available()),
@@ -123,7 +124,7 @@ fn run_command(
     if let Some(file) = &metadata_file {
         report::metadata::check(file).map_err(|error| args::usage(format!("{error:#}")))?;
     }
-    let (outcome, printed) = perform(task, limits, progress)?;
+    let (outcome, printed, signals) = perform(task, limits, progress)?;
     let Outcome {
         reports,
         mut errors,
@@ -138,12 +139,17 @@ fn run_command(
     {
         errors.push(error);
     }
-    Ok((errors, status))
+    Ok((errors, status, signals))
 }
 
 /// Performs `task` on a runtime of its own, until a signal arrives, and prints each result as soon
-/// as there is one. Returns the outcome of the work, and of the printing.
-fn perform(task: Task, limits: Limits, progress: &Progress) -> Result<(Outcome, io::Result<()>)> {
+/// as there is one. Returns the outcome of the work, and of the printing, and what handles signals:
+/// without it they would be ignored.
+fn perform(
+    task: Task,
+    limits: Limits,
+    progress: &Progress,
+) -> Result<(Outcome, io::Result<()>, Signals)> {
     process::allow_many_files();
     process::keep_one_heap();
     process::survive_file_size_limit();
@@ -177,7 +183,7 @@ fn perform(task: Task, limits: Limits, progress: &Progress) -> Result<(Outcome, 
         let outcome = commands::perform(&task, &context).await;
         watched.end();
         signals.work_is_done();
-        // Handled until the last result is printed.
+        // Handled until all output is written.
         anyhow::Ok((outcome, signals))
     });
     let printed = print(printed, progress);
@@ -186,7 +192,7 @@ fn perform(task: Task, limits: Limits, progress: &Progress) -> Result<(Outcome, 
     runtime.shutdown_background();
     progress.end();
     match done {
-        Ok(done) => done.map(|(outcome, _signals)| (outcome, printed)),
+        Ok(done) => done.map(|(outcome, signals)| (outcome, printed, signals)),
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

@@ -1,5 +1,5 @@
-//! What a person or a log sees while the work runs. Progress only observes: those who work touch
-//! atomics, and nothing that goes wrong while showing (a closed pipe, a lost terminal) reaches them.
+//! What a person or a log sees during a run. Progress only observes: workers update atomics, and a
+//! display failure (a closed pipe, a lost terminal) never reaches them.
 //!
 //! Each form of output is a `View`: `events` writes rawjson, `lines` plain text, and `bars`
 //! draws on a terminal.
@@ -129,17 +129,17 @@ pub fn bytes(n: u64) -> String {
 /// Time since 1970 that never goes backwards.
 type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
 
-/// A form of output. Those who work call it: it must be quick, and it cannot fail.
+/// A form of output. Workers call it, so it must be quick and cannot fail.
 trait View: Send + Sync {
     fn stage(&self, stage: &Arc<Tally>);
     fn blob(&self, step: Step, blob: &Arc<Flight>);
-    /// More bytes of the blob are through. Called for each chunk.
+    /// More bytes of the blob have moved. Called for each chunk.
     fn moved(&self, blob: &Flight);
     fn message(&self, kind: Kind, text: &str);
     fn result(&self, fields: &Value);
     /// Runs `print` while the bars are off the terminal.
     fn suspend(&self, print: &mut dyn FnMut());
-    /// Takes away what would be in the way of the output that follows.
+    /// Removes whatever would be in the way of later output.
     fn end(&self);
 }
 
@@ -149,7 +149,7 @@ enum Step {
     Start,
     Waiting,
     Done,
-    /// Another process did it.
+    /// Another process did the work.
     Present,
     Failed,
 }
@@ -200,20 +200,20 @@ struct Tally {
     /// Blobs that have begun, and the bytes that they were to move.
     begun: AtomicU64,
     claimed: AtomicU64,
-    /// Expected bytes that need not be moved after all.
+    /// Expected bytes that turned out not to need moving.
     skipped: AtomicU64,
     done: AtomicU64,
-    /// Bytes that are through, and how many of those an earlier run had moved.
+    /// Bytes done, and how many of those an earlier run had moved.
     current: AtomicU64,
     resumed: AtomicU64,
-    /// When plain mode writes the next line on the stage; when it wrote the last one, and how many
-    /// bytes had been moved by then.
+    /// Plain mode: when the stage's next line is due, when the last one was written, and the bytes moved
+    /// by then.
     next_line: AtomicU64,
     last_line: AtomicU64,
     last_moved: AtomicU64,
-    /// Blobs whose end plain mode has written a line on.
+    /// Blobs for which plain mode has written a final line.
     told: AtomicU64,
-    /// Plain mode has said that other processes are waited for.
+    /// Plain mode has said that the run is waiting for other processes.
     waiting: AtomicBool,
 }
 
@@ -245,7 +245,7 @@ struct Flight {
     stage: Arc<Tally>,
     current: AtomicU64,
     resumed: AtomicU64,
-    /// Another process is at it.
+    /// Another process is working on it.
     waiting: AtomicBool,
     /// When rawjson may write the next progress event.
     next_event: AtomicU64,
@@ -288,7 +288,7 @@ impl Progress {
         Self::with(None, false, clock())
     }
 
-    /// The same screen, on which blobs are not shown: what else writes on it has priority.
+    /// The same screen without blobs: other output has priority there.
     pub fn without_blobs(&self) -> Self {
         let view = self.hub.view.clone();
         let progress = Self::with(view, self.hub.verbose, self.hub.clock.clone());
@@ -369,8 +369,8 @@ impl Progress {
         self.message(Kind::Error, text);
     }
 
-    /// What came of one spec, as an object: an event in rawjson, nothing elsewhere, where the summary
-    /// goes to stdout.
+    /// The result of one spec: an event in rawjson, nothing in other modes, whose summary goes to
+    /// stdout.
     pub fn result(&self, fields: &Value) {
         if let Some(view) = &self.hub.view {
             view.result(fields);
@@ -388,8 +388,8 @@ impl Progress {
         printed.expect("every view calls it")
     }
 
-    /// Takes the bars away for good, and shows no more of blobs: tasks that were left behind may still
-    /// drop some. Messages go on. Can be called again.
+    /// Removes the bars for good and stops showing blobs: tasks that outlive the run may still drop some.
+    /// Messages continue. Idempotent.
     pub fn end(&self) {
         self.hub.over.store(true, Relaxed);
         if let Some(view) = &self.hub.view {
@@ -435,10 +435,10 @@ impl Hub {
 }
 
 impl Blob {
-    /// So many more bytes are through.
+    /// `bytes` more have moved.
     pub fn advance(&self, bytes: u64) {
         let flight = &*self.flight;
-        // The stage first here, and last in `take_back`: its sum never falls below that of its blobs.
+        // The stage is updated first here and last in `take_back`, so it never falls below its blobs' sum.
         flight.stage.current.fetch_add(bytes, Relaxed);
         flight.current.fetch_add(bytes, Relaxed);
         if flight.waiting.load(Relaxed) {
@@ -461,7 +461,7 @@ impl Blob {
         flight.waiting.store(false, Relaxed);
     }
 
-    /// This many bytes were wasted and must be moved again; those of an earlier run are subtracted last.
+    /// This many bytes must be moved again; those of an earlier run are subtracted last.
     pub fn take_back(&self, bytes: u64) {
         let flight = &*self.flight;
         let before = flight
@@ -475,7 +475,7 @@ impl Blob {
         flight.stage.current.fetch_sub(before - left, Relaxed);
     }
 
-    /// Another process works on the same blob: nothing moves here until it has ended.
+    /// Another process is working on the same blob; nothing moves here until it ends.
     pub fn waiting(&self) {
         // A waiting blob may report it more than once.
         if !self.flight.waiting.swap(true, Relaxed) {
@@ -497,8 +497,8 @@ impl Blob {
         if self.finished.swap(true, Relaxed) {
             return;
         }
-        // Bytes that did not have to pass here (a server-side copy, a part that was there) are no
-        // longer expected; counted as moved, they would distort the rate.
+        // Bytes that did not pass through here (a server-side copy, a part already there) are no longer
+        // expected; counting them as moved would distort the rate.
         let flight = &self.flight;
         let rest = flight.bytes.saturating_sub(flight.current.load(Relaxed));
         flight.stage.claimed.fetch_sub(rest, Relaxed);
@@ -526,7 +526,7 @@ impl Drop for Blob {
     }
 }
 
-/// Whether the moment in `next` has come. If so it is put off, and only one caller learns of it.
+/// Whether the time in `next` has come. If so, postpones it; only one caller gets `true`.
 fn is_due(next: &AtomicU64, now: u64, interval: u64) -> bool {
     let at = next.load(Relaxed);
     now >= at
@@ -535,7 +535,7 @@ fn is_due(next: &AtomicU64, now: u64, interval: u64) -> bool {
             .is_ok()
 }
 
-/// 100 only when all is through; 0 of 0 is 0.
+/// 100 only when everything is done; 0 of 0 is 0.
 fn percent(current: u64, total: u64) -> u8 {
     let percent = u128::from(current.min(total)) * 100 / u128::from(total.max(1));
     u8::try_from(percent).unwrap_or(100)
@@ -548,7 +548,7 @@ fn short(digest: &Digest) -> String {
     hex
 }
 
-/// One write a line, so that the lines of several processes do not mix.
+/// One write per line, so that lines of several processes do not mix.
 fn write_line(out: &mut dyn Write, mut line: String) {
     line.push('\n');
     let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());

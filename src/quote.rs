@@ -64,9 +64,30 @@ pub fn one_line(text: &str) -> String {
     line
 }
 
+/// The first `most` of `items` on one line, and how many more there are.
+pub fn first_few(items: impl IntoIterator<Item: ToString>, most: usize) -> String {
+    let mut items = items.into_iter();
+    let mut shown: Vec<_> = items
+        .by_ref()
+        .take(most)
+        .map(|item| item.to_string())
+        .collect();
+    match items.count() {
+        0 => {}
+        more => shown.push(format!("and {more} more")),
+    }
+    shown.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_long_list_the_first_few_are_shown() {
+        assert_eq!(first_few(["a", "b"], 2), "a, b");
+        assert_eq!(first_few(1..=5, 2), "1, 2, and 3 more");
+    }
 
     #[test]
     fn what_could_steer_a_terminal_is_escaped_and_the_rest_stays() {

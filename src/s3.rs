@@ -15,6 +15,7 @@ mod lifecycle;
 mod listing;
 mod objects;
 mod outgoing;
+mod page;
 mod remote;
 mod response;
 mod sign;

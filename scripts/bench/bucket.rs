@@ -6,12 +6,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use crate::child;
+use crate::layouts;
 use crate::s3::{BUCKET, Server, Stored};
 use crate::server;
 use crate::table::mebibytes;
@@ -21,6 +22,8 @@ pub const OBJECTS: usize = 1_000_000;
 pub const DELAY_MS: u64 = 20;
 const NAMED: usize = 100_000;
 const CACHES: usize = 100;
+/// Blobs of the cache that is exported to it.
+const MANY: usize = 3_000;
 
 /// Peak memory that pruning may take, in bytes.
 const MEMORY: u64 = 192 << 20;
@@ -58,15 +61,21 @@ pub fn fill(server: &Server, objects: usize) {
     }
 }
 
-/// Runs each command once, and prints what it took.
-pub fn measure(layercache: &Path, server: &server::Server, log: &Path) -> Result<()> {
+/// Runs each command once, and prints what it took. Layouts and logs go below `scratch`.
+pub fn measure(layercache: &Path, server: &server::Server, scratch: &Path) -> Result<()> {
     println!("\n{NAME}, of which {CACHES} caches need {NAMED}");
     let spec = format!(
         "type=s3,region=us-east-1,bucket={BUCKET},endpoint_url={},use_path_style=true,\
          access_key_id=a,secret_access_key=b",
         server.url()
     );
-    let runs: [(&str, &[&str], &str); 4] = [
+    let layout = scratch.join("many");
+    layouts::write(&layout, MANY, 1 << 10, 1_750_000_000)?;
+    let layout = layout.to_str().context("a path in UTF-8")?;
+    let export: &[&str] = &["export", layout];
+    let runs = [
+        ("export, cold", export, "--cache-to"),
+        ("export, warm", export, "--cache-to"),
         ("ls", &["ls"], "--cache-from"),
         ("prune --dry-run", &["prune", "--dry-run"], "--cache-to"),
         ("prune", &["prune", "--yes"], "--cache-to"),
@@ -79,10 +88,10 @@ pub fn measure(layercache: &Path, server: &server::Server, log: &Path) -> Result
             .args(words)
             .args([flag, &spec])
             .args(["--progress", "quiet"]);
-        let cost = child::run(command, log)?;
+        let cost = child::run(command, &scratch.join("log"))?;
         let asked = server.asked()?;
         println!(
-            "  {name:<16} {:6.1} s  {:6.1} s CPU  {:>9}  {:>6} requests, {} at once",
+            "  {name:<16} {:6.2} s  {:6.2} s CPU  {:>9}  {:>6} requests, {} at once",
             cost.wall,
             cost.cpu,
             mebibytes(cost.peak_memory),
@@ -98,8 +107,9 @@ pub fn measure(layercache: &Path, server: &server::Server, log: &Path) -> Result
     }
     let (left, _) = server.objects(BUCKET)?;
     ensure!(
-        left == NAMED,
-        "{left} blobs are left of {NAMED} that caches need"
+        left == NAMED + MANY,
+        "{left} blobs are left of {} that caches need",
+        NAMED + MANY
     );
     Ok(())
 }

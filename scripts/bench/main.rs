@@ -264,7 +264,7 @@ fn measure(
     if named.map_or(wanted, |text| bucket::NAME.contains(text)) {
         eprintln!("{}: filling it", bucket::NAME);
         let server = Server::start_bucket(bucket::OBJECTS, bucket::DELAY_MS)?;
-        bucket::measure(&bench.layercache, &server, &bench.scratch.join("log"))?;
+        bucket::measure(&bench.layercache, &server, &bench.scratch)?;
     }
 
     let targets = bench.targets();

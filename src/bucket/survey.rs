@@ -11,8 +11,8 @@ use crate::cache::digest::Digest;
 use crate::process;
 use crate::store::{Kind, ObjectInfo};
 
-/// HEADs in flight at once.
-const HEADS: usize = 128;
+/// HEADs in flight at once: 3,000 blobs are looked up in a third of a second at 20 ms.
+const HEADS: usize = 192;
 
 /// Up to this many blobs are looked up by HEADs alone: one round trip, like a listing's first page.
 const FEW: usize = 16;

@@ -15,7 +15,7 @@ use crate::bucket::{Bucket, Cache, Contents, Key, Named};
 use crate::cache::digest::Digest;
 use crate::store::{Expected, Kind, ObjectInfo, read};
 
-/// At most so many objects are examined that are neither blobs nor the spec's manifests.
+/// Objects that are neither blobs nor the spec's manifests: at most this many are examined.
 pub const MOST_OTHERS: usize = 10_000;
 
 /// Objects read at once.

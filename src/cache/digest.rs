@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::quote::quoted;
 
-/// Bytes that [`Hasher::consume`] reads at a time: few enough to be hashed while in the CPU's cache.
+/// Bytes that [`Hasher::consume`] reads at a time: they stay in the CPU's cache until hashed.
 const BUFFER: usize = 256 << 10;
 
 /// A sha256 digest. Orders as its text does.
@@ -64,23 +64,23 @@ pub struct Hasher {
 }
 
 impl Hasher {
-    /// Takes in the next bytes.
+    /// Hashes the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.sha.update(bytes);
         self.length += bytes.len() as u64;
     }
 
-    /// How many bytes were taken in.
+    /// Bytes hashed so far.
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// The digest of the bytes taken in.
+    /// The digest of the bytes hashed so far.
     pub fn digest(&self) -> Digest {
         Digest(self.sha.clone().finalize().into())
     }
 
-    /// Takes in all that `reader` still holds, calling `read` with the number of bytes of each step.
+    /// Hashes the rest of `reader`, calling `read` with the number of bytes of each step.
     ///
     /// # Errors
     /// The reader's.

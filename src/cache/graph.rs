@@ -5,7 +5,7 @@ use super::{Layer, Record};
 
 /// A layer whose ancestors include itself. Every index in `parents` is within range.
 pub(super) fn circular_parent(parents: &[Option<usize>]) -> Option<usize> {
-    // The walk that came by, from 1: a walk that meets itself has found a circle.
+    // The walk that visited each layer, from 1: a walk that meets itself has found a circle.
     let mut seen_by = vec![0; parents.len()];
     for start in 0..parents.len() {
         let walk = start + 1;
@@ -46,7 +46,7 @@ pub(super) fn whole(layers: &[Layer], present: impl Fn(&Layer) -> bool) -> Vec<b
     whole.into_iter().map(|state| state == Some(true)).collect()
 }
 
-/// Marks `layer` and its ancestors, up to the first that is marked already: linear over all calls.
+/// Marks `layer` and its ancestors, up to the first that is already marked: linear over all calls.
 pub(super) fn mark_with_ancestors(layers: &[Layer], layer: usize, marks: &mut [bool]) {
     let mut next = Some(layer);
     while let Some(at) = next.filter(|&at| !marks[at]) {
@@ -63,7 +63,7 @@ pub(super) fn inputs_first(records: &[Record]) -> Result<Vec<usize>, usize> {
     for link in (0..records.len()).flat_map(links) {
         linked_from[link] += 1;
     }
-    // Repeatedly takes away what nothing links to; circles stay.
+    // Repeatedly removes what nothing links to; circles remain.
     let mut order: Vec<usize> = (0..records.len())
         .filter(|&record| linked_from[record] == 0)
         .collect();
@@ -82,8 +82,8 @@ pub(super) fn inputs_first(records: &[Record]) -> Result<Vec<usize>, usize> {
         return Ok(order);
     }
 
-    // What is left is circles and all that they link to. Each of it is linked from within it, so
-    // going back along links for long enough ends up in a circle.
+    // What remains is circles and everything they link to. Each record is linked from another one that
+    // remains, so following links backwards leads into a circle.
     let mut back = vec![0; records.len()];
     let mut at = 0;
     for record in (0..records.len()).filter(|&record| linked_from[record] > 0) {

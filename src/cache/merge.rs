@@ -5,9 +5,9 @@ use std::collections::{HashMap, HashSet};
 use super::{CacheConfig, ChainResult, Input, Layer, LayerResult, Record, graph};
 use crate::cache::digest::Digest;
 
-/// Where each layer has gone, by blob and parent.
+/// The new index of each layer, by blob and parent.
 type Layers = HashMap<(Digest, Option<usize>), usize>;
-/// Where each record has gone, by digest and inputs.
+/// The new index of each record, by digest and inputs.
 type Records = HashMap<(String, Vec<Vec<Input>>), usize>;
 
 impl CacheConfig {
@@ -28,12 +28,12 @@ impl CacheConfig {
         whole.sorted()
     }
 
-    /// Adds the layers that are new; returns where each one is now.
+    /// Adds new layers; returns the index of each.
     fn take_layers(&mut self, layers: &[Layer], known: &mut Layers) -> Vec<usize> {
         let mut places = vec![None; layers.len()];
         let mut path = Vec::new();
         for start in 0..layers.len() {
-            // Up to an ancestor that has its place, then down again.
+            // Up to an ancestor that has its index, then down again.
             let mut next = Some(start);
             while let Some(at) = next.filter(|&at| places[at].is_none()) {
                 path.push(at);
@@ -56,7 +56,7 @@ impl CacheConfig {
         placed.collect()
     }
 
-    /// Adds the records that are new, and to the others the results that they lack.
+    /// Adds new records, and missing results to existing ones.
     fn take_records(&mut self, mut records: Vec<Record>, layers: &[usize], known: &mut Records) {
         let order = graph::inputs_first(&records).expect("parsing refuses circles of links");
         let mut places = vec![None; records.len()];
@@ -92,7 +92,7 @@ impl CacheConfig {
                     let mut keys: Vec<_> = inputs
                         .map(|input| (input.selector.as_str(), digest(input.link)))
                         .collect();
-                    // Their present order comes from indexes that are about to change.
+                    // Their current order comes from indexes that are about to change.
                     keys.sort_unstable();
                     (alternatives.len(), keys)
                 })
@@ -112,7 +112,7 @@ impl CacheConfig {
     /// Puts layers in BuildKit's order: by blob, then by parent.
     pub fn sorted(mut self) -> Self {
         let mut order: Vec<usize> = (0..self.layers.len()).collect();
-        // By the parents' present indexes: BuildKit, too, renumbers them only afterwards.
+        // By the parents' current indexes: BuildKit also renumbers them only afterwards.
         order.sort_by_key(|&at| (self.layers[at].blob, self.layers[at].parent));
         let places = inverse(&order);
         self.layers = reordered(self.layers, &order);
@@ -148,7 +148,7 @@ impl Record {
     }
 }
 
-/// Where each index stands in `order`.
+/// The position of each index in `order`.
 fn inverse(order: &[usize]) -> Vec<usize> {
     let mut inverse = vec![0; order.len()];
     for (new, &old) in order.iter().enumerate() {

@@ -44,7 +44,7 @@ pub trait Blobs {
     /// The blob is absent, damaged, or cannot be decompressed.
     fn diff_id(&self, blob: &Digest, size: u64) -> Result<Digest>;
 
-    /// Something is odd, but no error.
+    /// Reports something odd that is not an error.
     fn warn(&self, text: &str);
 }
 
@@ -231,7 +231,7 @@ impl<B: Blobs> Reader<'_, B> {
         let mut has_layers = is_image && !is_attestation;
         for layer in &manifest.layers {
             has_layers &= oci::is_layer(&layer.media_type);
-            // Windows base layers stay with their vendor.
+            // Windows base layers are fetched from their vendor.
             if oci::is_nondistributable(&layer.media_type)
                 && !self.blobs.has(&layer.digest, layer.size)
             {
@@ -271,7 +271,7 @@ impl<B: Blobs> Reader<'_, B> {
         image: &ImageConfig,
         layers: &[Descriptor],
     ) -> Result<Vec<(Digest, LayerAnnotations)>> {
-        // Where their number is not that of the layers, they say nothing about any of them.
+        // If there are more or fewer of them than layers, they cannot be matched.
         let diff_ids = Some(&image.rootfs.diff_ids).filter(|ids| ids.len() == layers.len());
         let times: Vec<Time> = image
             .history

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashSet};
 use super::{CacheConfig, Layer, Record, graph};
 use crate::cache::digest::Digest;
 
-/// What `without_blobs` took away.
+/// What `without_blobs` dropped.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dropped {
     pub results: usize,
@@ -60,7 +60,7 @@ impl CacheConfig {
 
         let needed_before = self.needed_layers();
         let results = left.retain_results(present);
-        // Layers that no result ever needed stay, with their ancestors, while these are present.
+        // Layers that no result ever needed stay if they and their ancestors are present.
         let mut unused = vec![false; self.layers.len()];
         let whole = graph::whole(&self.layers, present);
         for (at, (whole, needed)) in whole.iter().zip(&needed_before).enumerate() {
@@ -76,8 +76,8 @@ impl CacheConfig {
         (left, Dropped { results, layers })
     }
 
-    /// What remains without records that lead to no result, and layers that no result needs: in a merge
-    /// of several caches, the parts' own ends can be such.
+    /// What remains without records that lead to no result, and layers that no result needs. Merging
+    /// several caches can leave such ends.
     pub fn without_dangling(&self) -> Self {
         let mut keep = vec![false; self.records.len()];
         let has_result = |record: &Record| !record.results.is_empty() || !record.chains.is_empty();

@@ -22,7 +22,7 @@ use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
 use crate::config::{ImportTask, Missing, S3Config};
 use crate::layout::{Layout, Published, tag_of};
 use crate::progress::{self, Progress, Verb, count};
-use crate::quote::printable;
+use crate::quote::{first_few, printable};
 use crate::report::{Details, Outcome, Place, Report};
 use crate::transfer::download::Damaged;
 use crate::transfer::limits::Limits;
@@ -520,15 +520,10 @@ impl ImportFrom<'_> {
         details: &mut ImportDetails,
     ) -> Result<CacheConfig> {
         if self.task.missing == Missing::Error {
-            let listed = missing.iter().take(LISTED).map(Digest::to_string);
-            let more = match missing.len().saturating_sub(LISTED) {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
             bail!(
-                "S3 lacks {} of the cache (expired?): {}{more}; export the cache again, or let --missing=drop leave out what needs them",
+                "S3 lacks {} of the cache (expired?): {}; export the cache again, or let --missing=drop leave out what needs them",
                 count(missing.len() as u64, "blob"),
-                listed.collect::<Vec<_>>().join(", "),
+                first_few(missing, LISTED),
             );
         }
         details.transferred -= missing.len() as u64;

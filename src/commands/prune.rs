@@ -23,7 +23,7 @@ use crate::cache::digest::Digest;
 use crate::commands::{Context, PerSpec, Work, for_each_spec, on_layout};
 use crate::config::{Consent, ExportConfig, PruneLayoutTask, PruneTask, S3Config};
 use crate::progress::{self, age, count};
-use crate::quote::printable;
+use crate::quote::{first_few, printable};
 use crate::report::table::{Column, Table};
 use crate::report::{Details, Outcome, Place, Report};
 use crate::store::{ObjectInfo, Upload};
@@ -487,20 +487,15 @@ fn planned(watched: &Watched, decision: &Decision) -> Planned {
 
 /// Why no blob may be deleted.
 fn problems(watch: &Watch) -> Vec<String> {
-    let mut unread = watch.caches().filter_map(|watched| {
+    let unread = watch.caches().filter_map(|watched| {
         let reason = watched.cache.contents.as_ref().err()?;
         Some(format!("{} ({reason})", watched.address))
     });
-    let shown: Vec<_> = unread.by_ref().take(LISTED).collect();
+    let unread = first_few(unread, LISTED);
     let mut problems = Vec::new();
-    if !shown.is_empty() {
-        let more = match unread.count() {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
+    if !unread.is_empty() {
         problems.push(format!(
-            "no blob is deleted, because a cache cannot be read: {}{more}",
-            shown.join(", ")
+            "no blob is deleted, because a cache cannot be read: {unread}"
         ));
     }
     if watch.too_many_others {

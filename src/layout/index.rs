@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use super::NamedEntry;
 use crate::cache::oci::{CONTAINERD_NAME, Descriptor, IMAGE_INDEX, REF_NAME, from_json};
 use crate::config::Selection;
-use crate::quote::{one_line, quoted};
+use crate::quote::{first_few, one_line, quoted};
 
 /// Entries that an error lists at most.
 const LISTED: usize = 20;
@@ -284,9 +284,5 @@ fn listed(entries: &[Entry]) -> String {
     if entries.is_empty() {
         return "it names no manifest at all".into();
     }
-    let mut list: Vec<String> = entries.iter().take(LISTED).map(Entry::to_string).collect();
-    if let Some(more) = entries.len().checked_sub(LISTED).filter(|more| *more > 0) {
-        list.push(format!("and {more} more"));
-    }
-    format!("it has {}", list.join(", "))
+    format!("it has {}", first_few(entries, LISTED))
 }

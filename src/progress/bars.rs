@@ -21,23 +21,23 @@ use crate::quote::printable;
 
 const REDRAW: Duration = Duration::from_millis(100);
 
-/// Milliseconds for which a stage or a blob has to last before it is shown.
+/// Milliseconds a stage or blob must last before it is shown.
 const PATIENCE: u64 = 500;
 
-/// Blobs that get a bar of their own, where the terminal is high enough.
+/// Blobs with a bar of their own, if the terminal has enough rows.
 const MOST_BARS: usize = 8;
 
 /// Columns of the shortest bar worth drawing, with its brackets.
 const SHORTEST_BAR: usize = 10;
 
-/// Seconds over which a rate is averaged: older bytes hardly count.
+/// Seconds over which rates are averaged.
 const MEMORY: f64 = 5.0;
 
 pub(super) struct Bars {
-    /// Locked for an instant only: those who work take it.
+    /// Workers take this lock, so hold it only briefly.
     state: Mutex<State>,
-    /// Its message is the frame on the screen. It is locked while writing, which can take as long as the
-    /// terminal likes.
+    /// Its message is the frame on the screen. The lock is held while writing, which can block on the
+    /// terminal.
     bar: ProgressBar,
     /// Calls that are printing elsewhere on the terminal.
     suspended: Mutex<usize>,
@@ -65,10 +65,10 @@ pub(super) fn size() -> Size {
     }
 }
 
-/// Redraws until `bars` has ended or is gone.
+/// Redraws until `bars` has ended or been dropped.
 pub(super) fn keep_drawing(bars: &Arc<Bars>) {
     let bars = Arc::downgrade(bars);
-    // Without the thread there are no bars, and the work goes on.
+    // Without the thread there are no bars, but the work continues.
     let _ = std::thread::Builder::new()
         .name("progress".into())
         .spawn(move || {
@@ -113,7 +113,7 @@ impl Bars {
         }
     }
 
-    /// Shows the numbers as they are now. False once nothing is shown any more.
+    /// Draws the current numbers. False once the bars have ended.
     pub(super) fn draw(&self) -> bool {
         let frame = self
             .state
@@ -160,8 +160,8 @@ impl View for Bars {
             self.bar.set_message("");
             *suspended += 1;
         }
-        // Not in the bar's own `suspend`, which keeps it locked: stdout may be a pipe that no one reads,
-        // and the work has its messages.
+        // Not the bar's own `suspend`, which keeps it locked: stdout may be a pipe that nobody reads, and
+        // workers still have messages to print.
         print();
         *self.suspended.lock() -= 1;
     }
@@ -173,9 +173,9 @@ impl View for Bars {
 
 /// The terminal as indicatif sees it: so wide that no line wraps.
 ///
-/// indicatif pads each line with blanks to the full width, which takes the cursor to the next line, and
-/// erases as many lines as it drew. Here the padding becomes a line end, and the lines to erase become
-/// the rows that they take now. All of it is written at once, on `flush`.
+/// indicatif pads each line with blanks to the full width, which moves the cursor to the next line, and
+/// erases as many lines as it drew. Here the padding becomes a newline, and the lines to erase become
+/// the rows that they occupy now. Everything is written at once, on `flush`.
 struct Screen {
     size: SizeOf,
     pen: Mutex<Pen>,
@@ -185,7 +185,7 @@ struct Pen {
     out: Box<dyn Write + Send>,
     /// Complete lines, not yet on the terminal.
     text: String,
-    /// The line that has no end yet.
+    /// The line without a newline yet.
     line: String,
     /// Columns of the lines in `text`.
     drawn: Vec<usize>,
@@ -265,8 +265,8 @@ impl Pen {
     }
 
     fn flush(&mut self, columns: usize) -> io::Result<()> {
-        // A terminal that got narrower has wrapped what no longer fits. (xterm cuts it off instead: there
-        // the frame takes some lines above it along.)
+        // A terminal that became narrower has wrapped what no longer fits. (xterm truncates instead, so
+        // there some lines above the frame are erased, too.)
         let rows: usize = self
             .on_screen
             .iter()
@@ -279,8 +279,8 @@ impl Pen {
         let erase = match rows {
             0 if text.is_empty() => return Ok(()),
             0 => String::new(),
-            // To the first row, and erase that, and all below it. Not in one: tmux takes erasing from the
-            // very first row on for clearing the screen, and keeps what was there in its history.
+            // Go to the first row, then erase it and everything below. Two steps, because tmux treats erasing
+            // from the very first row as clearing the screen and keeps the old content in its history.
             _ => format!("\x1b[{rows}A\r\x1b[K\x1b[B\x1b[J\x1b[A"),
         };
         self.out.write_all((erase + &text).as_bytes())?;
@@ -292,7 +292,7 @@ struct State {
     stage: Option<(Arc<Tally>, Rate)>,
     /// In the order in which they began.
     flights: Vec<(Arc<Flight>, Rate)>,
-    /// When the rates were last brought up to date, in milliseconds of the clock.
+    /// When the rates were last updated, in milliseconds of the clock.
     sampled: u64,
 }
 
@@ -300,7 +300,7 @@ impl State {
     /// The lines to show on a terminal of `size`.
     fn frame(&mut self, now: u64, size: Size) -> Vec<String> {
         self.sample(now);
-        // The line of the cursor stays free, and one above for what was said last.
+        // The cursor's line stays free, and one above for the latest message.
         let room = size.rows.saturating_sub(2);
         let columns = size.columns.saturating_sub(1);
         let mut rows = Vec::new();
@@ -351,7 +351,7 @@ impl State {
     }
 }
 
-/// Bytes a second, averaged with the weight of older ones falling off.
+/// Bytes a second, as an exponential moving average.
 #[derive(Default)]
 struct Rate {
     /// As of the last sample.
@@ -386,7 +386,7 @@ struct Row {
     /// The last column, and a shorter form of it.
     tail: String,
     elapsed: String,
-    /// Takes the place of all but the label.
+    /// Replaces everything but the label.
     instead: Option<&'static str>,
 }
 
@@ -395,7 +395,7 @@ impl Row {
         let (current, total) = (stage.current.load(Relaxed), stage.bytes());
         let elapsed = clock_face(milliseconds / 1000);
         let seconds_left = total.saturating_sub(current).checked_div(rate);
-        // From 100 hours on it is no estimate.
+        // An estimate of 100 hours or more is meaningless.
         let left = match seconds_left.filter(|left| *left < 100 * 3600) {
             Some(left) if current > 0 && current < total => format!(", {} left", clock_face(left)),
             _ => String::new(),
@@ -403,7 +403,7 @@ impl Row {
         let (done, blobs) = (stage.done.load(Relaxed), stage.blobs());
         Row {
             label: format!("{done}/{blobs} blobs"),
-            // Of bytes that need not be moved none is left.
+            // No bytes remain of those that need not be moved.
             percent: if done == blobs {
                 100
             } else {
@@ -463,8 +463,7 @@ enum Column {
 }
 
 impl Column {
-    /// Columns of the terminal that it takes at least, so that the table keeps still while the numbers
-    /// grow.
+    /// Its minimum width in terminal columns, so that the table stays still while numbers grow.
     fn least(self) -> usize {
         match self {
             Column::Label | Column::Elapsed => 0,
@@ -491,8 +490,8 @@ const LAYOUTS: [&[Column]; 7] = {
     ]
 };
 
-/// The rows with their columns aligned, in at most `room` columns of the terminal. ASCII without
-/// colours: right for every terminal and locale.
+/// The rows with aligned columns, at most `room` terminal columns wide. ASCII without colours, which
+/// works in every terminal and locale.
 fn table(rows: &[Row], room: usize) -> Vec<String> {
     for layout in LAYOUTS {
         let widths: Vec<usize> = layout
@@ -508,7 +507,7 @@ fn table(rows: &[Row], room: usize) -> Vec<String> {
             continue;
         }
         let bar = SHORTEST_BAR + room - taken;
-        // Without their labels, only the first row says something.
+        // Without labels, only the first row is meaningful.
         let worth = if layout.contains(&Column::Label) {
             rows.len()
         } else {
@@ -537,12 +536,12 @@ fn table(rows: &[Row], room: usize) -> Vec<String> {
     Vec::new()
 }
 
-/// `text` in at most `columns` of the terminal.
+/// `text`, cut to `columns` terminal columns.
 fn cut(text: &str, columns: usize) -> String {
     console::truncate_str(text, columns, "").into_owned()
 }
 
-/// Columns of the terminal that `line` takes.
+/// The width of `line` in terminal columns.
 fn width(line: &str) -> usize {
     console::measure_text_width(line)
 }

@@ -15,7 +15,7 @@ use super::{Clock, Flight, Kind, Step, Tally, View, is_due, milliseconds, write_
 use crate::cache::digest::Digest;
 use crate::quote::is_unprintable;
 
-/// Milliseconds between two progress events of one blob.
+/// Milliseconds between progress events of one blob.
 pub(super) const INTERVAL: u64 = 200;
 
 pub(super) struct Events {

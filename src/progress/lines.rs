@@ -1,5 +1,5 @@
-//! Plain text, for logs: one line for each thing that happened, with the elapsed seconds first.
-//! Warnings and errors have only their label before them, so that a log is easily searched for them.
+//! Plain text, for logs: one line per event, elapsed seconds first. Warnings and errors begin with
+//! their label instead, so that they are easy to search for.
 
 use std::io::{Stderr, Write};
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use super::{
 };
 use crate::quote::printable;
 
-/// Milliseconds between two lines on the state of a stage.
+/// Milliseconds between two status lines of a stage.
 pub(super) const INTERVAL: u64 = 10_000;
 
-/// Blobs of a stage up to which each gets its own line.
+/// Up to this many blobs in a stage, each gets its own line.
 const EACH: u64 = 20;
 
 pub(super) struct Lines {
@@ -67,15 +67,15 @@ impl Lines {
         write_line(out, line);
     }
 
-    /// The line on a blob that is no longer in flight, with the count of those that have one.
+    /// The final line of a blob, with the count of such lines.
     fn write_ended(&self, stage: &Tally, text: &str) {
-        // Counted while no other line can be written, so that the counts come in order.
+        // Counted while no other line can be written, so that counts are in order.
         let mut out = self.out.lock();
         let told = stage.told.fetch_add(1, Relaxed).saturating_add(1);
         self.write_to(&mut **out, &format!("{}{text}", count(told, stage)));
     }
 
-    /// The state of the blob's stage, if a line on it is due.
+    /// The status of the blob's stage, if a line is due.
     fn state(&self, blob: &Flight) {
         let (stage, now) = (&*blob.stage, milliseconds(&self.clock));
         if self.quiet || !is_due(&stage.next_line, now, INTERVAL) {
@@ -97,11 +97,11 @@ impl Lines {
         ));
     }
 
-    /// One of many blobs has ended: a line on all of them, if it was the last.
+    /// One of many blobs has ended: writes a line about all of them if it was the last.
     fn ended(&self, blob: &Flight) {
         let stage = &*blob.stage;
         let is_last = stage.expected_blobs > 0 && stage.done.load(Relaxed) == stage.blobs();
-        // Two that end at once may both look like the last.
+        // Two that end at the same time may both look like the last.
         if !is_last || stage.next_line.swap(u64::MAX, Relaxed) == u64::MAX {
             return self.state(blob);
         }
@@ -161,7 +161,7 @@ impl View for Lines {
                 let text = format!("another process {} {name}", verb.past());
                 self.write_ended(&blob.stage, &text);
             }
-            // Blobs stop where another failed, or on a signal: the error names the cause.
+            // Blobs stop when another fails or on a signal; the error names the cause.
             Step::Failed if self.verbose => self.write(&format!(
                 "stopped {} sha256:{} after {} of {}",
                 verb.present(),
@@ -197,7 +197,7 @@ impl View for Lines {
     fn end(&self) {}
 }
 
-/// A message as a terminal shows it, without a line end.
+/// A message as a terminal shows it, without a newline.
 pub(super) fn message(kind: Kind, text: &str, coloured: bool) -> String {
     let text = printable(text);
     let (label, colour) = match kind {
@@ -207,7 +207,7 @@ pub(super) fn message(kind: Kind, text: &str, coloured: bool) -> String {
         Kind::Error => ("error:", AnsiColor::Red),
     };
     if coloured {
-        // As clap's own errors.
+        // Like clap's own errors.
         let style = colour.on_default().bold();
         format!("{style}{label}{style:#} {text}")
     } else {
@@ -215,13 +215,13 @@ pub(super) fn message(kind: Kind, text: &str, coloured: bool) -> String {
     }
 }
 
-/// Whether labels are coloured: on a terminal that can, unless `NO_COLOR` or `CLICOLOR=0` forbids it;
-/// and under `CLICOLOR_FORCE`.
+/// Whether labels are coloured: on a terminal with colours unless `NO_COLOR` or `CLICOLOR=0` is set,
+/// and under `CLICOLOR_FORCE` always.
 pub(super) fn is_coloured(stderr: &Stderr) -> bool {
     anstream::AutoStream::choice(stderr) != anstream::ColorChoice::Never
 }
 
-/// `[3/10] `, or nothing while it is not known how many there will be.
+/// `[3/10] `, or nothing while the total is unknown.
 fn count(done: u64, stage: &Tally) -> String {
     match stage.expected_blobs {
         0 => String::new(),
@@ -234,7 +234,7 @@ fn rate(moved: u64, milliseconds: u64) -> String {
     format!("{}/s", bytes(u64::try_from(rate).unwrap_or(u64::MAX)))
 }
 
-/// What an earlier run had moved, after `before`; nothing if it was nothing.
+/// `before` and the bytes that an earlier run had moved, or nothing if there were none.
 pub(super) fn resumed(before: &str, resumed: u64) -> String {
     match resumed {
         0 => String::new(),

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::page::Listing;
 use super::remote::Remote;
 use super::response::Refusal;
 use crate::quote::printable;
@@ -44,6 +45,8 @@ pub(super) struct Call {
     pub(super) payload: Option<Bytes>,
     /// Receives the response body, which rusoto then does not parse.
     pub(super) kept: Option<Arc<Mutex<Bytes>>>,
+    /// Receives the page of a listing, which rusoto then does not parse.
+    pub(super) page: Option<Arc<Mutex<Listing>>>,
     /// The bytes that are asked for.
     pub(super) range: Option<Range<u64>>,
     pub(super) expect: Expect,
@@ -64,6 +67,7 @@ impl Call {
             body: None,
             payload: None,
             kept: None,
+            page: None,
             range: None,
             expect,
             slow: false,
@@ -85,6 +89,11 @@ impl Call {
 
     pub(super) fn keeping(mut self, kept: &Arc<Mutex<Bytes>>) -> Self {
         self.kept = Some(Arc::clone(kept));
+        self
+    }
+
+    pub(super) fn reading(mut self, page: &Arc<Mutex<Listing>>) -> Self {
+        self.page = Some(Arc::clone(page));
         self
     }
 

@@ -36,7 +36,7 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 /// Where credentials come from, and the ones in use.
 pub(super) struct Keyring {
     provider: Provider,
-    /// Learns every credential that is loaded.
+    /// Is given every credential that is loaded.
     secrets: Secrets,
     cache: Mutex<Cache>,
     /// Where the ones in use came from.
@@ -137,7 +137,7 @@ impl Keyring {
         }
     }
 
-    /// The store says that `stale` have expired. True if there are others now.
+    /// Replaces `stale`, which the store says have expired. True if there are others now.
     pub(super) async fn renew(&self, stale: &Credentials) -> Result<bool> {
         if let Provider::Given(_) = self.provider {
             return Ok(false);
@@ -200,7 +200,7 @@ fn remember(secrets: &Secrets, credentials: &Credentials) {
     }
 }
 
-/// Learns what the chain may have sent to a service, which may echo it in an error.
+/// Adds what the chain may have sent to a service, which could echo it in an error.
 fn remember_tokens(secrets: &Secrets, env: &dyn Fn(&str) -> Option<String>) {
     for name in [
         "AWS_ACCESS_KEY_ID",
@@ -508,7 +508,7 @@ fn explain(
             }
         },
     };
-    // Only the last link's own error says what became of it.
+    // Only the last link's own error says what happened to it.
     let metadata = match reasons.rsplit_once("Ec2InstanceMetadata: ") {
         Some((_, why)) => format!(": {}", secrets.outside(why)),
         None => String::new(),

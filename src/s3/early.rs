@@ -12,10 +12,10 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tower_service::Service;
 
-/// An older one may be about to be closed by the server.
+/// The server may be about to close an older one.
 const FRESH: Duration = Duration::from_secs(5);
 
-/// A connector whose first connection is there already, or on its way.
+/// A connector whose first connection is ready or in progress.
 #[derive(Clone)]
 pub(super) struct Early<C: Service<Uri>> {
     connector: C,
@@ -68,7 +68,7 @@ where
         let first = self.first.lock().take();
         match first.filter(|first| first.begun.elapsed() < FRESH) {
             None => Box::pin(self.connector.call(to)),
-            // If it fails, so does the request, which is tried again like any other.
+            // If it fails, so does the request, which is retried like any other.
             Some(first) => {
                 let mut connector = self.connector.clone();
                 Box::pin(async move {

@@ -20,6 +20,7 @@ use super::call::{Call, Expect, Failure};
 use super::dispatch::Ready;
 use super::failure::Causes;
 use super::outgoing::{Fate, Outgoing, Watch};
+use super::page;
 use super::remote::{LARGEST_LISTING, LARGEST_RESPONSE, Remote};
 use super::response::{self, Content, Wanted};
 use super::sign::{self, Payload};
@@ -218,7 +219,17 @@ fn check_success(
         _ => None,
     };
     if let Some(wanted) = wanted {
+        if let Some(page) = &call.page
+            && let Some(read) = page::read(body)
+        {
+            *page.lock() = read;
+            remote.note_genuine();
+            return Ok(body.len());
+        }
         return match examine(wanted) {
+            Content::Good { .. } if call.page.is_some() => {
+                Err(Problem::Unexpected("malformed XML".into()))
+            }
             Content::Good { start } => {
                 remote.note_genuine();
                 Ok(start)

@@ -15,10 +15,11 @@ use rusoto_core::request::{
 use rusoto_core::signature::SignedRequest;
 use rusoto_s3::{
     CompleteMultipartUploadRequest, CopyObjectRequest, CreateMultipartUploadRequest,
-    HeadObjectRequest, ListMultipartUploadsRequest, ListObjectsV2Request, ListPartsRequest, S3,
-    S3Client, UploadPartCopyRequest,
+    HeadObjectRequest, ListMultipartUploadsRequest, ListPartsRequest, S3, S3Client,
+    UploadPartCopyRequest,
 };
 
+use super::page;
 use super::response::{self, Content, Wanted};
 use crate::cache::digest::Digest;
 use crate::redact::Secrets;
@@ -88,11 +89,14 @@ fn client(headers: HeaderMap, body: Bytes) -> S3Client {
 }
 
 /// What becomes of a 200 to `operation` (an index into [`ROOTS`]): `None` if it is refused before
-/// rusoto sees it, else whether rusoto could parse it. Panics if rusoto does.
+/// rusoto sees it, else whether rusoto could parse it. Panics if rusoto does. Pages we parse ourselves.
 fn answered(operation: usize, headers: &[(String, Vec<u8>)], body: &[u8]) -> Option<bool> {
+    if operation == 0 {
+        return page::read(body).map(|_| true);
+    }
     let wanted = match operation {
         3 => Wanted::Element("UploadId"),
-        0..=5 => Wanted::Root(ROOTS[operation]),
+        1..=5 => Wanted::Root(ROOTS[operation]),
         _ => Wanted::Element("ETag"),
     };
     let Content::Good { start } = response::examine(body, wanted, 200, &Secrets::default()) else {
@@ -102,10 +106,6 @@ fn answered(operation: usize, headers: &[(String, Vec<u8>)], body: &[u8]) -> Opt
     let client = client(headers_of(headers), body);
     let parsed = async {
         match operation {
-            0 => {
-                let found = client.list_objects_v2(ListObjectsV2Request::default());
-                found.await.is_ok()
-            }
             1 => {
                 let found = client.list_multipart_uploads(ListMultipartUploadsRequest::default());
                 found.await.is_ok()

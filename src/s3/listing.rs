@@ -1,5 +1,6 @@
 //! Listing objects.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use percent_encoding::percent_decode_str;
@@ -10,6 +11,7 @@ use time::format_description::well_known::Rfc3339;
 use super::S3Store;
 use super::call::{Call, Expect};
 use super::objects::entity_tag;
+use super::page;
 use crate::store::{ObjectInfo, Page, StoreResult};
 
 const DOING: &str = "listing";
@@ -31,14 +33,16 @@ impl S3Store {
             start_after: after.map(str::to_owned),
             ..Default::default()
         };
-        let call = Call::new(DOING, None, Expect::Listing("ListBucketResult"));
+        let page = Arc::default();
+        let call = Call::new(DOING, None, Expect::Listing(page::ROOT)).reading(&page);
         let sent = self.run(call, |client| async move {
             client.list_objects_v2(request).await
         });
-        let found = sent.await?;
+        sent.await?;
+        let found = std::mem::take(&mut *page.lock());
         let encoded = is_url(found.encoding_type.as_deref());
-        let mut objects = Vec::new();
-        for object in found.contents.unwrap_or_default() {
+        let mut objects = Vec::with_capacity(found.contents.len());
+        for object in found.contents {
             let key = object.key.and_then(|raw| {
                 let key = decode(&raw, encoded);
                 // s3s-fs says that it encodes keys, but does not.
@@ -47,19 +51,18 @@ impl S3Store {
                     false => Some(raw).filter(|raw| raw.starts_with(prefix)),
                 }
             });
-            let Some(key) = key else { continue };
-            let Some(size) = object.size.and_then(|size| u64::try_from(size).ok()) else {
+            let (Some(key), Some(size)) = (key, object.size) else {
                 continue;
             };
             let info = ObjectInfo {
                 size,
                 last_modified: xml_date(object.last_modified),
-                etag: entity_tag(object.e_tag),
+                etag: entity_tag(object.etag),
                 storage_class: object.storage_class,
             };
             objects.push((key, info));
         }
-        let truncated = found.is_truncated == Some(true);
+        let truncated = found.is_truncated;
         let token = found
             .next_continuation_token
             .filter(|token| !token.is_empty());
@@ -82,7 +85,7 @@ impl S3Store {
             max_keys: Some(1),
             ..Default::default()
         };
-        let call = Call::new(DOING, None, Expect::Listing("ListBucketResult"));
+        let call = Call::new(DOING, None, Expect::Listing(page::ROOT));
         let sent = self.run(call, |client| async move {
             client.list_objects_v2(request).await
         });

@@ -208,7 +208,7 @@ struct Found {
 }
 
 /// Some stores say `Response` where S3 says `Result` (moto), or neither (rclone).
-fn is_named(found: &str, root: &str) -> bool {
+pub(super) fn is_named(found: &str, root: &str) -> bool {
     let stem = |name: &str| {
         let stem = name.strip_suffix("Result");
         stem.or(name.strip_suffix("Response"))

@@ -46,14 +46,14 @@ pub(super) struct Wire {
     pub(super) client: Client<Early<InTime<HttpsConnector<Connector>>>, Outgoing>,
     /// For a proxy that is not tunnelled through.
     pub(super) proxy_authorization: Option<HeaderValue>,
-    /// What any proxy is sent to know us by.
+    /// The credentials sent to the proxy, tunnelled through or not.
     pub(super) proxy_secret: Option<HeaderValue>,
 }
 
 impl Wire {
     /// Opens the first connection at once, in the background.
     pub(super) fn new(endpoint: &Endpoint, trust: &Trust, timing: &Timing) -> Result<Self> {
-        // Loopback needs no proxy; Go, and so BuildKit, does the same.
+        // Loopback needs no proxy; Go, and so BuildKit, skips it as well.
         let proxy = match endpoint.is_loopback() {
             true => None,
             false => proxy_to(&endpoint.uri(None, "").parse()?)?,

@@ -99,7 +99,7 @@ async fn answer_tls(mut stream: TcpStream) {
     let _ = tokio::time::timeout(STRANGER, answering).await;
 }
 
-/// Since when a client has read nothing of what is being sent.
+/// Since when a client has read nothing of a response.
 struct Stall {
     began: Instant,
     /// Milliseconds from `began`, plus 1; 0: it is reading.

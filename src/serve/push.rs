@@ -22,8 +22,8 @@ use crate::cache::oci::Descriptor;
 use crate::cache::read::{self, read_cache};
 use crate::cache::{CacheConfig, diff_id};
 use crate::config::{ExportConfig, Mode};
-use crate::progress::Progress;
-use crate::progress::count;
+use crate::progress::{Progress, count};
+use crate::quote::first_few;
 use crate::serve::blobs::Blobs;
 use crate::serve::kept::{Document, Kept};
 use crate::store::ObjectInfo;
@@ -40,6 +40,9 @@ const WORDS: Words = Words {
     done: "pushed",
 };
 
+/// Blobs that an error names.
+const LISTED: usize = 5;
+
 /// The largest document that is held back, in bytes.
 const HELD_BACK: u64 = 8 << 20;
 
@@ -49,13 +52,11 @@ pub struct UnknownBlobs(pub Vec<Digest>);
 
 impl std::fmt::Display for UnknownBlobs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let digests: Vec<_> = self.0.iter().take(5).map(Digest::to_string).collect();
-        let more = if self.0.len() > 5 { ", …" } else { "" };
         write!(
             f,
-            "the manifest names {} missing on S3 and not pushed: {}{more}",
+            "the manifest names {} missing on S3 and not pushed: {}",
             count(self.0.len() as u64, "blob"),
-            digests.join(", ")
+            first_few(&self.0, LISTED)
         )
     }
 }

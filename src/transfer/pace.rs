@@ -11,16 +11,16 @@ const FIRST: usize = 20;
 /// In flight at most. A transfer's bound on memory usually stops it before.
 const MOST: usize = 96;
 
-/// How often the rate is looked at: several round trips, so that new connections have got going.
+/// How often the rate is measured: several round trips, so that new connections are up to speed.
 const LOOK: Duration = Duration::from_millis(150);
 
-/// A step up that brought less than this was of no use.
+/// A step up that gained less than this was useless.
 const WORTH: f64 = 1.05;
 
-/// Looks that count for nothing after a change: connections are being opened, or are going out of use.
+/// Measurements ignored after a change, while connections open or close.
 const SETTLE: u32 = 1;
 
-/// Looks after a useless step before the next one: the network may have changed.
+/// Measurements between a useless step and the next try: the network may have changed.
 const REST: u32 = 30;
 
 /// Decides how many may be in flight. Pure: it is told how fast bytes move.
@@ -47,7 +47,7 @@ impl Pace {
     /// Bytes have moved at `rate`; `full` tells whether the limit kept others from moving.
     fn look(&mut self, rate: f64, full: bool) {
         if !full {
-            // What bounds the rate is something else, so that nothing can be told from it.
+            // Something else bounds the rate, so it says nothing about the limit.
             self.before = None;
             return;
         }
@@ -68,7 +68,7 @@ impl Pace {
     }
 }
 
-/// Lets as many through as the pace allows, and measures it.
+/// Admits as many as the pace allows, and measures the rate.
 pub(super) struct Gate {
     state: Mutex<State>,
     left: Notify,
@@ -117,17 +117,17 @@ impl Gate {
         }
     }
 
-    /// How many may be inside now, for those who count themselves.
+    /// How many may be inside now, for callers that count for themselves.
     pub(super) fn limit(&self) -> usize {
         self.state.lock().pace.limit
     }
 
-    /// Someone who counts for himself had to wait.
+    /// A caller that counts for itself had to wait.
     pub(super) fn note_full(&self) {
         self.state.lock().full = true;
     }
 
-    /// So many bytes have moved.
+    /// `bytes` have moved.
     pub(super) fn moved(&self, bytes: u64) {
         let mut state = self.state.lock();
         state.moved += bytes;
@@ -159,7 +159,8 @@ impl Drop for Place<'_> {
 mod tests {
     use super::*;
 
-    /// Looks at a line that carries `each` a connection and `all` at most; returns the limit after each.
+    /// Measures a line that carries `each` per connection and `all` in total; returns the limit after each
+    /// measurement.
     fn on_a_line(each: f64, all: f64, looks: usize) -> Vec<usize> {
         let mut pace = Pace::new(8, 64);
         let look = |_| {
@@ -202,7 +203,7 @@ mod tests {
             pace.look(rate, false);
         }
         assert_eq!(pace.limit, 12);
-        // The rate of long ago is no measure.
+        // A rate measured long ago says nothing.
         pace.look(1.0, true);
         pace.look(1.0, true);
         assert_eq!(pace.limit, 18);
