@@ -1,6 +1,6 @@
 //! Each request of an export and an import fails once, and from each request on all of them fail, in
 //! every way that the server and a wrapper around the store know. After each run the test checks what
-//! is left behind, and runs the command again.
+//! is left behind, and runs the command again if no other run has left the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
