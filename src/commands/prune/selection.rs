@@ -66,7 +66,8 @@ pub(super) fn decide(
     (decisions, rest)
 }
 
-/// The indexes of the `count` caches that were written last. One without a date may be the latest.
+/// The indexes of the `count` caches that were written last. One without a date may be the latest. S3's
+/// dates are whole seconds, so those written in the same second as the last of them belong to them.
 fn last(candidates: &[Candidate], count: usize) -> BTreeSet<usize> {
     let mut order: Vec<usize> = (0..candidates.len())
         .filter(|&at| candidates[at].ours && candidates[at].blobs.is_some())
@@ -75,8 +76,16 @@ fn last(candidates: &[Candidate], count: usize) -> BTreeSet<usize> {
         let written = candidates[at].written;
         (written.is_some(), Reverse(written), candidates[at].name)
     });
-    order.truncate(count);
-    order.into_iter().collect()
+    let earliest = count.checked_sub(1).and_then(|nth| order.get(nth).copied());
+    order
+        .into_iter()
+        .enumerate()
+        .filter(|&(nth, at)| {
+            let tied = earliest.map(|other| candidates[other].written);
+            nth < count || tied == Some(candidates[at].written)
+        })
+        .map(|(_, at)| at)
+        .collect()
 }
 
 fn decide_one(
@@ -306,6 +315,25 @@ mod tests {
              remove pr-1: older than 12 h\n\
              keep pr-2: among the last 2\n\
              remove release: older than 12 h"
+        );
+    }
+
+    #[test]
+    fn of_caches_written_in_the_same_second_none_is_older() {
+        let caches = [
+            ("a", Some(2), "a"),
+            ("b", Some(1), "b"),
+            ("c", Some(1), "c"),
+        ];
+        let last = CacheChoice {
+            keep_last: Some(1),
+            ..CacheChoice::default()
+        };
+        assert_eq!(
+            decided(&caches, &last).0,
+            "remove a: not among the last 1\n\
+             keep b: among the last 1\n\
+             keep c: among the last 1"
         );
     }
 
