@@ -4,6 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::LazyLock;
 
 use expect_test::{Expect, expect};
 use layercache::cache::digest::Digest;
@@ -14,38 +15,55 @@ use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+fn release_name() -> String {
+    format!("layercache-{VERSION}-x86_64-unknown-linux-gnu")
+}
+
+/// A release's archive of this program.
+fn archive(program: &[u8]) -> Vec<u8> {
+    let stage = tempfile::tempdir().expect("a temporary directory");
+    let folder = stage.path().join(release_name());
+    std::fs::create_dir(&folder).expect("made");
+    std::fs::write(folder.join("layercache"), program).expect("written");
+    let executable = Permissions::from_mode(0o755);
+    std::fs::set_permissions(folder.join("layercache"), executable).expect("set");
+    let tar = Command::new("tar")
+        .args([
+            "--create",
+            "--use-compress-program=gzip --fast",
+            "--directory",
+        ])
+        .arg(stage.path())
+        .arg(release_name())
+        .output()
+        .expect("tar runs");
+    assert!(tar.status.success());
+    tar.stdout
+}
+
 /// A job: the files through which a runner and its steps talk, and releases to download.
 struct Job(tempfile::TempDir);
 
 impl Job {
     /// The release holds the real program.
     fn new() -> Job {
-        Job::with(&std::fs::read(env!("CARGO_BIN_EXE_layercache")).expect("the program"))
+        // It is large, so it is compressed once for all tests.
+        static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+            archive(&std::fs::read(env!("CARGO_BIN_EXE_layercache")).expect("the program"))
+        });
+        Job::with(&ARCHIVE)
     }
 
-    fn with(program: &[u8]) -> Job {
+    fn with(archive: &[u8]) -> Job {
         let job = Job(tempfile::tempdir().expect("a temporary directory"));
-        let name = format!("layercache-{VERSION}-x86_64-unknown-linux-gnu");
-        let release = job.path(&format!("releases/v{VERSION}"));
-        let staged = job.path(&format!("stage/{name}"));
-        std::fs::create_dir_all(&release).expect("made");
-        std::fs::create_dir_all(&staged).expect("made");
-        std::fs::write(staged.join("layercache"), program).expect("written");
-        let executable = Permissions::from_mode(0o755);
-        std::fs::set_permissions(staged.join("layercache"), executable).expect("set");
-        let archive = release.join(format!("{name}.tar.gz"));
-        let tar = Command::new("tar")
-            .args(["--create", "--gzip", "--file"])
-            .arg(&archive)
-            .arg("--directory")
-            .arg(job.path("stage"))
-            .arg(&name)
-            .status();
-        assert!(tar.expect("tar runs").success());
-        let digest = Digest::of(&std::fs::read(&archive).expect("the archive")).hex();
+        let release = format!("releases/v{VERSION}");
+        std::fs::create_dir_all(job.path(&release)).expect("made");
+        let name = format!("{}.tar.gz", release_name());
+        std::fs::write(job.path(&format!("{release}/{name}")), archive).expect("written");
+        let digest = Digest::of(archive).hex();
         job.write(
-            &format!("releases/v{VERSION}/SHA256SUMS"),
-            &format!("{digest}  {name}.tar.gz\n"),
+            &format!("{release}/SHA256SUMS"),
+            &format!("{digest}  {name}\n"),
         );
         for file in ["env", "output", "summary"] {
             job.write(file, "");
@@ -232,13 +250,13 @@ fn the_table_of_a_step_has_at_most_20_lines() {
 
 #[test]
 fn serve_goes_on_in_the_background_and_its_variables_reach_later_steps() {
-    let job = Job::with(
+    let job = Job::with(&archive(
         b"#!/bin/sh\n\
           test \"$1 $2\" = 'serve --env-file' || exit 9\n\
           echo \"from $LAYERCACHE_CACHE_FROM\"\n\
           echo LAYERCACHE_FROM=type=registry,ref=127.0.0.1:1/secret/app:latest >> \"$3\"\n\
           exec sleep 600\n",
-    );
+    ));
     job.step("serve", &[("INPUT_CACHE_FROM", "type=s3,bucket=b")])
         .succeeds();
     let env = std::fs::read_to_string(job.path("env")).expect("the variables");
@@ -252,7 +270,7 @@ fn serve_goes_on_in_the_background_and_its_variables_reach_later_steps() {
     let log = std::fs::read_to_string(job.path("layercache-serve.log")).expect("the log");
     assert_eq!(log, "from type=s3,bucket=b\n");
 
-    let job = Job::with(b"#!/bin/sh\necho 'error: no'\nexit 1\n");
+    let job = Job::with(&archive(b"#!/bin/sh\necho 'error: no'\nexit 1\n"));
     job.step("serve", &[]).ends_with(1).prints(
         expect![[""]],
         expect![[r#"

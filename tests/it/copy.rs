@@ -4,14 +4,14 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use expect_test::{Expect, expect};
+use expect_test::expect;
 use layercache::cache::digest::Digest;
 use layercache::transfer::limits::Limits;
 use serde_json::{Value, json};
 
 use crate::aftermath::{assert_store_is_sound, noise, put_cache};
 use crate::inside::{self, Inside};
-use crate::program::{Program, Run, fixture, s3_manifest};
+use crate::program::{Program, fixture, s3_manifest};
 use crate::server::{Asked, Fault, OTHER_BUCKET, Server};
 
 const OLD: Duration = Duration::from_secs(48 * 60 * 60);
@@ -23,33 +23,6 @@ fn copy(from: &[String], to: &str) -> Program {
         program = program.args(["--cache-from", spec]);
     }
     program.args(["--cache-to", to])
-}
-
-/// What was printed, without the seconds and the ports.
-fn printed(run: &Run, servers: &[&Server]) -> String {
-    let mut text = String::new();
-    for line in run.stdout.lines().chain(run.stderr.lines()) {
-        let line = match line.rsplit_once(" in ") {
-            Some((before, seconds)) if seconds.ends_with(" s") => before,
-            _ => line,
-        };
-        let line = match line.split_once("s ") {
-            Some((time, rest)) if time.starts_with("  ") => rest,
-            _ => line,
-        };
-        text.push_str(line);
-        text.push('\n');
-    }
-    for server in servers {
-        text = text.replace(&server.url(), "http://server");
-    }
-    text
-}
-
-#[track_caller]
-fn prints(run: Run, code: i32, servers: &[&Server], expected: Expect) {
-    let run = run.ends_with(code);
-    expected.assert_eq(&printed(&run, servers));
 }
 
 /// A server with the cache of `local-max` under `manifests/buildkit`.
@@ -67,14 +40,9 @@ fn exported() -> Server {
 fn another_name_beside_the_cache_costs_a_manifest() {
     let server = exported();
     let run = copy(&[server.spec("")], &server.spec("mode=max,name=a;b")).run();
-    prints(
-        run,
-        0,
-        &[&server],
-        expect![[r#"
-            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/a, s3://cache/manifests/b at http://server: 0 copied (0 B), 10 already there, 0 refreshed; 24 requests
-        "#]],
-    );
+    run.succeeds().prints(expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/a, s3://cache/manifests/b at http://127.0.0.1:PORT: 0 copied (0 B), 10 already there, 0 refreshed; 24 requests in N s
+    "#]], expect![[""]]);
     for name in ["a", "b"] {
         let manifest = &server.objects()[&format!("manifests/{name}")];
         assert_eq!(*manifest, s3_manifest("max.json"));
@@ -89,14 +57,9 @@ fn another_name_beside_the_cache_costs_a_manifest() {
 fn at_one_endpoint_the_server_copies_and_no_blob_travels() {
     let server = exported();
     let run = copy(&[server.spec("")], &server.spec("mode=max,prefix=release/")).run();
-    prints(
-        run,
-        0,
-        &[&server],
-        expect![[r#"
-            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/release/manifests/buildkit at http://server: 10 copied (62.9 KiB, 10 on the server), 0 already there, 0 refreshed; 33 requests
-        "#]],
-    );
+    run.succeeds().prints(expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/release/manifests/buildkit at http://127.0.0.1:PORT: 10 copied (62.9 KiB, 10 on the server), 0 already there, 0 refreshed; 33 requests in N s
+    "#]], expect![[""]]);
     assert_eq!(
         (server.count("GetObject"), server.count("PutObject")),
         (1, 1)
@@ -113,14 +76,9 @@ fn at_one_endpoint_the_server_copies_and_no_blob_travels() {
     // The other bucket, as mode=min.
     let to = server.spec("").replace("bucket=cache", "bucket=other");
     let run = copy(&[server.spec("")], &to).run();
-    prints(
-        run,
-        0,
-        &[&server],
-        expect![[r#"
-            copied 5 of 10 blobs (mode=min; mode=max copies all) from s3://cache/manifests/buildkit to s3://other/manifests/buildkit at http://server: 5 copied (30.1 KiB, 5 on the server), 0 already there, 0 refreshed; 28 requests
-        "#]],
-    );
+    run.succeeds().prints(expect![[r#"
+        copied 5 of 10 blobs (mode=min; mode=max copies all) from s3://cache/manifests/buildkit to s3://other/manifests/buildkit at http://127.0.0.1:PORT: 5 copied (30.1 KiB, 5 on the server), 0 already there, 0 refreshed; 28 requests in N s
+    "#]], expect![[""]]);
     let manifest = &server.objects_in(OTHER_BUCKET)["manifests/buildkit"];
     assert_eq!(*manifest, s3_manifest("min.json"));
 }
@@ -130,46 +88,32 @@ fn between_endpoints_blobs_pass_through_verified() {
     let (from, to) = (exported(), Server::start());
     let program = || copy(&[from.spec("")], &to.spec("mode=max"));
     let run = program().args(["--dry-run", "--progress", "plain"]).run();
-    prints(
-        run,
-        0,
-        &[&from, &to],
-        expect![[r#"
-        dry run: would copy 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: would copy 10 (62.9 KiB), 0 already there, would refresh 0; 12 requests
-        reading the manifest
-        looking for blobs on S3
-        looking for blobs on S3
-        would copy sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
-        would copy sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
-        would copy sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
-        would copy sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
-        would copy sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
-        would copy sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
-        would copy sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
-        would copy sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
-        would copy sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
-        would copy sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
-        would write manifests/buildkit
-    "#]],
-    );
+    run.succeeds().prints(expect![[r#"
+        dry run: would copy 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: would copy 10 (62.9 KiB), 0 already there, would refresh 0; 12 requests in N s
+    "#]], expect![[r#"
+        Ns reading the manifest
+        Ns looking for blobs on S3
+        Ns looking for blobs on S3
+        Ns would copy sha256:01a37f800d030bb622b32a3aa014438f04bb5207297f713f966e0ae4dc5e1f0b (159 B)
+        Ns would copy sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8 (8.46 KiB)
+        Ns would copy sha256:1538290aa3942dd8d0cb2147837b15b76bacf1fb75179c31710f2ce4a9ab2d4a (9.00 KiB)
+        Ns would copy sha256:230a4b9dd0a461dbf8fdb958a9f425a53fbcd80184c6f09587938ee923aa9eda (8.51 KiB)
+        Ns would copy sha256:662e50c29c1360b57af3adbf5fd1aed547ac1f0ec630a8e88f3624954cf7b9a0 (9.03 KiB)
+        Ns would copy sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317 (635 B)
+        Ns would copy sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece (6.12 KiB)
+        Ns would copy sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f (8.98 KiB)
+        Ns would copy sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 (12.0 KiB)
+        Ns would copy sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f (90 B)
+        Ns would write manifests/buildkit
+    "#]]);
     assert_eq!(to.keys().len(), 0);
-    prints(
-        program().run(),
-        0,
-        &[&from, &to],
-        expect![[r#"
-        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 10 copied (62.9 KiB), 0 already there, 0 refreshed; 43 requests
-    "#]],
-    );
+    program().run().succeeds().prints(expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 10 copied (62.9 KiB), 0 already there, 0 refreshed; 43 requests in N s
+    "#]], expect![[""]]);
     assert_eq!(to.objects(), from.objects());
-    prints(
-        program().run(),
-        0,
-        &[&from, &to],
-        expect![[r#"
-        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 0 copied (0 B), 10 already there, 0 refreshed; 23 requests
-    "#]],
-    );
+    program().run().succeeds().prints(expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 copied (0 B), 10 already there, 0 refreshed; 23 requests in N s
+    "#]], expect![[""]]);
 }
 
 #[test]
@@ -199,14 +143,9 @@ fn blobs_that_are_there_stay_and_old_ones_are_refreshed() {
     to.age_all(OLD);
     to.remove("manifests/buildkit");
     let run = copy(&[from.spec("")], &to.spec("mode=max")).run();
-    prints(
-        run,
-        0,
-        &[&from, &to],
-        expect![[r#"
-            copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 0 copied (0 B), 0 already there, 10 refreshed; 53 requests
-        "#]],
-    );
+    run.succeeds().prints(expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 copied (0 B), 0 already there, 10 refreshed; 53 requests in N s
+    "#]], expect![[""]]);
     assert_eq!(to.count("PutObject"), 1);
     assert_eq!(to.objects(), from.objects());
 }
@@ -234,15 +173,10 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
     let (from, to) = (exported(), Server::start());
     from.remove("blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece");
     let run = copy(&[from.spec("")], &to.spec("mode=max")).run();
-    prints(
-        run,
-        0,
-        &[&from, &to],
-        expect![[r#"
-            copied 5 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://server: 5 copied (30.1 KiB), 0 already there, 0 refreshed; 33 requests
-            left out 5 layers and 5 results because blobs are missing
-        "#]],
-    );
+    run.succeeds().prints(expect![[r#"
+        copied 5 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 5 copied (30.1 KiB), 0 already there, 0 refreshed; 33 requests in N s
+        left out 5 layers and 5 results because blobs are missing
+    "#]], expect![[""]]);
     assert_store_is_sound(&to, "after the copy");
 
     let key = "blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2";
@@ -251,10 +185,9 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
     from.put(key, bytes);
     let empty = Server::start();
     let run = copy(&[from.spec("")], &empty.spec("mode=max")).run();
-    let run = run
-        .ends_with(1)
-        .says(&format!("blob {key} on S3 is damaged"));
-    assert_eq!(run.stdout, "");
+    run.ends_with(1).prints(expect![[""]], expect![[r#"
+        error: blob blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 on S3 is damaged: its bytes hash to sha256:88695fd454ee20c4eb578946bda9be07e8cfcd141b962f57ebb90fad5acf0a8d; export the cache again with --verify-remote (copying 'buildkit' to s3://cache at http://127.0.0.1:PORT)
+    "#]]);
     assert!(
         !empty
             .keys()
@@ -267,25 +200,24 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
 fn if_there_is_no_cache_nothing_is_written() {
     let server = Server::start();
     let run = copy(&[server.spec("name=none")], &server.spec("name=b")).run();
-    prints(
-        run,
-        1,
-        &[&server],
+    run.ends_with(1).prints(
+        expect![[""]],
         expect![[r#"
-        error: there is no cache at s3://cache/manifests/none
-    "#]],
-    );
-    let from = [server.spec("name=none"), server.spec("name=neither")];
-    prints(
-        copy(&from, &server.spec("name=b")).run(),
-        1,
-        &[&server],
-        expect![[r#"
-            warning: there is no cache at s3://cache/manifests/none
-            warning: there is no cache at s3://cache/manifests/neither
-            error: there is no cache at any --cache-from
+            error: there is no cache at s3://cache/manifests/none
         "#]],
     );
+    let from = [server.spec("name=none"), server.spec("name=neither")];
+    copy(&from, &server.spec("name=b"))
+        .run()
+        .ends_with(1)
+        .prints(
+            expect![[""]],
+            expect![[r#"
+                warning: there is no cache at s3://cache/manifests/none
+                warning: there is no cache at s3://cache/manifests/neither
+                error: there is no cache at any --cache-from
+            "#]],
+        );
     assert_eq!(server.keys().len(), 0);
 }
 
@@ -352,14 +284,9 @@ fn several_caches_become_one_as_buildkit_would_have_written_it() {
         &server.spec("name=all,mode=max"),
     )
     .run();
-    prints(
-        run,
-        0,
-        &[&server],
-        expect![[r#"
-            copied 3 blobs from s3://cache/manifests/main and s3://cache/manifests/branch to s3://cache/manifests/all at http://server: 0 copied (0 B), 3 already there, 0 refreshed; 11 requests
-        "#]],
-    );
+    run.succeeds().prints(expect![[r#"
+        copied 3 blobs from s3://cache/manifests/main and s3://cache/manifests/branch to s3://cache/manifests/all at http://127.0.0.1:PORT: 0 copied (0 B), 3 already there, 0 refreshed; 11 requests in N s
+    "#]], expect![[""]]);
     let names = [
         "source",
         "run-base",

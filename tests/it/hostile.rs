@@ -15,6 +15,7 @@ use layercache::cache::oci::Descriptor;
 use layercache::layout::Layout;
 use serde_json::{Value, json};
 
+use crate::aftermath::soak;
 use crate::program::{Program, Run, copy_of, files, fixture};
 use crate::scripted::{Reply, Scripted};
 use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
@@ -626,8 +627,7 @@ fn an_image_that_is_not_what_the_manifest_says_is_never_tagged() {
 
 #[test]
 fn a_hundred_thousand_layers_and_records_in_one_line_are_borne() {
-    let soak = std::env::var_os("LAYERCACHE_SOAK").is_some();
-    let count = if soak { 100_000u64 } else { 10_000 };
+    let count = if soak() { 100_000u64 } else { 10_000 };
     let server = with_blobs();
     // All layers use one blob, and each is the parent of the next; likewise the records.
     let one = layer(0, -1);

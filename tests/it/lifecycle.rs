@@ -2,13 +2,12 @@
 
 use std::path::Path;
 
-use expect_test::{Expect, expect};
+use expect_test::expect;
 use s3s::dto::{
     ExpirationStatus, LifecycleExpiration, LifecycleRule, LifecycleRuleFilter, Tag, Transition,
     TransitionStorageClass,
 };
 
-use crate::output::lasting;
 use crate::program::{Program, Run};
 use crate::server::Server;
 
@@ -53,33 +52,11 @@ fn archive(id: &str, prefix: &str) -> LifecycleRule {
     }
 }
 
-/// What was printed, without what differs from run to run.
-fn printed(run: &Run) -> String {
-    let mut text = String::new();
-    for line in run.stdout.lines().chain(run.stderr.lines()) {
-        let line = match line.rsplit_once(" in ") {
-            Some((before, seconds)) if seconds.ends_with(" s") => before,
-            _ => line,
-        };
-        text.push_str(line);
-        text.push('\n');
-    }
-    lasting(&text)
-}
-
-#[track_caller]
-fn prints(run: Run, code: i32, expected: Expect) {
-    let run = run.ends_with(code);
-    expected.assert_eq(&printed(&run));
-}
-
 #[test]
 fn without_a_flag_it_prints_the_rules_as_aws_takes_them_and_sends_nothing() {
     let server = Server::start();
     let run = lifecycle(&server, "prefix=ci/", &[]);
-    prints(
-        run,
-        0,
+    run.succeeds().prints(
         expect![[r#"
         {
           "Rules": [
@@ -116,6 +93,7 @@ fn without_a_flag_it_prints_the_rules_as_aws_takes_them_and_sends_nothing() {
           ]
         }
     "#]],
+        expect![[""]],
     );
     assert_eq!(server.log().len(), 0);
     let run = lifecycle(
@@ -123,9 +101,7 @@ fn without_a_flag_it_prints_the_rules_as_aws_takes_them_and_sends_nothing() {
         "prefix=ci/,touch_refresh=36h",
         &["--expire-after", "30d"],
     );
-    prints(
-        run,
-        0,
+    run.succeeds().prints(
         expect![[r#"
         {
           "Rules": [
@@ -162,6 +138,7 @@ fn without_a_flag_it_prints_the_rules_as_aws_takes_them_and_sends_nothing() {
           ]
         }
     "#]],
+        expect![[""]],
     );
 }
 
@@ -169,10 +146,7 @@ fn without_a_flag_it_prints_the_rules_as_aws_takes_them_and_sends_nothing() {
 fn where_manifests_share_the_blobs_prefix_only_the_named_caches_expire() {
     let server = Server::start();
     let spec = "blobs_prefix=c/,manifests_prefix=c/,name=app;main";
-    prints(
-        lifecycle(&server, spec, &[]),
-        0,
-        expect![[r#"
+    lifecycle(&server, spec, &[]).succeeds().prints(expect![[r#"
         {
           "Rules": [
             {
@@ -217,20 +191,19 @@ fn where_manifests_share_the_blobs_prefix_only_the_named_caches_expire() {
             }
           ]
         }
+    "#]], expect![[r#"
         warning: manifests share the prefix of the blobs, so only 'app', 'main' can expire: other caches would outlive their blobs
-    "#]],
-    );
+    "#]]);
 }
 
 #[test]
 fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
     let server = Server::start();
-    prints(
-        lifecycle(&server, "", &["--check"]),
-        0,
+    lifecycle(&server, "", &["--check"]).succeeds().prints(
         expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has 0 lifecycle rules; 1 request
+            s3://cache at http://127.0.0.1:PORT has 0 lifecycle rules; 1 request in N s
         "#]],
+        expect![[""]],
     );
 
     let disabled = LifecycleRule {
@@ -253,76 +226,60 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
         expire("logs", "logs/", 3),
         expire("all", "", 30),
     ]);
-    prints(
-        lifecycle(&server, "", &["--check"]),
-        0,
-        expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has 4 lifecycle rules; 1 request
-              ok      off (prefix "")
-                      it is disabled
-              ok      tagged (prefix "")
-                      it is about tagged objects, and caches have no tags
-              ok      logs (prefix "logs/")
-                      it is about other objects
-              ok      all (prefix "")
-                      deletes blobs and manifests 30 d after they were written or refreshed; a cache that is not exported for 29 d loses blobs up to 24 h before its manifest
-        "#]],
-    );
+    lifecycle(&server, "", &["--check"]).succeeds().prints(expect![[r#"
+        s3://cache at http://127.0.0.1:PORT has 4 lifecycle rules; 1 request in N s
+          ok      off (prefix "")
+                  it is disabled
+          ok      tagged (prefix "")
+                  it is about tagged objects, and caches have no tags
+          ok      logs (prefix "logs/")
+                  it is about other objects
+          ok      all (prefix "")
+                  deletes blobs and manifests 30 d after they were written or refreshed; a cache that is not exported for 29 d loses blobs up to 24 h before its manifest
+    "#]], expect![[""]]);
 
     server.set_lifecycle(vec![expire("too-soon", "", 1), archive("cold", "blobs/")]);
-    prints(
-        lifecycle(&server, "", &["--check"]),
-        1,
-        expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has 2 lifecycle rules; 1 request
-              BREAKS  too-soon (prefix "")
-                      deletes blobs 1 d after they were written, but exports rely on those younger than touch_refresh (24 h)
-              BREAKS  cold (prefix "blobs/")
-                      moves blobs to GLACIER, where a build cannot read them
+    lifecycle(&server, "", &["--check"]).ends_with(1).prints(expect![[r#"
+        s3://cache at http://127.0.0.1:PORT has 2 lifecycle rules; 1 request in N s
+          BREAKS  too-soon (prefix "")
+                  deletes blobs 1 d after they were written, but exports rely on those younger than touch_refresh (24 h)
+          BREAKS  cold (prefix "blobs/")
+                  moves blobs to GLACIER, where a build cannot read them
+    "#]], expect![[r#"
             error: 2 lifecycle rules of s3://cache at http://127.0.0.1:PORT can break builds
-        "#]],
-    );
+        "#]]);
 
     server.set_lifecycle(vec![expire("blobs", "blobs/", 30)]);
-    prints(
-        lifecycle(&server, "", &["--check"]),
-        1,
-        expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has 1 lifecycle rule; 1 request
-              BREAKS  blobs (prefix "blobs/")
-                      deletes blobs after 30 d, but no rule deletes manifests: a cache that is not exported for 29 d names blobs that are gone
+    lifecycle(&server, "", &["--check"]).ends_with(1).prints(expect![[r#"
+        s3://cache at http://127.0.0.1:PORT has 1 lifecycle rule; 1 request in N s
+          BREAKS  blobs (prefix "blobs/")
+                  deletes blobs after 30 d, but no rule deletes manifests: a cache that is not exported for 29 d names blobs that are gone
+    "#]], expect![[r#"
             error: 1 lifecycle rule of s3://cache at http://127.0.0.1:PORT can break builds
-        "#]],
-    );
+        "#]]);
 
     server.set_lifecycle(vec![expire("manifests", "manifests/", 30)]);
-    prints(
-        lifecycle(&server, "", &["--check"]),
-        1,
-        expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has 1 lifecycle rule; 1 request
-              BREAKS  manifests (prefix "manifests/")
-                      deletes manifests 30 d after the last export, but no rule deletes their blobs: builds lose the cache, and its space is not freed
+    lifecycle(&server, "", &["--check"]).ends_with(1).prints(expect![[r#"
+        s3://cache at http://127.0.0.1:PORT has 1 lifecycle rule; 1 request in N s
+          BREAKS  manifests (prefix "manifests/")
+                  deletes manifests 30 d after the last export, but no rule deletes their blobs: builds lose the cache, and its space is not freed
+    "#]], expect![[r#"
             error: 1 lifecycle rule of s3://cache at http://127.0.0.1:PORT can break builds
-        "#]],
-    );
+        "#]]);
 
     server.set_lifecycle(vec![
         expire("blobs", "blobs/", 10),
         expire("manifests", "manifests/", 30),
     ]);
-    prints(
-        lifecycle(&server, "", &["--check"]),
-        1,
-        expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has 2 lifecycle rules; 1 request
-              BREAKS  blobs (prefix "blobs/")
-                      deletes blobs after 10 d, but manifests only after 30 d: a cache that is not exported for 9 d names blobs that are gone
-              ok      manifests (prefix "manifests/")
-                      deletes manifests 30 d after the last export
+    lifecycle(&server, "", &["--check"]).ends_with(1).prints(expect![[r#"
+        s3://cache at http://127.0.0.1:PORT has 2 lifecycle rules; 1 request in N s
+          BREAKS  blobs (prefix "blobs/")
+                  deletes blobs after 10 d, but manifests only after 30 d: a cache that is not exported for 9 d names blobs that are gone
+          ok      manifests (prefix "manifests/")
+                  deletes manifests 30 d after the last export
+    "#]], expect![[r#"
             error: 1 lifecycle rule of s3://cache at http://127.0.0.1:PORT can break builds
-        "#]],
-    );
+        "#]]);
 }
 
 #[test]
@@ -330,28 +287,21 @@ fn the_rules_are_written_beside_those_of_others_once_and_pass_the_check() {
     let server = Server::start();
     let logs = expire("logs", "logs/", 3);
     server.set_lifecycle(vec![logs.clone()]);
-    prints(
-        lifecycle(&server, "", &["--apply"]),
-        0,
-        expect![[r#"
-            wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests
-        "#]],
-    );
+    lifecycle(&server, "", &["--apply"]).succeeds().prints(expect![[r#"
+        wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests in N s
+    "#]], expect![[""]]);
     let rules = server.lifecycle();
     assert_eq!((rules.len(), &rules[0]), (4, &logs));
-    prints(
-        lifecycle(&server, "", &["--apply"]),
-        0,
+    lifecycle(&server, "", &["--apply"]).succeeds().prints(
         expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has these 3 lifecycle rules already; 1 request
+            s3://cache at http://127.0.0.1:PORT has these 3 lifecycle rules already; 1 request in N s
         "#]],
+        expect![[""]],
     );
     assert_eq!(server.count("PutBucketLifecycleConfiguration"), 1);
-    prints(
-        lifecycle(&server, "", &["--check"]),
-        0,
+    lifecycle(&server, "", &["--check"]).succeeds().prints(
         expect![[r#"
-            s3://cache at http://127.0.0.1:PORT has 4 lifecycle rules; 1 request
+            s3://cache at http://127.0.0.1:PORT has 4 lifecycle rules; 1 request in N s
               ok      logs (prefix "logs/")
                       it is about other objects
               ok      layercache-manifests-4085145e (prefix "manifests/")
@@ -361,6 +311,7 @@ fn the_rules_are_written_beside_those_of_others_once_and_pass_the_check() {
               ok      layercache-uploads-80771c33 (prefix "blobs/sha256:")
                       aborts multipart uploads 2 d after they began
         "#]],
+        expect![[""]],
     );
 
     // Other days replace ours, another prefix stands beside it.
@@ -374,14 +325,11 @@ fn the_rules_are_written_beside_those_of_others_once_and_pass_the_check() {
 fn writing_rules_warns_of_a_rule_of_others_that_breaks_builds() {
     let server = Server::start();
     server.set_lifecycle(vec![archive("cold", "")]);
-    prints(
-        lifecycle(&server, "", &["--apply"]),
-        0,
-        expect![[r#"
-            wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests
+    lifecycle(&server, "", &["--apply"]).succeeds().prints(expect![[r#"
+        wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests in N s
+    "#]], expect![[r#"
             warning: the rule "cold" moves blobs and manifests to GLACIER, where a build cannot read them
-        "#]],
-    );
+        "#]]);
 }
 
 #[test]
@@ -390,8 +338,9 @@ fn if_the_rules_cannot_be_read_none_are_written() {
         .refuse("GetBucketLifecycleConfiguration", 403, "AccessDenied")
         .start();
     let run = lifecycle(&server, "", &["--apply"]);
-    let run = run.ends_with(1).says("lifecycle rules");
-    assert_eq!(run.stdout, "");
+    run.fails_with(expect![[r#"
+        error: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), reading the lifecycle rules of s3://cache; layercache doctor tells which permission is missing
+    "#]]);
     assert_eq!(server.count("PutBucketLifecycleConfiguration"), 0);
 }
 
@@ -440,9 +389,42 @@ fn json_of(file: &Path) -> serde_json::Value {
 #[test]
 fn days_are_whole_days() {
     let server = Server::start();
-    for wrong in ["0d", "36h", "7", "1.5d"] {
+    for (wrong, expected) in [
+        (
+            "0d",
+            expect![[r#"
+            error: invalid value '0d' for '--expire-after <DAYS>': accepted: whole days from 1d to 36500d
+
+            For more information, try '--help'.
+        "#]],
+        ),
+        (
+            "36h",
+            expect![[r#"
+            error: invalid value '36h' for '--expire-after <DAYS>': accepted: whole days from 1d to 36500d
+
+            For more information, try '--help'.
+        "#]],
+        ),
+        (
+            "7",
+            expect![[r#"
+            error: invalid value '7' for '--expire-after <DAYS>': accepted: whole days from 1d to 36500d
+
+            For more information, try '--help'.
+        "#]],
+        ),
+        (
+            "1.5d",
+            expect![[r#"
+            error: invalid value '1.5d' for '--expire-after <DAYS>': accepted: whole days from 1d to 36500d
+
+            For more information, try '--help'.
+        "#]],
+        ),
+    ] {
         lifecycle(&server, "", &["--expire-after", wrong])
             .ends_with(2)
-            .says("accepted: whole days from 1d to 36500d");
+            .prints(expect![[""]], expected);
     }
 }

@@ -3,7 +3,7 @@
 //! When a message changes on purpose, `UPDATE_EXPECT=1 cargo test --test it NAME` rewrites the
 //! literals; the diff shows what changed for the user.
 
-use expect_test::Expect;
+use expect_test::{Expect, expect};
 
 use crate::program::Run;
 
@@ -14,6 +14,23 @@ impl Run {
     pub fn prints(self, stdout: Expect, stderr: Expect) -> Run {
         stdout.assert_eq(&steady(&self.stdout).concat());
         stderr.assert_eq(&lasting(&self.stderr));
+        self
+    }
+
+    /// Fails unless the run ended with 1, printed nothing on stdout, and exactly this on stderr. Which of
+    /// several blobs meets an error first is a matter of timing, so the first digest is replaced.
+    #[track_caller]
+    pub fn fails_with(mut self, stderr: Expect) -> Run {
+        self.stderr = any_digest(&self.stderr, "blobs/sha256:");
+        self.ends_with(1).prints(expect![[""]], stderr)
+    }
+
+    /// The run with the reason why a name has no address replaced: resolvers differ.
+    pub fn whatever_the_resolver_says(mut self) -> Run {
+        let start = "failed to lookup address information: ";
+        self.stderr = replace(&self.stderr, start, &format!("{start}REASON"), |rest| {
+            rest.find(')')
+        });
         self
     }
 
@@ -41,8 +58,19 @@ pub fn lasting(text: &str) -> String {
     lines.concat()
 }
 
-/// The lines of `text`, with what differs from run to run replaced.
-fn steady(text: &str) -> Vec<String> {
+/// `text` with the first digest after `before` replaced.
+pub fn any_digest(text: &str, before: &str) -> String {
+    let (mut replaced, hex) = (text.to_owned(), |c: u8| c.is_ascii_hexdigit());
+    let mut ends = text.match_indices(before).map(|(at, _)| at + before.len());
+    let is_digest = |at: &usize| text[*at..].bytes().take(64).filter(|c| hex(*c)).count() == 64;
+    if let Some(at) = ends.find(is_digest) {
+        replaced.replace_range(at..at + 64, "DIGEST");
+    }
+    replaced
+}
+
+/// The lines of `text` in their order, with what differs from run to run replaced.
+pub fn steady(text: &str) -> Vec<String> {
     let temporary = std::env::temp_dir().join(".tmp");
     let text = replace(text, &temporary.display().to_string(), "TMP", |rest| {
         // Six characters follow in tempfile's names.

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::client::{Client, Reply, try_request};
 use crate::aftermath::{assert_store_is_sound, soak};
-use crate::faults::{End, put_blobs, small, wire_faults};
+use crate::faults::{End, States, put_blobs, small, wire_faults};
 use crate::inside::{self, Inside};
 use crate::program::{files, fixture, s3_manifest};
 use crate::server::{Fault, Server};
@@ -195,6 +195,7 @@ impl Case {
         server: &Server,
         runtime: &tokio::runtime::Runtime,
         expected: &BTreeMap<String, Bytes>,
+        states: &States,
     ) -> Result<(), String> {
         prepare(server, self.work);
         let (fault, hit) = (self.fault.clone(), self.hit.clone());
@@ -219,7 +220,7 @@ impl Case {
         if once && server.uploads() > 0 {
             return Err("a multipart upload is left".to_owned());
         }
-        if self.work == Work::Push {
+        if self.work == Work::Push && states.are_new("push", server, &BTreeMap::new()) {
             server.reset_faults();
             run(server, self.work, Inside::fast().timing, runtime)
                 .map_err(|error| format!("the next push failed: {error}"))?;
@@ -268,13 +269,14 @@ fn whatever_s3_does_to_one_request_or_to_all_from_one_on_no_client_gets_wrong_by
         }
     }
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let states = States::default();
     std::thread::scope(|scope| {
         for _ in 0..SIDE_BY_SIDE {
             scope.spawn(|| {
                 let server = Server::builder().min_part(1).start();
                 let runtime = inside::runtime();
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(why) = case.run(&server, &runtime, &expected) {
+                    if let Err(why) = case.run(&server, &runtime, &expected, &states) {
                         let what = match case.work {
                             Work::Pull => "pull",
                             Work::Push => "push",

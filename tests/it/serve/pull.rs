@@ -1,12 +1,15 @@
 //! Reading through the registry.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use expect_test::expect;
 use layercache::cache::digest::Digest;
 
 use super::Serve;
+use super::client::Client;
 use crate::aftermath::{noise, put_cache};
 use crate::program::{Program, files, fixture};
 use crate::server::{Fault, Server};
@@ -280,8 +283,54 @@ fn without_s3_there_is_no_cache_and_the_log_says_why() {
     "#]]);
 }
 
+/// Sends a request for a blob, and waits for the first byte of it, but for no more.
+fn first_byte(client: &Client, digest: &Digest) -> u8 {
+    let stream = TcpStream::connect(&client.host).expect("it listens");
+    let head = format!("GET /v2/{}/blobs/{digest} HTTP/1.1", client.repository);
+    (&stream)
+        .write_all(format!("{head}\r\nHost: x\r\n\r\n").as_bytes())
+        .expect("sent");
+    let mut response = BufReader::new(stream);
+    let mut line = String::new();
+    while line != "\r\n" {
+        line.clear();
+        assert_ne!(response.read_line(&mut line).expect("a head"), 0);
+    }
+    let mut first = [0];
+    response.read_exact(&mut first).expect("a byte");
+    first[0]
+}
+
 #[test]
-fn the_first_byte_takes_two_round_trips_at_most() {
+fn the_first_byte_needs_the_answers_to_two_requests_and_to_one_once_the_manifest_was_read() {
+    let bytes = noise(1, 20 * MIB);
+    let digest = Digest::of(&bytes);
+    for (resolved, needed) in [(false, 2), (true, 1)] {
+        let server = Server::start();
+        put_cache(&server, "buildkit", &[20 * MIB]);
+        let serve = Serve::reading(&server.spec(""));
+        let client = serve.client("LAYERCACHE_FROM");
+        if resolved {
+            client.resolve();
+        }
+        server.clear_log();
+        // All others are held until the test ends: the last one answered asks for the first byte.
+        server.fail(move |asked| {
+            let range = asked.headers.get("range");
+            let range = range.and_then(|range| range.to_str().ok());
+            let answered = range.is_some_and(|range| range.starts_with("bytes=0-"))
+                || asked.index + 1 < needed;
+            (!answered).then_some(Fault::Hang)
+        });
+        assert_eq!(first_byte(&client, &digest), bytes[0]);
+        let log = server.log();
+        let answered = log.iter().filter(|request| request.status != 0);
+        assert_eq!(answered.count(), needed, "{log:?}");
+    }
+}
+
+#[test]
+fn a_small_blob_takes_two_round_trips_and_one_once_its_size_is_known() {
     let server = Server::builder().delay(Duration::from_millis(50)).start();
     put_cache(&server, "buildkit", &[MIB]);
     let path = format!("blobs/{}", Digest::of(&noise(1, MIB)));
