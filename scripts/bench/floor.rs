@@ -1,42 +1,96 @@
-//! The floor under an import: a bare program that fetches the same blobs over plain http, hashes and
-//! writes them. It checks nothing, and hashes each piece by itself, so that pieces need not wait for
+//! The floor under an import: a bare program that fetches the same blobs over the same network, with TLS
+//! or without, hashes and writes them. It checks nothing, and hashes each piece by itself, so that pieces need not wait for
 //! one another.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use layercache::cache::digest::Hasher;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use crate::child::{self, Cost};
 use crate::layouts::Layout;
-use crate::server::Server;
+use crate::server::{Network, Server};
 
-const THREADS: usize = 16;
+/// Connections, on loopback as it is and at a distance: there, enough for every request to be on its way at
+/// once.
+const THREADS: [usize; 2] = [16, 160];
 const PIECE: u64 = 8 << 20;
 const BUCKET: &str = "floor";
 
 /// One run of the program, on a layout's blobs.
-pub fn measure(server: &Server, layout: &Layout, home: &Path, scratch: &Path) -> Result<Cost> {
-    let target = home.join(BUCKET);
+pub fn measure(server: &Server, network: Network, layout: &Layout, scratch: &Path) -> Result<Cost> {
+    let target = scratch.join(BUCKET);
     std::fs::create_dir_all(&target)?;
     server.clear(BUCKET)?;
     server.fill(BUCKET, "blobs/", layout.mtime)?;
+    let threads = THREADS[usize::from(network.delay_ms > 0)];
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg("floor")
         .arg(format!("{}/{BUCKET}/blobs/", server.url()))
         .arg(layout.blobs())
-        .arg(&target);
+        .arg(&target)
+        .arg(threads.to_string())
+        .args(server.authority());
     let cost = child::run(command, &scratch.join("log"))?;
     layout.check_arrived(&target)?;
     std::fs::remove_dir_all(&target)?;
     Ok(cost)
+}
+
+/// A connection, whatever it is encrypted with.
+trait Stream: Read + Write {}
+
+impl<S: Read + Write> Stream for S {}
+
+type Reader = BufReader<Box<dyn Stream>>;
+
+/// Opens connections to one server.
+struct Dialer<'a> {
+    host: &'a str,
+    /// With TLS.
+    tls: Option<Arc<ClientConfig>>,
+}
+
+impl<'a> Dialer<'a> {
+    fn new(host: &'a str, authority: Option<&Path>) -> Result<Self> {
+        let config = |authority: &Path| -> Result<ClientConfig> {
+            let mut roots = RootCertStore::empty();
+            for certificate in CertificateDer::pem_file_iter(authority)? {
+                roots.add(certificate?)?;
+            }
+            let provider = Arc::new(rustls::crypto::ring::default_provider());
+            let config = ClientConfig::builder_with_provider(provider);
+            let config = config.with_safe_default_protocol_versions()?;
+            Ok(config.with_root_certificates(roots).with_no_client_auth())
+        };
+        let tls = authority.map(config).transpose()?.map(Arc::new);
+        Ok(Dialer { host, tls })
+    }
+
+    fn dial(&self) -> Result<Reader> {
+        let tcp = TcpStream::connect(self.host)?;
+        tcp.set_nodelay(true)?;
+        let stream: Box<dyn Stream> = match &self.tls {
+            None => Box::new(tcp),
+            Some(config) => {
+                let (name, _) = self.host.rsplit_once(':').context("no port")?;
+                let name = ServerName::try_from(name.to_owned())?;
+                let tls = ClientConnection::new(Arc::clone(config), name)?;
+                Box::new(StreamOwned::new(tls, tcp))
+            }
+        };
+        Ok(BufReader::with_capacity(4 << 10, stream))
+    }
 }
 
 /// A range of a file on the server.
@@ -48,9 +102,16 @@ struct Piece<'a> {
 }
 
 /// Fetches what is in `blobs` from `url` into `target`.
-pub fn run(url: &str, blobs: &Path, target: &Path) -> Result<()> {
-    let address = url.strip_prefix("http://").context("http only")?;
+pub fn run(
+    url: &str,
+    blobs: &Path,
+    target: &Path,
+    threads: usize,
+    authority: Option<&Path>,
+) -> Result<()> {
+    let (_, address) = url.split_once("://").context("no scheme")?;
     let (host, path) = address.split_once('/').context("no path")?;
+    let dialer = Dialer::new(host, authority)?;
     let mut files = Vec::new();
     for entry in std::fs::read_dir(blobs)? {
         let entry = entry?;
@@ -68,10 +129,11 @@ pub fn run(url: &str, blobs: &Path, target: &Path) -> Result<()> {
             end: (start + PIECE).min(*size),
         }));
     }
+    let threads = threads.min(pieces.len());
     let pieces = Mutex::new(pieces);
     std::thread::scope(|scope| {
         let work = || -> Result<()> {
-            let mut stream = BufReader::with_capacity(4 << 10, TcpStream::connect(host)?);
+            let mut stream = dialer.dial()?;
             let mut buffer = vec![0; 256 << 10];
             loop {
                 let piece = pieces.lock().expect("no panic").pop();
@@ -81,7 +143,7 @@ pub fn run(url: &str, blobs: &Path, target: &Path) -> Result<()> {
                 }
             }
         };
-        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         for thread in threads {
             thread.join().expect("no panic")?;
         }
@@ -90,7 +152,7 @@ pub fn run(url: &str, blobs: &Path, target: &Path) -> Result<()> {
 }
 
 fn fetch(
-    stream: &mut BufReader<TcpStream>,
+    stream: &mut Reader,
     host: &str,
     path: &str,
     piece: &Piece,

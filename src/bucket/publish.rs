@@ -355,8 +355,10 @@ impl Publisher<'_> {
                 .buffer_unordered(at_once)
                 .try_collect::<()>()
         };
-        let others = send(others, self.parallelism);
-        tokio::try_join!(others, send(small, self.small.max(1)))?;
+        // Small ones also have the places that the others leave free.
+        let idle = self.parallelism.saturating_sub(others.len());
+        let small = send(small, (self.small + idle).max(1));
+        tokio::try_join!(send(others, self.parallelism), small)?;
         Ok(())
     }
 

@@ -36,8 +36,8 @@ use super::tls::Trust;
 const POOL_IDLE: Duration = Duration::from_secs(15);
 /// Many blobs move at once, each in several ranges.
 const POOL_SIZE: usize = 256;
-/// Bytes of a connection's read and write buffers. Larger ones gained nothing, measured on loopback.
-const BUFFER: usize = 64 << 10;
+/// Bytes of a connection's read and write buffers, at most: hyper begins with fewer.
+const BUFFER: usize = 256 << 10;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use futures::future::{Fuse, FusedFuture, FutureExt};
 use futures::stream::StreamExt;
 
+use crate::blocking::blocking;
 use crate::cache::digest::{Digest, Hasher};
 use crate::process;
 use crate::progress::{Blob, Progress};
@@ -84,7 +85,7 @@ impl Downloader {
         Downloader {
             store,
             // The connections' read buffers come on top.
-            buffers: Buffers::new(limits.memory / 8 * 5),
+            buffers: Buffers::new(limits.memory / 2),
             hashing: Hashing::on_every_core(),
             progress,
             limits,
@@ -188,9 +189,7 @@ impl Downloader {
             if writing.is_terminated() {
                 match pieces.next() {
                     Next::Chunks(chunks) => {
-                        let written = self
-                            .hashing
-                            .run(writer.hasher.clone(), writer.write(chunks));
+                        let written = self.take_in(writer.hasher.clone(), writer.write(chunks));
                         writing = written.boxed().fuse();
                     }
                     Next::Wait => {}
@@ -207,6 +206,22 @@ impl Downloader {
         };
         *bytes += pieces.fetched();
         Ok(there)
+    }
+
+    /// Writes and hashes. On one thread, whose CPU then has the bytes in its cache; on two if no other
+    /// blob has a use for them.
+    async fn take_in(&self, hasher: Hasher, mut writing: Writing) -> Result<(Hasher, Writing)> {
+        if self.active.load(Ordering::Relaxed) != 1 {
+            return self.hashing.run(hasher, writing).await;
+        }
+        let chunks = writing.chunks.as_slice().to_vec();
+        let written = blocking(move || {
+            while writing.advance()? {}
+            Ok(writing)
+        });
+        let hashed = self.hashing.run_filled(hasher, chunks);
+        let (writing, (_, hasher)) = tokio::try_join!(written, hashed)?;
+        Ok((hasher, writing))
     }
 }
 

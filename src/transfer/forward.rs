@@ -13,7 +13,6 @@ use bytes::Bytes;
 use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Verb;
 use crate::transfer::download::{Damaged, Downloader, REFETCHES, ignores_ranges};
-use crate::transfer::hashing::Feed;
 use crate::transfer::piece::{Next, Pieces};
 
 /// Pieces in flight for one taker at most.
@@ -183,8 +182,10 @@ impl Rest {
     ) -> Result<bool> {
         let length = chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
         if let Some(hasher) = self.wanted.hasher.take() {
-            let feed = Passing::new(chunks.clone());
-            let (hasher, _) = downloader.hashing.run(hasher, feed).await?;
+            let (_, hasher) = downloader
+                .hashing
+                .run_filled(hasher, chunks.clone())
+                .await?;
             if self.wanted.range.start + length == self.wanted.size {
                 self.check(key, &hasher)?;
             }
@@ -210,34 +211,5 @@ impl Rest {
             return Err(Damaged::bytes(key, found).into());
         }
         Ok(())
-    }
-}
-
-/// Chunks that are only hashed.
-struct Passing {
-    chunks: std::vec::IntoIter<Bytes>,
-    current: Bytes,
-}
-
-impl Passing {
-    fn new(chunks: Vec<Bytes>) -> Self {
-        Passing {
-            chunks: chunks.into_iter(),
-            current: Bytes::new(),
-        }
-    }
-}
-
-impl Feed for Passing {
-    fn advance(&mut self) -> Result<bool> {
-        match self.chunks.next() {
-            Some(chunk) => self.current = chunk,
-            None => return Ok(false),
-        }
-        Ok(true)
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.current
     }
 }

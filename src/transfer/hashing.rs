@@ -66,12 +66,12 @@ pub trait Feed: Send + 'static {
 }
 
 /// Filled buffers on their way through the hasher.
-struct Filled {
-    chunks: Vec<Vec<u8>>,
+struct Filled<B> {
+    chunks: Vec<B>,
     next: usize,
 }
 
-impl Feed for Filled {
+impl<B: AsRef<[u8]> + Send + 'static> Feed for Filled<B> {
     fn advance(&mut self) -> Result<bool> {
         self.next += 1;
         Ok(self.next <= self.chunks.len())
@@ -79,7 +79,7 @@ impl Feed for Filled {
 
     fn bytes(&self) -> &[u8] {
         match self.next.checked_sub(1) {
-            Some(at) => self.chunks.get(at).map_or(&[], Vec::as_slice),
+            Some(at) => self.chunks.get(at).map_or(&[], AsRef::as_ref),
             None => &[],
         }
     }
@@ -200,11 +200,11 @@ impl Hashing {
     ///
     /// # Errors
     /// A thread that hashes has ended.
-    pub async fn run_filled(
+    pub async fn run_filled<B: AsRef<[u8]> + Send + 'static>(
         &self,
         hasher: Hasher,
-        chunks: Vec<Vec<u8>>,
-    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        chunks: Vec<B>,
+    ) -> Result<(Vec<B>, Hasher)> {
         let (hasher, filled) = self.run(hasher, Filled { chunks, next: 0 }).await?;
         Ok((filled.chunks, hasher))
     }

@@ -27,7 +27,7 @@ const BATCH: u64 = 256 << 10;
 const AHEAD: u64 = 2 * BATCH;
 
 /// Bytes of a connection's read buffer, which a piece has room for beside its own.
-const READ: u64 = 64 << 10;
+const READ: u64 = 256 << 10;
 
 /// What [`Pieces::next`] found.
 pub(super) enum Next {
@@ -198,7 +198,7 @@ impl Downloader {
         let length = range.end - range.start;
         // A piece whose turn has not come may have to wait in memory whole.
         let most = if piece.has_turn() { AHEAD } else { length };
-        piece.settle(self.buffers.room(length.min(most) + READ).await);
+        piece.settle(self.buffers.room(length.min(most) + length.min(READ)).await);
         let expected = Expected {
             size: Some(size),
             content_addressed: true,
