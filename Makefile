@@ -27,6 +27,9 @@ check: toolchain ## formatting, lints, documentation: what a change must pass
 docs: toolchain ## docs/cli.md and every transcript, written anew from the program
 	UPDATE_EXPECT=1 $(CARGO) test --locked --lib --test it -- docs:: story:: the_readme_shows
 
+# Many tests wait for a timeout or for another process.
+export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN))))
+
 test: toolchain ## all tests, the long ones scaled down
 	$(CARGO) test --locked
 
