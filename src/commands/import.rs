@@ -539,7 +539,7 @@ impl ImportFrom<'_> {
             count(missing.len() as u64, "blob"),
             match details.damaged.is_empty() {
                 true => "expired?",
-                false => "or has them damaged",
+                false => "gone or damaged",
             },
             if self.task.dry_run {
                 "would leave out"

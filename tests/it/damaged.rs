@@ -35,7 +35,7 @@ fn an_import_leaves_out_what_needs_a_damaged_blob_and_lists_it() {
             Ns reading the manifest
             Ns fetching (10 blobs, 62.9 KiB)
             warning: blob blobs/sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece on S3 is damaged: its bytes hash to sha256:0a1e876600d4a1f403ab4c7f96c18d845200198b551881be7b94fff4581027f1; export the cache again with --verify-remote
-            warning: S3 lacks 1 blob of the cache (or has them damaged): left out 5 results and 5 layers
+            warning: S3 lacks 1 blob of the cache (gone or damaged): left out 5 results and 5 layers
         "#]]);
     let metadata = std::fs::read(&file).expect("the metadata file");
     let metadata: serde_json::Value = serde_json::from_slice(&metadata).expect("JSON");

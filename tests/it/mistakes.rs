@@ -629,7 +629,7 @@ fn caches_that_are_damaged_on_s3() {
             [0]
             imported 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT into TMP/a as latest: 9 blobs: 9 fetched (56.8 KiB), 0 already there; 13 requests in N s
             warning: blob blobs/sha256:DIGEST on S3 is damaged: its bytes hash to sha256:0a1e876600d4a1f403ab4c7f96c18d845200198b551881be7b94fff4581027f1; export the cache again with --verify-remote
-            warning: S3 lacks 1 blob of the cache (or has them damaged): left out 5 results and 5 layers
+            warning: S3 lacks 1 blob of the cache (gone or damaged): left out 5 results and 5 layers
         "#]],
     );
     says(
