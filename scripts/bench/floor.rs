@@ -20,8 +20,7 @@ use crate::child::{self, Cost};
 use crate::layouts::Layout;
 use crate::server::{Network, Server};
 
-/// Connections, on loopback as it is and at a distance: there, enough for every request to be on its way at
-/// once.
+/// Connections on plain loopback, and at a distance, where that many keep all requests in flight.
 const THREADS: [usize; 2] = [16, 160];
 const PIECE: u64 = 8 << 20;
 const BUCKET: &str = "floor";

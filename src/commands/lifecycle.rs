@@ -16,8 +16,8 @@ use crate::progress::{Progress, count};
 use crate::quote::{printable, quoted};
 use crate::report::{Details, Outcome, Place, Report, quoted_names};
 
-/// Prints, checks or applies rules for every target of the task. If a rule can break builds, the check itself has not
-/// failed: it prints the report like any other, but the run fails.
+/// Prints, checks or applies rules for every target of the task. A check that finds a rule which can break builds
+/// prints its report like any other; only the run fails.
 pub async fn run(task: &LifecycleTask, context: &Context<'_>) -> Outcome {
     let command = Lifecycle { task };
     let (reports, mut errors) = for_each_spec(&command, &task.targets, context).await;

@@ -306,9 +306,9 @@ pub struct PartBody {
 
 /// The chunks of a part, in memory.
 enum Chunks {
-    /// For the first try.
+    /// For the first try only.
     Once(Vec<Bytes>),
-    /// For every try: the source cannot be read again.
+    /// Kept for every try, because the source cannot be read again.
     Kept(Vec<Bytes>),
 }
 

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_finds_the_gate_full_enters_when_another_leaves() {
+    async fn a_task_that_waits_at_a_full_gate_enters_when_another_leaves() {
         let gate = Gate::new(1);
         let place = gate.enter().await;
         let entering = gate.enter();

@@ -1,5 +1,6 @@
 //! Every source of AWS's default chain, against scripted services on this machine.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use expect_test::expect;
@@ -45,6 +46,32 @@ fn home_with(files: &[(&str, &str)]) -> TempDir {
         std::fs::write(path, content).expect("a file can be written");
     }
     home
+}
+
+/// The shared config of a profile `ci` with a role of SSO, after `section`; `profile` says which session.
+fn sso_config(section: &str, profile: &str) -> String {
+    format!(
+        "{section}[profile ci]\n{profile}sso_account_id = 111122223333\nsso_role_name = Cache\n"
+    )
+}
+
+/// What `aws sso login` caches.
+fn sso_token(expires: SystemTime) -> String {
+    json!({
+        "accessToken": "the-portal-s-token",
+        "expiresAt": at(expires),
+        "region": "eu-west-1",
+        "startUrl": "https://example.awsapps.com/start",
+    })
+    .to_string()
+}
+
+/// An export with the profile `ci` of `home`, whose role comes from `portal`.
+fn signed_in(server: &Server, home: &Path, portal: &str) -> Program {
+    export(server)
+        .env("HOME", home)
+        .env("AWS_PROFILE", "ci")
+        .env("AWS_ENDPOINT_URL_SSO", portal)
 }
 
 /// A response of a service that credentials come from, with the header that EC2's metadata service
@@ -221,21 +248,11 @@ fn a_single_sign_on_profile_uses_the_token_that_aws_sso_login_left() {
             }})
             .to_string())
         });
-        let config = format!(
-            "{section}[profile ci]\n{profile}sso_account_id = 111122223333\nsso_role_name = Cache\n"
-        );
-        let token = json!({
-            "accessToken": "the-portal-s-token",
-            "expiresAt": at(SystemTime::now() + HOUR),
-            "region": "eu-west-1",
-            "startUrl": "https://example.awsapps.com/start",
-        });
+        let config = sso_config(section, profile);
+        let token = sso_token(SystemTime::now() + HOUR);
         let cached = format!(".aws/sso/cache/{}.json", sha1(cached_under));
-        let home = home_with(&[(".aws/config", &config), (&cached, &token.to_string())]);
-        export(&server)
-            .env("HOME", home.path())
-            .env("AWS_PROFILE", "ci")
-            .env("AWS_ENDPOINT_URL_SSO", portal.url())
+        let home = home_with(&[(".aws/config", &config), (&cached, &token)]);
+        signed_in(&server, home.path(), &portal.url())
             .run()
             .succeeds();
         exported_with(&server, SESSION_ACCESS_KEY, Some(SESSION_TOKEN));
@@ -572,24 +589,14 @@ fn a_single_sign_on_session_that_has_ended_or_never_began_says_how_to_begin_one(
             let message = json!({"message": "Session token not found or invalid"});
             said("401 Scripted", message.to_string())
         });
-        let config = format!(
-            "{section}[profile ci]\n{profile}sso_account_id = 111122223333\nsso_role_name = Cache\n"
-        );
-        let token = json!({
-            "accessToken": "the-portal-s-token",
-            "expiresAt": at(SystemTime::now() - HOUR),
-            "region": "eu-west-1",
-            "startUrl": "https://example.awsapps.com/start",
-        });
+        let config = sso_config(section, profile);
+        let token = sso_token(SystemTime::now() - HOUR);
         let cached = match expired {
             true => format!(".aws/sso/cache/{}.json", sha1(cached_under)),
             false => "unrelated".to_owned(),
         };
-        let home = home_with(&[(".aws/config", &config), (&cached, &token.to_string())]);
-        export(&server)
-            .env("HOME", home.path())
-            .env("AWS_PROFILE", "ci")
-            .env("AWS_ENDPOINT_URL_SSO", portal.url())
+        let home = home_with(&[(".aws/config", &config), (&cached, &token)]);
+        signed_in(&server, home.path(), &portal.url())
             .run()
             .fails_with(expected);
     }

@@ -18,7 +18,7 @@ use crate::output::{lasting, steady};
 use crate::program::{Program, fixture, s3_manifest};
 use crate::server::Server;
 
-/// Wide enough for every line.
+/// Wide enough that no line wraps.
 const WIDE: u16 = 250;
 
 /// Runs `program` on a terminal, and returns all that it wrote there.

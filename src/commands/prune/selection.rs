@@ -76,15 +76,12 @@ fn last(candidates: &[Candidate], count: usize) -> BTreeSet<usize> {
         let written = candidates[at].written;
         (written.is_some(), Reverse(written), candidates[at].name)
     });
-    let earliest = count.checked_sub(1).and_then(|nth| order.get(nth).copied());
-    order
-        .into_iter()
-        .enumerate()
-        .filter(|&(nth, at)| {
-            let tied = earliest.map(|other| candidates[other].written);
-            nth < count || tied == Some(candidates[at].written)
-        })
-        .map(|(_, at)| at)
+    let earliest = count.checked_sub(1).and_then(|nth| order.get(nth));
+    let earliest = earliest.map(|&at| candidates[at].written);
+    let is_last = |nth, at: usize| nth < count || earliest == Some(candidates[at].written);
+    let last = order.iter().enumerate();
+    last.take_while(|&(nth, &at)| is_last(nth, at))
+        .map(|(_, &at)| at)
         .collect()
 }
 
