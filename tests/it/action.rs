@@ -10,7 +10,7 @@ use expect_test::{Expect, expect};
 use layercache::cache::digest::Digest;
 
 use crate::output::lasting;
-use crate::program::{Run, copy_of, fixture};
+use crate::program::{NO_HOME, Run, copy_of, fixture};
 use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -92,7 +92,7 @@ impl Job {
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", "/nonexistent")
+            .env("HOME", NO_HOME)
             .env("AWS_EC2_METADATA_DISABLED", "true")
             .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
             .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)

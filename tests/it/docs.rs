@@ -12,7 +12,7 @@ use std::process::Command;
 use expect_test::expect_file;
 
 use crate::output::lasting;
-use crate::program::{Program, copy_of, fixture};
+use crate::program::{NO_HOME, Program, copy_of, fixture};
 use crate::server::{ACCESS_KEY, SECRET_KEY, Server};
 
 const TRANSCRIPT: &str = "<!-- transcript -->\n```console\n";
@@ -177,7 +177,7 @@ impl Terminal {
             .current_dir(self.directory.path().join("app"))
             .env_clear()
             .env("PATH", format!("{program}:{path}"))
-            .env("HOME", "/nonexistent")
+            .env("HOME", NO_HOME)
             .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
             .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
             .env("AWS_ENDPOINT_URL_S3", self.server.url())

@@ -125,8 +125,8 @@ fn words_that_make_no_command() {
     says(
         export(SPEC).args(["--metadata-file", "/nonexistent/file"]),
         expect![[r#"
-            [1]
-            error: no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the job a role (tried: environment, profile, web identity, container endpoint, EC2 metadata service: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`) (exporting 'buildkit' to s3://cache)
+            [2]
+            error: cannot write the metadata file /nonexistent/file: there is no directory /nonexistent
         "#]],
     );
 }

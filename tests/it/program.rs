@@ -54,6 +54,9 @@ impl From<Output> for Run {
     }
 }
 
+/// A home directory that is absent, and that not even root can create.
+pub const NO_HOME: &str = "/proc/nonexistent";
+
 /// The program with its arguments, in an environment without any of the developer's settings.
 pub struct Program(Command);
 
@@ -63,7 +66,7 @@ impl Program {
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", "/nonexistent")
+            .env("HOME", NO_HOME)
             .env("AWS_EC2_METADATA_DISABLED", "true")
             .stdin(Stdio::null());
         Program(command)
