@@ -3,15 +3,22 @@
 use std::io;
 use std::time::Duration;
 
+use rustls::pki_types::UnixTime;
 use rustls::{CertificateError, InvalidMessage};
+use time::OffsetDateTime;
+use time::macros::format_description;
 
 use super::call::{Call, Expect, Failure};
 use super::outgoing::Fate;
 use super::remote::Remote;
 use super::response::Refusal;
 use super::wire::{ProxyError, Unresolved};
+use crate::quote::first_few;
 use crate::retry::Trouble;
 use crate::store::Kind;
+
+/// Names of a certificate that a message shows.
+const NAMES: usize = 4;
 
 /// Advice for a store that may have no host name for each bucket.
 const WITH_PATH_STYLE: &str = "use_path_style=true may be missing";
@@ -89,14 +96,13 @@ impl Failure {
         let peer = endpoint.authority();
         let causes = Causes::of(e);
         let reasons = remote.secrets.outside(&causes.text);
-        let mut failure = if causes.certificate {
+        let mut failure = if let Some(refused) = &causes.certificate {
             let peer = match &causes.proxy {
                 Some(proxy) => format!("the proxy {proxy}"),
                 None => peer.to_owned(),
             };
-            let cause = format!("the certificate of {peer} is not trusted ({reasons})");
-            Failure::new(Kind::Other, cause)
-                .advise("if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file")
+            let (why, advice) = why_refused(refused, &reasons);
+            Failure::new(Kind::Other, format!("the certificate of {peer} {why}")).advise(advice)
         } else if causes.no_tls {
             let cause = format!("{peer} does not speak https ({reasons})");
             Failure::new(Kind::NotS3, cause)
@@ -136,8 +142,8 @@ impl Failure {
 pub(super) struct Causes {
     /// All of it in one line.
     pub(super) text: String,
-    /// A certificate is not trusted.
-    certificate: bool,
+    /// Why a certificate was refused.
+    certificate: Option<CertificateError>,
     /// DNS does not know the name, or the certificate is for another.
     wrong_name: bool,
     timed_out: bool,
@@ -166,10 +172,9 @@ impl Causes {
                 }
             }
             if let Some(e) = e.downcast_ref::<rustls::Error>() {
-                causes.certificate |= matches!(
-                    e,
-                    rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented
-                );
+                if let rustls::Error::InvalidCertificate(refused) = e {
+                    causes.certificate = Some(refused.clone());
+                }
                 causes.no_tls |= matches!(
                     e,
                     rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)
@@ -178,14 +183,7 @@ impl Causes {
             if let Some(e) = e.downcast_ref::<hyper::Error>() {
                 causes.no_http |= e.is_parse();
             }
-            causes.wrong_name |= e.is::<Unresolved>()
-                || matches!(
-                    e.downcast_ref::<rustls::Error>(),
-                    Some(rustls::Error::InvalidCertificate(
-                        CertificateError::NotValidForName
-                            | CertificateError::NotValidForNameContext { .. }
-                    ))
-                );
+            causes.wrong_name |= e.is::<Unresolved>();
             if let Some(e) = e.downcast_ref::<ProxyError>() {
                 causes.proxy = Some(e.proxy.clone());
             }
@@ -197,7 +195,49 @@ impl Causes {
             }
             next = cause;
         }
+        causes.wrong_name |= matches!(
+            causes.certificate,
+            Some(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }
+            )
+        );
         causes.text = reasons.join(": ");
         causes
     }
+}
+
+/// What is wrong with a certificate, and what to do about it. `reasons` is what rustls says.
+fn why_refused(refused: &CertificateError, reasons: &str) -> (String, &'static str) {
+    match refused {
+        CertificateError::ExpiredContext { not_after, .. } => (
+            format!("expired on {}", moment(not_after)),
+            "have it renewed, or set the clock of this machine if it is wrong",
+        ),
+        CertificateError::NotValidYetContext { not_before, .. } => (
+            format!("is not valid before {}", moment(not_before)),
+            "set the clock of this machine if it is wrong",
+        ),
+        CertificateError::NotValidForNameContext { presented, .. } if !presented.is_empty() => {
+            // As in `DnsName("s3.example")` and `IpAddress(192.0.2.1)`.
+            let name = |shown: &'_ String| {
+                let (_, name) = shown.split_once('(').unwrap_or(("", shown));
+                name.trim_matches(['"', ')']).to_owned()
+            };
+            let names = first_few(presented.iter().map(name), NAMES);
+            (format!("is for {names}"), "check endpoint_url")
+        }
+        _ => (
+            format!("is not trusted ({reasons})"),
+            "if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file",
+        ),
+    }
+}
+
+/// A day and a minute, for people.
+fn moment(time: &UnixTime) -> String {
+    let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+    let moment = OffsetDateTime::from_unix_timestamp(seconds).ok();
+    let format = format_description!("[year]-[month]-[day] [hour]:[minute] UTC");
+    let shown = moment.and_then(|moment| moment.format(&format).ok());
+    shown.unwrap_or_else(|| format!("second {seconds} of UNIX time"))
 }
