@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::{StreamExt, TryStreamExt};
 use serde::Serialize;
+use tokio::sync::Semaphore;
 
 use crate::blocking::blocking;
 use crate::bucket::Bucket;
@@ -32,6 +33,9 @@ use crate::transfer::upload::Uploader;
 
 /// Open files of an upload: the blob, a connection, and its replacement.
 const FILES: usize = 3;
+
+/// Blobs opened at once. More would be as many threads, for an instant.
+const OPENINGS: usize = 4;
 
 /// Blobs read back at once under `--verify-remote`.
 const READ_BACK: usize = 16;
@@ -202,7 +206,10 @@ impl Work<ExportDetails> for ExportTo<'_> {
         let publisher = Publisher {
             bucket: &self.bucket,
             uploader: &self.uploader,
-            supply: &FromLayout(&self.exported.layout),
+            supply: &FromLayout {
+                layout: &self.exported.layout,
+                openings: Semaphore::new(OPENINGS),
+            },
             parallelism: at_once.min(layers),
             small: at_once.saturating_sub(layers),
             progress: self.progress,
@@ -297,7 +304,10 @@ impl ExportTo<'_> {
 }
 
 /// The layout that blobs are uploaded from.
-struct FromLayout<'a>(&'a Layout);
+struct FromLayout<'a> {
+    layout: &'a Layout,
+    openings: Semaphore,
+}
 
 #[async_trait]
 impl Supply for FromLayout<'_> {
@@ -306,9 +316,11 @@ impl Supply for FromLayout<'_> {
     }
 
     async fn send(&self, uploader: &Uploader, key: &str, digest: Digest, size: u64) -> Result<()> {
-        let layout = self.0.clone();
+        let layout = self.layout.clone();
         let path = layout.blob_path(&digest);
+        let opening = self.openings.acquire().await?;
         let file = blocking(move || layout.open_blob(&digest, size)).await?;
+        drop(opening);
         let source = Arc::new(FileSource::new(file, path, digest, size));
         uploader.upload(key, source).await
     }

@@ -36,8 +36,11 @@ pub(super) const ABANDONED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Files synced at once.
 const SYNCS: usize = 8;
 
-/// Syncing takes threads only if it has taken this long: on fast disks, threads cost more.
+/// Syncing takes threads only if a file takes this long: on fast disks, threads cost more.
 const SLOW_SYNC: Duration = Duration::from_micros(200);
+
+/// As many files' time is allowed beside, because another thread may have had the CPU.
+const GRACE: u32 = 16;
 
 /// A blob being downloaded into a layout. Its file is locked against other processes. When dropped, it
 /// stays for the next run to resume.
@@ -386,7 +389,10 @@ fn sync_files(staged: &[Staged]) -> Result<()> {
         true
     };
     let began = Instant::now();
-    while began.elapsed() < SLOW_SYNC && sync_next() {}
+    let mut allowed = SLOW_SYNC * GRACE;
+    while began.elapsed() < allowed && sync_next() {
+        allowed += SLOW_SYNC;
+    }
     std::thread::scope(|scope| {
         let left = staged.len().saturating_sub(next.load(Ordering::Relaxed));
         for _ in 1..left.min(SYNCS) {
