@@ -116,14 +116,24 @@ enum Internal {
     Hash { dir: PathBuf },
     /// Fetches, hashes and writes a layout's blobs, and nothing else
     #[command(hide = true)]
-    Floor {
+    FloorImport {
         /// The blobs' URL, of a bucket that asks for no signature
         url: String,
+        connections: usize,
         /// The blobs of the layout
         blobs: PathBuf,
         target: PathBuf,
-        /// Connections
-        threads: usize,
+        /// The certificates to trust, for https
+        authority: Option<PathBuf>,
+    },
+    /// Reads, hashes and sends a layout's blobs, and nothing else
+    #[command(hide = true)]
+    FloorExport {
+        /// The blobs' URL, of a bucket that asks for no signature
+        url: String,
+        connections: usize,
+        /// The blobs of the layout
+        blobs: PathBuf,
         /// The certificates to trust, for https
         authority: Option<PathBuf>,
     },
@@ -143,8 +153,9 @@ struct Bench {
     series: Vec<Series>,
     /// By scenario, what hashing its files costs.
     hashed: BTreeMap<&'static str, Vec<Hashed>>,
-    /// By scenario, what the bare program that imports costs.
-    floors: BTreeMap<&'static str, Vec<child::Cost>>,
+    /// By scenario, what the bare programs that export and import cost.
+    export_floors: BTreeMap<&'static str, Vec<child::Cost>>,
+    import_floors: BTreeMap<&'static str, Vec<child::Cost>>,
     /// Seconds of one stream up and down, of the single-stream scenario.
     single: Option<(f64, f64)>,
     notes: Vec<String>,
@@ -179,13 +190,19 @@ fn main() -> Result<()> {
         }
         Some(Internal::Check { layercache, update }) => return check::run(&layercache, update),
         Some(Internal::Hash { dir }) => return hashed::hash(&dir),
-        Some(Internal::Floor {
+        Some(Internal::FloorImport {
             url,
+            connections,
             blobs,
             target,
-            threads,
             authority,
-        }) => return floor::run(&url, &blobs, &target, threads, authority.as_deref()),
+        }) => return floor::import(&url, connections, &blobs, &target, authority.as_deref()),
+        Some(Internal::FloorExport {
+            url,
+            connections,
+            blobs,
+            authority,
+        }) => return floor::export(&url, connections, &blobs, authority.as_deref()),
         Some(Internal::ServeBucket { objects, delay_ms }) => {
             return serve::run_bucket(objects, Duration::from_millis(delay_ms));
         }
@@ -230,7 +247,8 @@ fn measure(
         tools,
         series: Vec::new(),
         hashed: BTreeMap::new(),
-        floors: BTreeMap::new(),
+        export_floors: BTreeMap::new(),
+        import_floors: BTreeMap::new(),
         single: None,
         notes: Vec::new(),
         args,

@@ -80,11 +80,17 @@ impl Bench {
                     }
                 }
             }
+            if scenario.operations.contains(&ColdExport) {
+                let cost = floor::measure_export(&server, scenario, &layout, &self.scratch)?;
+                let floors = self.export_floors.entry(scenario.name);
+                floors.or_default().push(cost);
+            }
             if scenario.operations.contains(&ColdImport) {
                 let hashed = self.hashed.entry(scenario.name).or_default();
                 hashed::measure(hashed, &layout.blobs(), &self.scratch);
-                let cost = floor::measure(&server, scenario.network, &layout, &self.scratch)?;
-                self.floors.entry(scenario.name).or_default().push(cost);
+                let cost = floor::measure_import(&server, scenario, &layout, &self.scratch)?;
+                let floors = self.import_floors.entry(scenario.name);
+                floors.or_default().push(cost);
             }
         }
         drop(server);

@@ -219,8 +219,12 @@ impl Bench {
 
     /// How the floor looks, for a target that is not met.
     fn floor(&self, scenario: &str, operation: Operation) -> String {
-        match self.floors.get(scenario) {
-            Some(costs) if operation == ColdImport && !costs.is_empty() => {
+        let floors = match operation {
+            ColdExport => &self.export_floors,
+            _ => &self.import_floors,
+        };
+        match floors.get(scenario) {
+            Some(costs) if !costs.is_empty() => {
                 format!(
                     "; a bare program: {} wall, {} CPU",
                     seconds(least(costs, |cost| cost.wall)),
@@ -276,7 +280,7 @@ impl Bench {
         let with = self.find(BIG_TLS, ColdImport, Kind::Layercache)?;
         let without = self.find(BIG, ColdImport, Kind::Layercache)?;
         let cost = with.cpu() - without.cpu();
-        let bare = |scenario| Some(least(self.floors.get(scenario)?, |cost| cost.cpu));
+        let bare = |scenario| Some(least(self.import_floors.get(scenario)?, |cost| cost.cpu));
         let mut text = format!("{cost:.2} s");
         if cost > 0.3
             && let Some((with, without)) = bare(BIG_TLS).zip(bare(BIG))
