@@ -45,7 +45,7 @@ pub struct Blobs {
     traffic: Arc<Traffic>,
     known: Mutex<Known>,
     flows: Mutex<HashMap<Digest, Vec<Weak<Flow>>>>,
-    count: Flows,
+    flowing: Flows,
     downloads: Arc<Semaphore>,
 }
 
@@ -74,7 +74,8 @@ impl Blobs {
             traffic,
             known: Mutex::default(),
             flows: Mutex::default(),
-            count: Flows::default(),
+            // Beside the half that the downloader takes.
+            flowing: Flows::new(limits.memory / 5),
             downloads: Arc::new(Semaphore::new(DOWNLOADS)),
         }
     }
@@ -201,7 +202,7 @@ impl Blobs {
         if let Some(place) = joined.filter_map(|flow| flow.join(range.start)).next() {
             return place;
         }
-        let (flow, place) = Flow::new(range.start, &self.count);
+        let (flow, place) = Flow::new(range.start, &self.flowing);
         let wanted = self.wanted(digest, size, range);
         // A download that stops before the blob's end cannot serve other readers.
         if wanted.range.end == size {

@@ -16,10 +16,7 @@ use tokio::time::Instant;
 use crate::cache::digest::Hasher;
 use crate::transfer::forward::Taker;
 
-/// Bytes that all flows hold together for their readers.
-const HELD: u64 = 32 << 20;
-
-/// What a single flow holds, within bounds.
+/// Bytes that a single flow holds for its readers, within bounds.
 const MOST: u64 = 8 << 20;
 const LEAST: u64 = 512 << 10;
 
@@ -46,8 +43,21 @@ pub enum Next {
 }
 
 /// How many flows there are: it decides how much each may hold.
-#[derive(Clone, Default)]
-pub struct Flows(Arc<AtomicUsize>);
+#[derive(Clone)]
+pub struct Flows {
+    count: Arc<AtomicUsize>,
+    held: u64,
+}
+
+impl Flows {
+    /// Flows that hold `held` bytes together, unless there are very many.
+    pub fn new(held: u64) -> Self {
+        Flows {
+            count: Arc::default(),
+            held,
+        }
+    }
+}
 
 /// One flow.
 pub struct Flow {
@@ -82,7 +92,7 @@ impl State {
 impl Flow {
     /// Bytes will arrive from `start` on. There is one reader from the beginning.
     pub fn new(start: u64, flows: &Flows) -> (Arc<Self>, Place) {
-        flows.0.fetch_add(1, Ordering::Relaxed);
+        flows.count.fetch_add(1, Ordering::Relaxed);
         let flow = Arc::new(Flow {
             state: Mutex::new(State {
                 start,
@@ -117,8 +127,8 @@ impl Flow {
     }
 
     fn held(&self) -> u64 {
-        let flows = self.flows.0.load(Ordering::Relaxed).max(1) as u64;
-        (HELD / flows).clamp(LEAST, MOST)
+        let flows = self.flows.count.load(Ordering::Relaxed).max(1) as u64;
+        (self.flows.held / flows).clamp(LEAST, MOST)
     }
 
     /// Waits until there is room for more. `false`: there is no reader left.
@@ -187,7 +197,7 @@ impl Flow {
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        self.flows.0.fetch_sub(1, Ordering::Relaxed);
+        self.flows.count.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
