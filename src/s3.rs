@@ -19,6 +19,7 @@ mod page;
 mod remote;
 mod response;
 mod sign;
+mod sign_in;
 mod timing;
 mod tls;
 mod uploads;

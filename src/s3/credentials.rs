@@ -16,11 +16,11 @@ use aws_config::web_identity_token::WebIdentityTokenCredentialsProvider;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, future};
-use aws_smithy_http_client::proxy::ProxyConfig;
-use aws_smithy_http_client::{Builder, Connector, tls};
 use tokio::sync::{Mutex, OnceCell};
 use tokio::time::Instant;
 
+use super::sign_in::SignIn;
+use super::timing::Timing;
 use super::tls::Trust;
 use crate::config::StaticCredentials;
 use crate::redact::Secrets;
@@ -48,6 +48,7 @@ enum Provider {
     Chain {
         region: String,
         trust: Trust,
+        timing: Timing,
         chain: OnceCell<Box<dyn ProvideCredentials>>,
     },
 }
@@ -65,6 +66,7 @@ impl Keyring {
         given: Option<&StaticCredentials>,
         region: &str,
         trust: Trust,
+        timing: Timing,
         secrets: Secrets,
     ) -> Self {
         let provider = match given {
@@ -81,6 +83,7 @@ impl Keyring {
             None => Provider::Chain {
                 region: region.to_owned(),
                 trust,
+                timing,
                 chain: OnceCell::new(),
             },
         };
@@ -103,6 +106,7 @@ impl Keyring {
             provider: Provider::Chain {
                 region: "us-east-1".into(),
                 trust: Trust::default(),
+                timing: Timing::default(),
                 chain: OnceCell::new_with(Some(Box::new(chain))),
             },
             cache: Mutex::default(),
@@ -154,6 +158,7 @@ impl Keyring {
         let Provider::Chain {
             region,
             trust,
+            timing,
             chain,
         } = &self.provider
         else {
@@ -165,7 +170,9 @@ impl Keyring {
             return Err(anyhow!("{why}"));
         }
         let loaded = async {
-            let chain = chain.get_or_try_init(|| build(region, trust)).await?;
+            let chain = chain
+                .get_or_try_init(|| build(region, trust, timing))
+                .await?;
             chain.provide_credentials().await.map_err(|e| {
                 let env = |name: &str| std::env::var(name).ok();
                 remember_tokens(&self.secrets, &env);
@@ -230,7 +237,11 @@ fn replace_at(now: SystemTime, end: SystemTime) -> SystemTime {
     now + left.saturating_sub(EARLY).max(left / 2)
 }
 
-async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials>> {
+async fn build(
+    region: &str,
+    trust: &Trust,
+    timing: &Timing,
+) -> Result<Box<dyn ProvideCredentials>> {
     // The first link of the chain. If it has credentials, skip the others: loading the system's
     // certificates and the shared files takes longer than a request.
     let environment = Sourced::new(
@@ -240,18 +251,7 @@ async fn build(region: &str, trust: &Trust) -> Result<Box<dyn ProvideCredentials
     if environment.provide_credentials().await.is_ok() {
         return Ok(Box::new(environment));
     }
-    let context = trust.context().context("cannot look for credentials")?;
-    // Sign-in endpoints may be behind a proxy; the metadata services never are.
-    let http = Builder::new().build_with_connector_fn(move |settings, _| {
-        let mut connector = Connector::builder()
-            .tls_provider(tls::Provider::Rustls(
-                tls::rustls_provider::CryptoMode::Ring,
-            ))
-            .tls_context(context.clone())
-            .proxy_config(ProxyConfig::from_env().no_proxy("169.254.169.254,169.254.170.2,169.254.170.23,fd00:ec2::254,fd00:ec2::23,localhost,127.0.0.1,::1"));
-        connector.set_connector_settings(settings.cloned());
-        connector.build()
-    });
+    let http = SignIn::new(trust, timing).context("cannot look for credentials")?;
     let config = ProviderConfig::default()
         .with_http_client(http)
         .with_region(Some(Region::new(region.to_owned())));
@@ -639,6 +639,7 @@ mod tests {
             Some(&given),
             "us-east-1",
             Trust::default(),
+            Timing::default(),
             Secrets::default(),
         );
         let credentials = keyring.get().await.unwrap();

@@ -62,12 +62,8 @@ impl Endpoint {
                 (true, host, None, String::new())
             }
         };
-        let ip = host
-            .trim_start_matches('[')
-            .trim_end_matches(']')
-            .parse::<IpAddr>()
-            .ok();
-        let path_style = config.use_path_style || ip.is_some() || !fits_host_name(bucket, https);
+        let path_style =
+            config.use_path_style || address(&host).is_some() || !fits_host_name(bucket, https);
         let name = match port {
             Some(port) => format!("{host}:{port}"),
             None => host.clone(),
@@ -79,7 +75,7 @@ impl Endpoint {
         };
         Ok(Endpoint {
             https,
-            loopback: ip.map_or_else(|| is_localhost(&host), |ip| ip.to_canonical().is_loopback()),
+            loopback: is_loopback(&host),
             aws: config.endpoint_url.is_none(),
             authority,
             path_style,
@@ -137,6 +133,18 @@ impl Endpoint {
         }
         uri
     }
+}
+
+/// Whether a URL's host is this machine.
+pub(super) fn is_loopback(host: &str) -> bool {
+    let is_loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+    address(host).map_or_else(|| is_localhost(host), is_loopback)
+}
+
+/// The IP address that a URL has for its host.
+fn address(host: &str) -> Option<IpAddr> {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host.parse().ok()
 }
 
 /// `localhost` and its subdomains are this machine (RFC 6761), whatever DNS says.

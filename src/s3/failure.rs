@@ -96,13 +96,8 @@ impl Failure {
         let peer = endpoint.authority();
         let causes = Causes::of(e);
         let reasons = remote.secrets.outside(&causes.text);
-        let mut failure = if let Some(refused) = &causes.certificate {
-            let peer = match &causes.proxy {
-                Some(proxy) => format!("the proxy {proxy}"),
-                None => peer.to_owned(),
-            };
-            let (why, advice) = why_refused(refused, &reasons);
-            Failure::new(Kind::Other, format!("the certificate of {peer} {why}")).advise(advice)
+        let mut failure = if let Some((cause, advice)) = causes.untrusted(peer, &reasons) {
+            Failure::new(Kind::Other, cause).advise(advice)
         } else if causes.no_tls {
             let cause = format!("{peer} does not speak https ({reasons})");
             Failure::new(Kind::NotS3, cause)
@@ -204,6 +199,17 @@ impl Causes {
         causes.text = reasons.join(": ");
         causes
     }
+
+    /// If a certificate was refused, why it was, and what to do about it. `reasons` is what to show of
+    /// the text.
+    pub(super) fn untrusted(&self, peer: &str, reasons: &str) -> Option<(String, &'static str)> {
+        let (why, advice) = why_refused(self.certificate.as_ref()?, reasons);
+        let peer = match &self.proxy {
+            Some(proxy) => format!("the proxy {proxy}"),
+            None => peer.to_owned(),
+        };
+        Some((format!("the certificate of {peer} {why}"), advice))
+    }
 }
 
 /// What is wrong with a certificate, and what to do about it. `reasons` is what rustls says.
@@ -227,7 +233,14 @@ fn why_refused(refused: &CertificateError, reasons: &str) -> (String, &'static s
             (format!("is for {names}"), "check endpoint_url")
         }
         _ => (
-            format!("is not trusted ({reasons})"),
+            match refused {
+                CertificateError::UnknownIssuer => "is not trusted (unknown issuer)".to_owned(),
+                // As `openssl req -x509` makes them.
+                CertificateError::Other(why) if why.to_string().contains("CaUsedAsEndEntity") => {
+                    "is not trusted (it is a CA's, and not in AWS_CA_BUNDLE)".to_owned()
+                }
+                _ => format!("is not trusted ({reasons})"),
+            },
             "if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file",
         ),
     }

@@ -79,6 +79,7 @@ impl Remote {
                 config.credentials.as_ref(),
                 &config.region,
                 trust.clone(),
+                timing,
                 secrets.clone(),
             ),
             endpoint,

@@ -1,20 +1,21 @@
 //! Trusted certificates: the system's, and in addition those of AWS_CA_BUNDLE.
 //!
-//! aws-config does not read AWS_CA_BUNDLE (aws-sdk-rust#1362), so its client gets the same. The AWS
-//! CLI trusts the bundle alone; here it adds to the system's certificates, so that a bundle for a private
-//! store does not break AWS's sign-in endpoints.
+//! The AWS CLI trusts the bundle alone; here it adds to the system's certificates, so that a bundle for a
+//! private store does not break AWS's sign-in endpoints.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use aws_smithy_http_client::tls::{TlsContext, TrustStore};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+
+pub(super) const NO_CERTIFICATES: &str =
+    "this system has no CA certificates (install ca-certificates, or set AWS_CA_BUNDLE)";
 
 /// The file that AWS_CA_BUNDLE names. It is not read before an https connection needs it.
 #[derive(Debug, Clone, Default)]
@@ -32,33 +33,22 @@ impl Trust {
         client(RootCertStore::empty(), Vec::new())
     }
 
-    /// For our own connections.
+    /// For an endpoint that is https.
     pub(super) fn client(&self) -> Result<rustls::ClientConfig> {
+        self.client_if_any()?.context(NO_CERTIFICATES)
+    }
+
+    /// The same. `None`: there are no certificates to trust.
+    pub(super) fn client_if_any(&self) -> Result<Option<rustls::ClientConfig>> {
         let mut roots = system();
         let bundle = match &self.bundle {
             Some(path) => add(&mut roots, &read(path)?, path)?,
             None => Vec::new(),
         };
-        ensure!(
-            !roots.is_empty(),
-            "this system has no CA certificates (install ca-certificates, or set AWS_CA_BUNDLE)"
-        );
-        client(roots, bundle)
-    }
-
-    /// For aws-config's connections.
-    pub(super) fn context(&self) -> Result<TlsContext> {
-        // Without any, the client would panic.
-        let mut store = TrustStore::empty().with_native_roots(!system().is_empty());
-        if let Some(path) = &self.bundle {
-            let pem = read(path)?;
-            add(&mut RootCertStore::empty(), &pem, path)?;
-            store = store.with_pem_certificate(pem);
+        match roots.is_empty() {
+            true => Ok(None),
+            false => client(roots, bundle).map(Some),
         }
-        TlsContext::builder()
-            .with_trust_store(store)
-            .build()
-            .context("cannot set TLS up")
     }
 }
 
@@ -195,10 +185,8 @@ mod tests {
         let trust = Trust {
             bundle: Some(path.clone()),
         };
-        let ours = format!("{:#}", trust.client().unwrap_err());
-        let theirs = format!("{:#}", trust.context().unwrap_err());
-        assert_eq!(ours, theirs);
-        ours.replace(path.to_str().unwrap(), "PATH")
+        let complaint = format!("{:#}", trust.client_if_any().unwrap_err());
+        complaint.replace(path.to_str().unwrap(), "PATH")
     }
 
     #[test]

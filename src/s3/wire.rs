@@ -39,7 +39,7 @@ const POOL_SIZE: usize = 256;
 /// Bytes of a connection's read and write buffers, at most: hyper begins with fewer.
 const BUFFER: usize = 256 << 10;
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The pool of connections to one endpoint.
 pub(super) struct Wire {
@@ -66,25 +66,7 @@ impl Wire {
         };
         let proxy_secret = proxy.as_ref().and_then(|proxy| proxy.basic_auth().cloned());
         let proxy_authorization = proxy_secret.clone().filter(|_| !endpoint.is_https());
-        let mut tcp = HttpConnector::new_with_resolver(Resolver);
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_keepalive(Some(Duration::from_secs(30)));
-        tcp.set_connect_timeout(Some(timing.connect));
-        let connector = over_tls(
-            Connector {
-                direct: tcp.clone(),
-                proxy: proxy.map(|intercept| Proxy {
-                    intercept,
-                    connector: over_tls(tcp, &tls),
-                }),
-            },
-            &tls,
-        );
-        let connector = InTime {
-            connector,
-            limit: timing.ready,
-        };
+        let connector = connector(proxy, &tls, timing.connect, timing.ready);
         let connector = Early::begin(connector, endpoint.uri(None, "").parse()?);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
@@ -98,6 +80,31 @@ impl Wire {
             proxy_authorization,
             proxy_secret,
         })
+    }
+}
+
+/// Opens connections: TCP within `connect`, all of it within `ready`.
+pub(super) fn connector(
+    proxy: Option<Intercept>,
+    tls: &rustls::ClientConfig,
+    connect: Duration,
+    ready: Duration,
+) -> InTime<HttpsConnector<Connector>> {
+    let mut tcp = HttpConnector::new_with_resolver(Resolver);
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_keepalive(Some(Duration::from_secs(30)));
+    tcp.set_connect_timeout(Some(connect));
+    let connector = Connector {
+        direct: tcp.clone(),
+        proxy: proxy.map(|intercept| Proxy {
+            intercept,
+            connector: over_tls(tcp, tls),
+        }),
+    };
+    InTime {
+        connector: over_tls(connector, tls),
+        limit: ready,
     }
 }
 
@@ -241,7 +248,7 @@ impl Service<Uri> for Connector {
 }
 
 /// The proxy that the environment names for requests to `to`.
-fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
+pub(super) fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
     let Some(proxy) = Matcher::from_env().intercept(to) else {
         return Ok(None);
     };
@@ -267,7 +274,7 @@ fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
     Ok(Some(proxy))
 }
 
-fn is_https(uri: &Uri) -> bool {
+pub(super) fn is_https(uri: &Uri) -> bool {
     uri.scheme() == Some(&http::uri::Scheme::HTTPS)
 }
 

@@ -113,7 +113,7 @@ fn temporary(expires: SystemTime) -> serde_json::Value {
 }
 
 /// STS's response to `action`.
-fn assumed(action: &str) -> Reply {
+pub fn assumed(action: &str) -> Reply {
     let expires = at(SystemTime::now() + HOUR);
     ok(format!(
         "<{action}Response xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><{action}Result>\

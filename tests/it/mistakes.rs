@@ -516,9 +516,9 @@ fn endpoints_that_are_not_the_stores() {
     says(
         import(&at_secure(&secure.url())),
         expect![[r#"
-        [1]
-        error: the certificate of 127.0.0.1:PORT is not trusted (invalid peer certificate: UnknownIssuer), reading s3://cache/manifests/buildkit; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
-    "#]],
+            [1]
+            error: the certificate of 127.0.0.1:PORT is not trusted (unknown issuer), reading s3://cache/manifests/buildkit; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
+        "#]],
     );
     let once = "retry_max_attempts=1";
     let keys = format!("access_key_id={ACCESS_KEY},secret_access_key={SECRET_KEY}");

@@ -11,7 +11,9 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
+use crate::credentials::assumed;
 use crate::program::{Program, files, fixture, s3_manifest};
+use crate::scripted::Scripted;
 use crate::server::authority::{acceptor, self_signed};
 use crate::server::{ACCESS_KEY, Authority, SECRET_KEY, Server};
 
@@ -114,7 +116,7 @@ fn a_certificate_that_nobody_vouches_for_is_an_error_that_names_aws_ca_bundle() 
     let server = Server::builder().tls(&authority).start();
     let spec = spec(&server.url(), "cache", "");
     export(&spec).run().fails_with(expect![[r#"
-        error: the certificate of 127.0.0.1:PORT is not trusted (invalid peer certificate: UnknownIssuer), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
+        error: the certificate of 127.0.0.1:PORT is not trusted (unknown issuer), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
     "#]]);
     assert_eq!(server.log().len(), 0);
 }
@@ -136,7 +138,7 @@ fn a_self_signed_certificate_that_calls_itself_a_ca_s_is_trusted_if_it_is_in_the
     let good = make("127.0.0.1", 30);
     run(&good, &good.0).succeeds();
     run(&good, &make("127.0.0.1", 30).0).fails_with(expect![[r#"
-        error: the certificate of 127.0.0.1:PORT is not trusted (invalid peer certificate: Other(OtherError(CaUsedAsEndEntity))), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
+        error: the certificate of 127.0.0.1:PORT is not trusted (it is a CA's, and not in AWS_CA_BUNDLE), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
     "#]]);
     let other = make("s3.example", 30);
     run(&other, &other.0).fails_with(expect![[r#"
@@ -167,8 +169,8 @@ fn an_import_does_not_ask_again_for_what_no_request_can_be_sent_for() {
             "",
             1,
             expect![[r#"
-            error: the certificate of 127.0.0.1:PORT is not trusted (invalid peer certificate: UnknownIssuer), reading s3://cache/manifests/buildkit; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
-        "#]],
+                error: the certificate of 127.0.0.1:PORT is not trusted (unknown issuer), reading s3://cache/manifests/buildkit; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
+            "#]],
         ),
         (
             absent.to_str().expect("a path in ASCII"),
@@ -513,7 +515,7 @@ fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
             "HTTPS_PROXY",
             (Ipv4Addr::LOCALHOST, store.port).into(),
             expect![[r#"
-                error: the certificate of the proxy 127.0.0.1:PORT is not trusted (proxy 127.0.0.1:PORT: tunnel error: failed to create underlying connection: invalid peer certificate: UnknownIssuer), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
+                error: the certificate of the proxy 127.0.0.1:PORT is not trusted (unknown issuer), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
             "#]],
         ),
         (
@@ -521,8 +523,8 @@ fn a_proxy_that_speaks_https_is_spoken_to_in_https() {
             "HTTP_PROXY",
             server.addr(),
             expect![[r#"
-            error: the certificate of the proxy 127.0.0.1:PORT is not trusted (proxy 127.0.0.1:PORT: invalid peer certificate: UnknownIssuer), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
-        "#]],
+                error: the certificate of the proxy 127.0.0.1:PORT is not trusted (unknown issuer), looking for s3://cache/blobs/sha256:DIGEST; if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file
+            "#]],
         ),
     ] {
         let asked = Asked::default();
@@ -596,4 +598,62 @@ fn a_proxy_that_cannot_be_spoken_to_is_refused_before_it_gets_a_byte() {
             .fails_with(expected);
     }
     assert_eq!(taken(&asked), []);
+}
+
+/// An export with the credentials of a web identity, for which `sts` is asked.
+fn export_with_role(server: &Server, token: &Path, sts: &str) -> Program {
+    std::fs::write(token, "header.claims.signature").expect("a file can be written");
+    Program::export(&server.keyless_spec("mode=max"), &fixture("local-max"))
+        .arg("--quiet")
+        .env("AWS_WEB_IDENTITY_TOKEN_FILE", token)
+        .env("AWS_ROLE_ARN", "arn:aws:iam::111122223333:role/ci-cache")
+        .env("AWS_ENDPOINT_URL_STS", sts)
+}
+
+#[test]
+fn a_sign_in_endpoint_is_trusted_as_a_store_is() {
+    let (certificate, key) = self_signed("127.0.0.1", time::Duration::days(30));
+    let (server, sts) = (
+        Server::start(),
+        Scripted::start(|_, _| assumed("AssumeRoleWithWebIdentity")),
+    );
+    let front = tls_front(acceptor(&certificate, &key), sts.address());
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let bundle = folder.path().join("bundle.pem");
+    std::fs::write(&bundle, certificate.pem()).expect("a file can be written");
+    let endpoint = format!("https://127.0.0.1:{}", front.port);
+    let export = || export_with_role(&server, &folder.path().join("token"), &endpoint);
+    export().env("AWS_CA_BUNDLE", &bundle).run().succeeds();
+    assert_eq!(sts.requests().len(), 1);
+    export().run().fails_with(expect![[r#"
+        error: credentials from web identity (AWS_WEB_IDENTITY_TOKEN_FILE TMP/token, AWS_ROLE_ARN arn:aws:iam::111122223333:role/ci-cache) failed (dispatch failure: io error: the certificate of 127.0.0.1:PORT is not trusted (it is a CA's, and not in AWS_CA_BUNDLE); if a CA of your own has signed it, set AWS_CA_BUNDLE to its PEM file); correct these two, or whom the role trusts (exporting 'buildkit' to s3://cache at http://127.0.0.1:PORT)
+    "#]]);
+}
+
+#[test]
+fn a_sign_in_endpoint_is_reached_through_https_proxy() {
+    let authority = Authority::new();
+    let (server, sts) = (
+        Server::start(),
+        Scripted::start(|_, _| assumed("AssumeRoleWithWebIdentity")),
+    );
+    // Only the proxy knows this host.
+    let front = front(&authority, &["sts.example.test"], sts.address());
+    let asked = Asked::default();
+    let proxy = proxy((Ipv4Addr::LOCALHOST, front.port).into(), &asked);
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let token = folder.path().join("token");
+    export_with_role(&server, &token, "https://sts.example.test")
+        .env("AWS_CA_BUNDLE", authority.bundle())
+        .env(
+            "HTTPS_PROXY",
+            format!("http://me:pass@127.0.0.1:{}", proxy.port),
+        )
+        .run()
+        .succeeds();
+    assert_eq!(sts.requests().len(), 1);
+    let asked = taken(&asked);
+    assert_eq!(asked.len(), 1, "{asked:?}");
+    assert_eq!(asked[0].0, "CONNECT sts.example.test:443 HTTP/1.1");
+    assert!(asked[0].1.is_some(), "{asked:?}");
 }
