@@ -23,7 +23,7 @@ use crate::process;
 use crate::progress::{self, Progress, count};
 use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report};
-use crate::store::{Kind, ObjectInfo};
+use crate::store::{Kind, ObjectInfo, StoreError};
 use crate::transfer::object::ObjectSource;
 use crate::transfer::upload::Uploader;
 
@@ -409,19 +409,33 @@ impl Supply for FromBuckets<'_> {
     }
 
     async fn send(&self, uploader: &Uploader, key: &str, digest: Digest, size: u64) -> Result<()> {
-        let mut originals = self.originals.iter().enumerate();
-        let (at, info) = originals
-            .find_map(|(at, original)| Some((at, original.blob(&digest, size)?)))
-            .ok_or_else(|| {
-                anyhow!("blob {digest} disappeared from the target, and no source has it")
-            })?;
-        if self.copy(at, info, uploader, key, &digest).await {
-            return Ok(());
+        let originals = self.originals.iter().enumerate();
+        let holders: Vec<_> = originals
+            .filter_map(|(at, original)| Some((at, original.blob(&digest, size)?)))
+            .collect();
+        for (at, info) in &holders {
+            if self.copy(*at, info, uploader, key, &digest).await {
+                return Ok(());
+            }
         }
         let _room = self.streams.acquire().await?;
-        let bucket = &self.originals[at].bucket;
-        let store = Arc::clone(bucket.store());
-        let source = ObjectSource::new(store, bucket.blob_key(&digest), digest, size);
-        uploader.upload(key, Arc::new(source)).await
+        let mut failed = anyhow!("blob {digest} disappeared from the target, and no source has it");
+        for (at, _) in holders {
+            let bucket = &self.originals[at].bucket;
+            let store = Arc::clone(bucket.store());
+            let source = ObjectSource::new(store, bucket.blob_key(&digest), digest, size);
+            match uploader.upload(key, Arc::new(source)).await {
+                // Another source may have it whole.
+                Err(error) if is_of_source(&error) => failed = error,
+                done => return done,
+            }
+        }
+        Err(failed)
     }
+}
+
+/// Whether an upload failed at what was to be sent, not at the target.
+fn is_of_source(error: &anyhow::Error) -> bool {
+    let store_error = error.downcast_ref::<StoreError>();
+    store_error.is_none_or(|error| error.kind == Kind::LocalBody)
 }

@@ -407,13 +407,16 @@ impl ImportFrom<'_> {
                 .note(&format!("would fetch {digest} ({text})"));
             details.bytes += size;
         }
-        if !missing.is_empty() {
-            let kept = self.without(&plan.cache, &missing, details)?;
-            details.usable = is_usable(&kept);
-        }
+        let used = match missing.is_empty() {
+            true => plan.cache.blobs()?,
+            false => {
+                let kept = self.without(&plan.cache, &missing, details)?;
+                details.usable = is_usable(&kept);
+                kept.blobs()?
+            }
+        };
         if let Some(age) = self.task.refresh {
-            let blobs = plan.cache.blobs()?;
-            details.refreshed = self.old(blobs.into_keys(), age).await?.len() as u64;
+            details.refreshed = self.old(used.into_keys(), age).await?.len() as u64;
         }
         Ok(())
     }

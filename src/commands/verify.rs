@@ -267,7 +267,7 @@ impl VerifyDetails {
     fn count<'a>(&mut self, blobs: impl Iterator<Item = &'a (Digest, u64)>) {
         let blobs: BTreeMap<Digest, u64> = blobs.copied().collect();
         self.blobs = blobs.len() as u64;
-        self.bytes = blobs.into_values().sum();
+        self.bytes = blobs.into_values().fold(0, u64::saturating_add);
     }
 
     /// The error for a place where something is still wrong.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
 
 use super::damaged::damaged_blob;
-use super::dir::{Dir, READ};
+use super::dir::{Dir, READ, modified};
 use super::lock::{lock_file, try_lock_file};
 use super::{INDEX, Layout, OCI_LAYOUT};
 use crate::cache::digest::Digest;
@@ -302,17 +302,15 @@ impl Layout {
     }
 
     fn tidy_file(&self, root: &Dir, staging: &Dir, name: &str) -> Result<()> {
-        let in_place = |digest: &Digest| -> Result<bool> {
-            match self.blobs(root)? {
-                Some(blobs) => Ok(blobs.file_size(&digest.hex())?.is_some()),
-                None => Ok(false),
-            }
+        let blob = |digest: &Digest| match self.blobs(root)? {
+            Some(blobs) => blobs.stat(&digest.hex()),
+            None => Ok(None),
         };
         if let Some(digest) = damaged_blob(name) {
             let Some(file) = staging.open_file(name, READ)? else {
                 return Ok(());
             };
-            if in_place(&digest)? || is_abandoned(&file)? {
+            if blob(&digest)?.is_some() || is_abandoned(&file)? {
                 staging.unlink(name)?;
             }
             return Ok(());
@@ -333,7 +331,10 @@ impl Layout {
         let is_useless = match &digest {
             None => true,
             Some(digest) => {
-                file.metadata()?.len() == 0 || in_place(digest)? || is_abandoned(&file)?
+                // A blob that was there before is damaged, and this one is about to replace it.
+                let begun = file.metadata()?.modified().ok();
+                let in_place = blob(digest)?.is_some_and(|stat| modified(&stat) >= begun);
+                file.metadata()?.len() == 0 || in_place || is_abandoned(&file)?
             }
         };
         if is_useless {

@@ -740,10 +740,18 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
     let (dir, layout) = prepared();
     let staging = dir.path().join(".layercache");
     let done = put(dir.path(), b"done");
+    let damaged = put(dir.path(), b"damaged");
     let [resumable, old, held] = [b"resumable", b"abandoned", b"held_____"].map(|b| Digest::of(b));
-    for digest in [done, resumable, old] {
+    for digest in [done, damaged, resumable, old] {
         fs::write(partial_path(dir.path(), &digest), "part").unwrap();
     }
+    let earlier = SystemTime::now() - Duration::from_secs(60);
+    set_modified(&partial_path(dir.path(), &done), earlier);
+    // What was begun later is going to replace it.
+    set_modified(
+        &dir.path().join("blobs/sha256").join(damaged.hex()),
+        earlier,
+    );
     let age = SystemTime::now() - WEEK - Duration::from_secs(60);
     set_modified(&partial_path(dir.path(), &old), age);
     fs::write(staging.join("index.json.partial"), "{").unwrap();
@@ -754,6 +762,7 @@ fn tidy_removes_what_is_done_or_abandoned_and_keeps_what_is_in_use_or_not_ours()
     layout.tidy();
 
     let mut expected = [
+        format!("{}.partial", damaged.hex()),
         format!("{}.partial", resumable.hex()),
         format!("{}.partial", held.hex()),
         "notes".into(),

@@ -15,7 +15,7 @@ use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Blob;
 use crate::quote::printable;
 use crate::store::{ByteStream, UploadBody};
-use crate::transfer::buffers::{BUFFER, Buffers};
+use crate::transfer::buffers::{BUFFER, Buffers, Room};
 use crate::transfer::hashing::{Feed, Hashing, read_into};
 use crate::transfer::pace::Gate;
 
@@ -50,7 +50,11 @@ pub trait Source: Send + Sync {
 /// What every upload of a run reads with.
 #[derive(Clone)]
 pub struct Means {
+    /// For parts, each of which is read before its request is opened.
     pub buffers: Buffers,
+    /// For bodies that are read a chunk at a time: a request that is open cannot wait until a whole
+    /// part has found room, because the store would close it.
+    pub streams: Buffers,
     pub hashing: Hashing,
     /// Bounds the parts in flight.
     pub(super) gate: Arc<Gate>,
@@ -212,15 +216,20 @@ impl Count {
 pub struct WholeBlob {
     source: Arc<dyn Source>,
     means: Means,
+    /// For the first chunk of the first try.
+    first: Mutex<Option<Room>>,
     count: Count,
 }
 
 impl WholeBlob {
-    pub fn new(source: Arc<dyn Source>, means: Means, blob: &Arc<Blob>) -> Self {
+    /// Waits for the room that its first chunk needs.
+    pub async fn new(source: Arc<dyn Source>, means: Means, blob: &Arc<Blob>) -> Self {
+        let first = means.streams.room(source.size().min(BUFFER)).await;
         WholeBlob {
             source,
             count: Count::new(blob, &means),
             means,
+            first: Mutex::new(Some(first)),
         }
     }
 }
@@ -243,6 +252,7 @@ impl UploadBody for WholeBlob {
             self.means.clone(),
             0..size,
             Hasher::default(),
+            self.first.lock().take(),
         );
         let chunks = verified(chunks, digest, size, move |found| source.damaged(found));
         counted(unread_is_local(chunks), self.count.clone())
@@ -267,24 +277,28 @@ fn read_ahead(
 }
 
 /// The chunks of `range` of `source`, each with the hasher that has seen it after what `hasher` had.
-/// An empty range is one empty chunk.
+/// An empty range is one empty chunk. There may be room for the `first` one already.
 fn chunks(
     source: Arc<dyn Source>,
     means: Means,
     range: Range<u64>,
     hasher: Hasher,
+    first: Option<Room>,
 ) -> impl Stream<Item = Result<(Bytes, Hasher)>> + Send {
-    futures::stream::try_unfold(Some((range, hasher)), move |rest| {
+    futures::stream::try_unfold(Some((range, hasher, first)), move |rest| {
         let (source, means) = (Arc::clone(&source), means.clone());
         async move {
-            let Some((range, hasher)) = rest else {
+            let Some((range, hasher, room)) = rest else {
                 return Ok(None);
             };
             let end = range.end.min(range.start + BUFFER);
-            let room = means.buffers.room(end - range.start).await;
+            let room = match room {
+                Some(room) => room,
+                None => means.streams.room(end - range.start).await,
+            };
             let (read, hasher) = source.read(range.start..end, hasher, &means).await?;
-            let bytes = means.buffers.lend(read, room).next().unwrap_or_default();
-            let rest = (end < range.end).then(|| (end..range.end, hasher.clone()));
+            let bytes = means.streams.lend(read, room).next().unwrap_or_default();
+            let rest = (end < range.end).then(|| (end..range.end, hasher.clone(), None));
             Ok(Some(((bytes, hasher), rest)))
         }
     })
@@ -342,7 +356,7 @@ impl PartBody {
         let digest = self.source.digest();
         let changed = move |_| anyhow!("blob {digest} changed while it was sent");
         let (source, means) = (Arc::clone(&self.source), self.means.clone());
-        let chunks = chunks(source, means, self.range.clone(), self.before.clone());
+        let chunks = chunks(source, means, self.range.clone(), self.before.clone(), None);
         verified(chunks, self.after, self.len(), changed)
     }
 }
@@ -464,6 +478,7 @@ mod tests {
         let source: Arc<dyn Source> = Arc::new(source);
         let means = Means {
             buffers: Buffers::new(1 << 20),
+            streams: Buffers::new(1 << 20),
             hashing: Hashing::on_half_the_cores(),
             gate: Arc::new(Gate::new(1)),
         };
@@ -498,6 +513,29 @@ mod tests {
         changed[range.end] ^= 1;
         std::fs::write(&path, &changed).unwrap();
         assert_eq!(send(&part).await, (bytes[range].to_vec(), None));
+    }
+
+    #[tokio::test]
+    async fn a_blob_that_is_sent_whole_waits_for_no_part() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("blob");
+        std::fs::write(&path, b"abcd").unwrap();
+        let file = File::open(&path).unwrap();
+        let source = FileSource::new(file, path, Digest::of(b"abcd"), 4);
+        let means = Means {
+            buffers: Buffers::new(1 << 20),
+            streams: Buffers::new(1 << 20),
+            hashing: Hashing::on_half_the_cores(),
+            gate: Arc::new(Gate::new(1)),
+        };
+        let _parts = means.buffers.room(1 << 20).await;
+        let progress = Progress::new(Display::Quiet, 0);
+        let blob = progress.blob(Verb::Upload, &Digest::of(b"abcd"), 4);
+        let body = WholeBlob::new(Arc::new(source), means, &blob).await;
+        for _ in 0..2 {
+            let sent: Vec<_> = body.open().map(|chunk| chunk.unwrap()).collect().await;
+            assert_eq!(sent.concat(), b"abcd");
+        }
     }
 
     #[tokio::test]

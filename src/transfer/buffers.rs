@@ -85,6 +85,14 @@ impl Buffers {
         }
     }
 
+    /// The same pool, with a bound of its own.
+    pub fn beside(&self, budget: u64) -> Self {
+        Buffers {
+            free: Arc::clone(&self.free),
+            ..Buffers::new(budget)
+        }
+    }
+
     /// Waits for room for `bytes`, in the order of asking. More than the whole bound counts as the
     /// whole bound, so that one huge part is slow and not stuck.
     pub async fn room(&self, bytes: u64) -> Room {

@@ -19,6 +19,9 @@ use crate::transfer::unfinished::Unfinished;
 /// Open files that a part in flight is counted as: connections change over, and other uploads need some.
 const FILES: usize = 4;
 
+/// The share of the buffers for blobs that are not sent in parts: one in so many.
+const STREAMS: u64 = 8;
+
 /// Uploads and refreshes blobs, and cleans up what did not end well.
 pub struct Uploader {
     pub(super) store: Arc<dyn Store>,
@@ -30,10 +33,14 @@ pub struct Uploader {
 
 impl Uploader {
     pub fn new(store: Arc<dyn Store>, progress: Progress, limits: Limits) -> Self {
+        let budget = limits.memory / 4 * 3;
+        let streams = budget / STREAMS;
+        let buffers = Buffers::new(budget - streams);
         Uploader {
             store,
             means: Means {
-                buffers: Buffers::new(limits.memory / 4 * 3),
+                streams: buffers.beside(streams),
+                buffers,
                 hashing: Hashing::on_half_the_cores(),
                 gate: Arc::new(Gate::new(process::within_open_files(usize::MAX, FILES))),
             },
@@ -52,9 +59,8 @@ impl Uploader {
         let (digest, size) = (source.digest(), source.size());
         let blob = self.progress.blob(Verb::Upload, &digest, size);
         if size < self.limits.multipart {
-            let body = WholeBlob::new(source, self.means.clone(), &blob);
-            let sent = self.store.put(key, Arc::new(body)).await;
-            sent?;
+            let body = WholeBlob::new(source, self.means.clone(), &blob).await;
+            self.store.put(key, Arc::new(body)).await?;
         } else {
             self.upload_parts(key, source, &blob).await?;
         }

@@ -194,6 +194,11 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
             .iter()
             .any(|k| k == key || k.starts_with("manifests/"))
     );
+    let (other, target) = (exported(), Server::start());
+    let run = copy(&[from.spec(""), other.spec("")], &target.spec("mode=max")).run();
+    run.succeeds();
+    assert_eq!(target.objects()[key], other.objects()[key]);
+    assert_store_is_sound(&target, "with another source");
 }
 
 #[test]

@@ -21,7 +21,7 @@ const LARGE: [usize; 3] = [40 * MIB, 70_000, 300];
 
 /// A process that a rule of the server sends signals to.
 #[derive(Clone, Default)]
-struct Victim(Arc<OnceLock<i32>>);
+pub struct Victim(Arc<OnceLock<i32>>);
 
 impl Victim {
     fn is(&self, child: &Child) {
@@ -31,13 +31,13 @@ impl Victim {
 
     /// Waits until the process is known. Nobody reaps it before the rule has run, so the id is still
     /// its own.
-    fn signal(&self, signal: i32) {
+    pub fn signal(&self, signal: i32) {
         unsafe { libc::kill(*self.0.wait(), signal) };
     }
 }
 
 /// Runs the program under a rule that may send it signals.
-fn run_under(
+pub fn run_under(
     program: Program,
     server: &Server,
     rule: impl Fn(&Asked, &Victim) -> Option<Fault> + Send + Sync + 'static,

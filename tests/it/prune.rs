@@ -1,5 +1,6 @@
 //! `layercache prune` on a bucket.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use expect_test::{Expect, expect};
@@ -7,6 +8,7 @@ use layercache::cache::digest::Digest;
 use serde_json::{Value, json};
 
 use crate::aftermath::{assert_store_is_sound, soak};
+use crate::crashes::run_under;
 use crate::program::{Program, Run, fixture};
 use crate::server::{Fault, Logged, OTHER_BUCKET, Server, Store, Stored};
 
@@ -879,6 +881,35 @@ fn a_prune_that_fails_at_any_request_leaves_a_sound_bucket_and_the_next_one_fini
             assert_eq!(server.objects(), reference, "request {nth}");
         }
     }
+}
+
+#[test]
+fn a_prune_that_is_interrupted_says_what_it_has_deleted() {
+    let server = bucket();
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let file = folder.path().join("metadata.json");
+    let program = prune(&server, "", &["--yes", "--older-than", "20d"])
+        .arg("--metadata-file")
+        .arg(&file);
+    let deleted = AtomicBool::new(false);
+    run_under(program, &server, move |asked, victim| {
+        if asked.operation.starts_with("Delete") {
+            deleted.store(true, Ordering::Relaxed);
+        } else if asked.operation == "ListObjectsV2" && deleted.load(Ordering::Relaxed) {
+            victim.signal(libc::SIGTERM);
+            return Some(Fault::Hang);
+        }
+        None
+    })
+    .ends_with(143)
+    .says("interrupted");
+    assert_eq!(caches(&server), "main, pr-2");
+    let metadata = std::fs::read(&file).expect("the file");
+    let metadata: Value = serde_json::from_slice(&metadata).expect("JSON");
+    assert_eq!(
+        metadata["results"][0]["deleted"]["caches"], 1,
+        "{metadata:#}"
+    );
 }
 
 /// No manifest names an absent blob, and what is not ours is there.

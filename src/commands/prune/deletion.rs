@@ -69,6 +69,18 @@ pub(super) struct Deletion<'a> {
     failures: parking_lot::Mutex<u64>,
 }
 
+/// Tells `details` what was deleted, however the work ends.
+struct Counted<'a> {
+    deletion: &'a Deletion<'a>,
+    details: &'a mut PruneDetails,
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.details.deleted = std::mem::take(&mut *self.deletion.deleted.lock());
+    }
+}
+
 impl<'a> Deletion<'a> {
     pub fn new(
         bucket: &'a Bucket,
@@ -93,10 +105,14 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// Carries out the plan. `details` say what was deleted, even if it fails midway.
+    /// Carries out the plan. `details` say what was deleted, even if it fails midway or is dropped.
     pub async fn run(self, plan: Plan, repair: bool, details: &mut PruneDetails) -> Result<()> {
-        let ended = self.work(plan, repair, details).await;
-        details.deleted = self.deleted.into_inner();
+        let counted = Counted {
+            deletion: &self,
+            details,
+        };
+        let ended = self.work(plan, repair, counted.details).await;
+        drop(counted);
         let failures = self.failures.into_inner();
         if failures > 0 {
             let shown = self.failed.into_inner().join("; ");

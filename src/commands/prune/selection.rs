@@ -144,33 +144,36 @@ fn decide_one(
 
 /// Removes the oldest caches until the blobs of the rest fit. Returns their bytes.
 fn fit(candidates: &[Candidate], decisions: &mut [Decision], max_size: Option<u64>) -> u64 {
-    let mut users: HashMap<Digest, u32> = HashMap::new();
-    let mut total: u64 = 0;
+    // How many caches need a blob, and its bytes. Manifests may disagree about them: the most count.
+    let mut blobs: HashMap<Digest, (u32, u64)> = HashMap::new();
     for (candidate, decision) in candidates.iter().zip(&*decisions) {
         if decision.action == Action::Keep {
             for (digest, size) in candidate.blobs.into_iter().flatten() {
-                let users = users.entry(*digest).or_default();
-                total = total.saturating_add(if *users == 0 { *size } else { 0 });
+                let (users, most) = blobs.entry(*digest).or_default();
                 *users += 1;
+                *most = size.max(most).to_owned();
             }
         }
     }
+    // Wider than any sum of what manifests can say.
+    let mut total: u128 = blobs.values().map(|(_, size)| u128::from(*size)).sum();
+    let bounded = |total| u64::try_from(total).unwrap_or(u64::MAX);
     let Some(max_size) = max_size else {
-        return total;
+        return bounded(total);
     };
     let mut oldest: Vec<usize> = (0..candidates.len())
         .filter(|&at| !decisions[at].fixed)
         .collect();
     oldest.sort_by_key(|&at| (candidates[at].written, candidates[at].name));
     for at in oldest {
-        if total <= max_size {
+        if total <= u128::from(max_size) {
             break;
         }
-        for (digest, size) in candidates[at].blobs.into_iter().flatten() {
-            let users = users.entry(*digest).or_default();
+        for (digest, _) in candidates[at].blobs.into_iter().flatten() {
+            let (users, size) = blobs.entry(*digest).or_default();
             *users -= 1;
             if *users == 0 {
-                total -= size;
+                total -= u128::from(*size);
             }
         }
         decisions[at] = Decision::new(
@@ -179,7 +182,7 @@ fn fit(candidates: &[Candidate], decisions: &mut [Decision], max_size: Option<u6
             format!("over --max-size {}", bytes(max_size)),
         );
     }
-    total
+    bounded(total)
 }
 
 /// What becomes of a blob.
@@ -253,6 +256,29 @@ mod tests {
                 )
             });
         (lines.collect::<Vec<_>>().join("\n"), rest)
+    }
+
+    #[test]
+    fn manifests_may_disagree_about_the_size_of_a_blob() {
+        let now = SystemTime::now();
+        let blob = Digest::of(b"a");
+        let (short, long) = ([(blob, 100)], [(blob, u64::MAX)]);
+        let candidate = |name, days, blobs| Candidate {
+            name,
+            written: Some(now - DAY * days),
+            blobs: Some(blobs),
+            ours: true,
+        };
+        let candidates = [candidate("old", 2, &long), candidate("new", 1, &short)];
+        let choice = |max_size| CacheChoice {
+            max_size: Some(max_size),
+            ..CacheChoice::default()
+        };
+        let (_, rest) = decide(&candidates, &choice(u64::MAX), now);
+        assert_eq!(rest, u64::MAX);
+        let (decisions, rest) = decide(&candidates, &choice(1000), now);
+        assert_eq!(rest, 0);
+        assert!(decisions.iter().all(|one| one.action == Action::Remove));
     }
 
     const CACHES: [(&str, Option<i64>, &str); 5] = [

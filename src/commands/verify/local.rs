@@ -107,7 +107,8 @@ async fn hash(
     blobs: BTreeSet<(Digest, u64)>,
     progress: &Progress,
 ) -> Result<BTreeSet<Digest>> {
-    let bytes = blobs.iter().map(|(_, size)| size).sum();
+    let sizes = blobs.iter().map(|(_, size)| *size);
+    let bytes = sizes.fold(0, u64::saturating_add);
     progress.stage("verifying", blobs.len() as u64, bytes);
     let checks = blobs.into_iter().map(|(blob, size)| {
         let (layout, progress) = (layout.clone(), progress.clone());
