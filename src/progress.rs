@@ -31,9 +31,9 @@ pub enum Display {
     Auto,
     /// one line for each thing that happened
     Plain,
-    /// bars
+    /// bars, if stderr is a terminal, else plain
     Tty,
-    /// errors and warnings only
+    /// results, warnings and errors only
     // buildx has it by this name too.
     #[value(alias = "none")]
     Quiet,
@@ -159,6 +159,7 @@ enum Kind {
     Note,
     Retry,
     Debug,
+    Summary,
     Warning,
     Error,
 }
@@ -259,7 +260,7 @@ impl Flight {
 }
 
 impl Progress {
-    /// Shows on stderr. `verbosity` counts: below 0 only errors and warnings are shown, from 1 on
+    /// Shows on stderr. `verbosity` counts: below 0 only summaries, warnings and errors are shown, from 1 on
     /// debug messages as well. Where the terminal cannot show bars (no terminal, `TERM=dumb`), they
     /// become plain lines.
     pub fn new(display: Display, verbosity: i8) -> Self {
@@ -374,6 +375,13 @@ impl Progress {
     pub fn result(&self, fields: &Value) {
         if let Some(view) = &self.hub.view {
             view.result(fields);
+        }
+    }
+
+    /// A closing summary that cannot go to stdout: shown in every mode.
+    pub fn summary(&self, text: &str) {
+        for line in text.lines() {
+            self.message(Kind::Summary, line);
         }
     }
 

@@ -46,7 +46,6 @@ use crate::progress::Display;
 #[command(
     name = "layercache",
     version,
-    propagate_version = true,
     // Scripts append flags to the ones they are given, so the last one wins.
     args_override_self = true,
     after_help = "\
@@ -102,7 +101,7 @@ pub struct Global {
     #[arg(long, global = true, value_enum, value_name = "MODE", help_heading = GLOBAL)]
     pub progress: Option<Display>,
 
-    /// Print only the results, warnings and errors: --progress=quiet
+    /// Show only results, warnings and errors: --progress=quiet
     #[arg(short, long, global = true, overrides_with_all = ["progress", "verbose"], help_heading = GLOBAL)]
     pub quiet: bool,
 

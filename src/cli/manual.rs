@@ -1,10 +1,11 @@
 //! Shell completions, man pages and the version, made from the same definition as `--help`.
 
-use std::io::Write as _;
-use std::path::PathBuf;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap_complete::Shell;
+use roff::{Roff, roman};
 
 use crate::cli::args;
 
@@ -16,12 +17,16 @@ pub enum Manual {
 Example, for bash:
   layercache completion bash > ~/.local/share/bash-completion/completions/layercache")]
     Completion {
+        /// The shell that is to complete commands and options
         #[arg(value_name = "SHELL")]
         shell: Shell,
     },
     /// Write the man pages into a directory
-    #[command(hide = true)]
+    #[command(after_help = "\
+Example:
+  layercache man ~/.local/share/man/man1")]
     Man {
+        /// Where the pages go; created if it is absent
         #[arg(value_name = "DIRECTORY")]
         directory: PathBuf,
     },
@@ -38,8 +43,7 @@ impl Manual {
         match self {
             Manual::Completion { shell } => print(&completions(*shell)),
             Manual::Version => print(args::definition().render_version().as_bytes()),
-            Manual::Man { directory } => std::fs::create_dir_all(directory)
-                .and_then(|()| clap_mangen::generate_to(args::definition(), directory))
+            Manual::Man { directory } => man_pages(directory)
                 .with_context(|| format!("cannot write the man pages to {}", directory.display())),
         }
     }
@@ -60,6 +64,51 @@ fn completions(shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut args::definition(), "layercache", &mut script);
     script
+}
+
+fn man_pages(directory: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    let mut program = args::definition().disable_help_subcommand(true);
+    program.build();
+    let version = program.render_version();
+    for command in program.get_subcommands().chain([&program]) {
+        let page = clap_mangen::Man::new(command.clone()).source(version.trim_end());
+        let mut text = Vec::new();
+        page.render_title(&mut text)?;
+        page.render_name_section(&mut text)?;
+        page.render_synopsis_section(&mut text)?;
+        page.render_description_section(&mut text)?;
+        page.render_options_section(&mut text)?;
+        if command.has_subcommands() {
+            page.render_subcommands_section(&mut text)?;
+        }
+        if let Some(help) = command.get_after_help() {
+            after_help(&help.to_string()).to_writer(&mut text)?;
+        }
+        std::fs::write(directory.join(page.get_filename()), text)?;
+    }
+    Ok(())
+}
+
+/// What stands below the options in `--help`. clap_mangen would fill the examples like prose.
+fn after_help(help: &str) -> Roff {
+    let mut page = Roff::new();
+    for section in help.split("\n\n") {
+        let lines = section.lines();
+        if section.starts_with("Example") {
+            page.control("SH", ["EXAMPLES"]).control("nf", []);
+            for line in lines.skip(1) {
+                page.text([roman(line.strip_prefix("  ").unwrap_or(line))]);
+            }
+            page.control("fi", []);
+        } else {
+            page.control("SH", ["NOTES"]);
+            for line in lines {
+                page.text([roman(line)]);
+            }
+        }
+    }
+    page
 }
 
 #[cfg(test)]
@@ -108,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_a_man_page_for_the_program_and_for_each_command_that_is_not_hidden() {
+    fn there_is_a_man_page_for_the_program_and_for_each_command() {
         let directory = tempfile::tempdir().unwrap();
         let pages = directory.path().join("share/man/man1");
         let man = Manual::Man {
@@ -131,6 +180,7 @@ mod tests {
                 "layercache-inspect.1",
                 "layercache-lifecycle.1",
                 "layercache-ls.1",
+                "layercache-man.1",
                 "layercache-prune.1",
                 "layercache-serve.1",
                 "layercache-verify.1",

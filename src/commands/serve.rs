@@ -95,9 +95,7 @@ pub async fn run(task: &ServeTask, context: &Context<'_>) -> Outcome {
             // stdout is the command's.
             false => {
                 context.progress.result(&report.json());
-                for line in report.summary().lines() {
-                    context.progress.note(line);
-                }
+                context.progress.summary(&report.summary());
             }
         }
         outcome.reports.push(Box::new(report));

@@ -115,7 +115,8 @@ impl View for Events {
     fn message(&self, kind: Kind, text: &str) {
         self.write(Event {
             event: match kind {
-                Kind::Note => "note",
+                // The fields of the `result` event say the same.
+                Kind::Note | Kind::Summary => "note",
                 Kind::Retry => "retry",
                 Kind::Debug => "debug",
                 Kind::Warning => "warning",

@@ -26,7 +26,7 @@ pub(super) struct Lines {
     /// Milliseconds of the clock.
     began: u64,
     coloured: bool,
-    /// Warnings and errors only.
+    /// Summaries, warnings and errors only.
     quiet: bool,
     verbose: bool,
 }
@@ -48,7 +48,7 @@ impl Lines {
         }
     }
 
-    /// Shows warnings and errors only.
+    /// Shows summaries, warnings and errors only.
     pub(super) fn quiet(out: Box<dyn Write + Send>, clock: Clock, coloured: bool) -> Self {
         Lines {
             quiet: true,
@@ -179,7 +179,7 @@ impl View for Lines {
 
     fn message(&self, kind: Kind, text: &str) {
         match kind {
-            Kind::Warning | Kind::Error => {
+            Kind::Summary | Kind::Warning | Kind::Error => {
                 write_line(&mut **self.out.lock(), message(kind, text, self.coloured));
             }
             _ if self.quiet => {}
@@ -201,7 +201,7 @@ impl View for Lines {
 pub(super) fn message(kind: Kind, text: &str, coloured: bool) -> String {
     let text = printable(text);
     let (label, colour) = match kind {
-        Kind::Note | Kind::Retry => return text.into_owned(),
+        Kind::Note | Kind::Retry | Kind::Summary => return text.into_owned(),
         Kind::Debug => return format!("debug: {text}"),
         Kind::Warning => ("warning:", AnsiColor::Yellow),
         Kind::Error => ("error:", AnsiColor::Red),

@@ -25,6 +25,7 @@ mod inventory;
 mod lifecycle;
 mod limits;
 mod ls;
+mod manual;
 mod mistakes;
 mod output;
 mod program;

@@ -350,7 +350,6 @@ fn help_and_version_are_no_failures() {
         &["export", "--help"],
         &["import", "--help"],
         &["--version"],
-        &["export", "--version"],
     ] {
         assert_eq!(refused(words).exit_code(), 0, "{words:?}");
     }

@@ -10,8 +10,8 @@ use crate::config::{Origin, Task, VerifyTask};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
-SPEC is buildx's: type=s3 with region, bucket, prefix, endpoint_url and so on. Its name does not matter:
-all caches are verified.
+SPEC is buildx's: type=s3 with region, bucket, prefix, endpoint_url and so on. Its name does not
+matter: all caches are verified.
 An interrupted verify --deep on S3 continues where it stopped: until a run completes, the list of
 verified blobs is in the directory layercache below $XDG_CACHE_HOME or ~/.cache.
 Exit status 1 if anything is still wrong at the end.

@@ -61,9 +61,9 @@ fn a_command_finds_the_variables_and_its_exit_status_is_the_programs() {
     "#]].assert_eq(&lasting(&run.stdout));
     expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        Ns served 'main' from s3://cache/manifests/main at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
-        Ns served 'Feature/X' from s3://cache/manifests/Feature/X at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
-        Ns stored 0 manifests in s3://cache/manifests/Feature/X at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
+        served 'main' from s3://cache/manifests/main at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+        served 'Feature/X' from s3://cache/manifests/Feature/X at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+        stored 0 manifests in s3://cache/manifests/Feature/X at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
     "#]].assert_eq(&lasting(&run.stderr));
 }
 
@@ -88,8 +88,8 @@ fn a_cache_that_is_read_and_written_is_one_repository() {
     .assert_eq(&lasting(&run.stdout));
     expect![[r#"
         Ns serving: builds on this machine can use the cache now
-        Ns served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
-        Ns stored 0 manifests in s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+        stored 0 manifests in s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 0 refreshed
     "#]].assert_eq(&lasting(&run.stderr));
 }
 
@@ -189,6 +189,19 @@ fn the_summary_is_also_in_the_metadata_file() {
         }
     "#]]
     .assert_eq(&lasting(&format!("{written:#}\n")));
+}
+
+#[test]
+fn the_summary_is_on_stderr_where_stdout_is_the_commands_even_if_the_run_is_quiet() {
+    let server = Server::start();
+    let from = server.spec("name=main");
+    let args = ["-q", "--cache-from", &from];
+    let run = serve(&args, &["echo", "built"]).run().succeeds();
+    run.prints(expect![[r#"
+        built
+    "#]], expect![[r#"
+        served 'main' from s3://cache/manifests/main at http://127.0.0.1:PORT: 0 lookups, 0 found; 0 blobs (0 B) read, 0 B fetched from S3; 0 requests in N s
+    "#]]);
 }
 
 #[test]
