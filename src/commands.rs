@@ -93,24 +93,37 @@ impl std::fmt::Display for NobodyToAsk {
 
 impl std::error::Error for NobodyToAsk {}
 
+/// The person did not agree to a plan about this place: exit status 1, but nothing went wrong.
+#[derive(Debug)]
+pub struct Declined(String);
+
+impl std::fmt::Display for Declined {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "nothing was removed from {}", self.0)
+    }
+}
+
+impl std::error::Error for Declined {}
+
 impl Context<'_> {
-    /// Shows a plan, and returns if the person agrees to it.
+    /// Shows a plan to remove something from the place at `address`, and returns if the person agrees to
+    /// it.
     ///
     /// # Errors
-    /// [`NobodyToAsk`], or the answer is no.
-    async fn agree(&self, plan: &str, question: &str) -> Result<()> {
+    /// [`NobodyToAsk`], or [`Declined`].
+    async fn agree(&self, plan: &str, address: &str) -> Result<()> {
         self.person
             .show(plan)
             .await
             .context("cannot write the plan to stdout")?;
         match self
             .person
-            .confirm(question)
+            .confirm(&format!("Remove this from {address}?"))
             .await
             .context("reading the answer")?
         {
             Some(true) => Ok(()),
-            Some(false) => Err(anyhow!("nothing was removed: the answer was no")),
+            Some(false) => Err(Declined(address.to_owned()).into()),
             None => Err(NobodyToAsk.into()),
         }
     }
@@ -255,8 +268,8 @@ async fn for_each_spec<C: PerSpec>(
 
 /// The error, followed by what was being done unless it already says where on S3 it happened.
 fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
-    // They have exit codes of their own.
-    if error.is::<Interrupted>() || error.is::<NobodyToAsk>() {
+    // They are told in other ways.
+    if error.is::<Interrupted>() || error.is::<NobodyToAsk>() || error.is::<Declined>() {
         return error;
     }
     let of_store = error.chain().find_map(|cause| cause.downcast_ref());
@@ -319,11 +332,11 @@ async fn on_layout<D: Details>(
         Ok(details) => report.details = details,
         Err(error) => {
             report.fail(&error);
-            errors.push(error.context(format!(
-                "{} {}",
-                report.place.doing,
-                report.place.address()
-            )));
+            let place = &report.place;
+            errors.push(match error.is::<Declined>() {
+                true => error,
+                false => error.context(format!("{} {}", place.doing, place.address())),
+            });
         }
     }
     context.finish(&report);

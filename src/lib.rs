@@ -36,7 +36,7 @@ mod terminal;
 pub mod transfer;
 
 use cli::args::{self, Args, Asked, UsageError};
-use commands::{Context, NobodyToAsk};
+use commands::{Context, Declined, NobodyToAsk};
 use config::{S3Config, Task};
 use interrupt::{Interrupted, Signals};
 use progress::Progress;
@@ -82,7 +82,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// Prints what went wrong, if anything did. Returns the exit code for it.
 fn end(progress: &Progress, errors: &[anyhow::Error]) -> ExitCode {
     for error in errors {
-        progress.error(&format!("{error:#}"));
+        let text = format!("{error:#}");
+        match error.is::<Declined>() {
+            true => progress.summary(&text),
+            false => progress.error(&text),
+        }
     }
     exit_code(errors)
 }

@@ -125,16 +125,17 @@ impl RetryPolicy {
         most.mul_f64(rand::rng().random_range(0.0..=1.0))
     }
 
-    fn report(&self, text: String) {
+    /// Reports `text`, unless the `same` was said a moment ago.
+    fn report(&self, same: &str, text: &str) {
         {
             let mut reported = self.0.reported.lock();
             reported.retain(|(at, _)| at.elapsed() < REPORT_STANDS);
-            if reported.iter().any(|(_, said)| *said == text) {
+            if reported.iter().any(|(_, said)| said == same) {
                 return;
             }
-            reported.push((Instant::now(), text.clone()));
+            reported.push((Instant::now(), same.to_owned()));
         }
-        (self.0.report)(&text);
+        (self.0.report)(text);
     }
 }
 
@@ -183,14 +184,15 @@ impl Tries {
         let wait = match patience {
             Some(left) => {
                 let left = left.as_secs_f64().ceil();
+                // The time that is left differs each time.
                 self.policy
-                    .report(format!("{why}, trying again for up to {left} s"));
+                    .report(why, &format!("{why}, trying again for up to {left} s"));
                 self.policy.backoff(1)
             }
             None => {
                 let most = self.policy.0.max_attempts;
-                self.policy
-                    .report(format!("{why}, trying again ({next} of {most})"));
+                let text = format!("{why}, trying again ({next} of {most})");
+                self.policy.report(&text, &text);
                 let asked = trouble.retry_after.unwrap_or_default();
                 self.policy
                     .backoff(self.made)
@@ -503,6 +505,26 @@ mod tests {
             "no answer from s3.example:443 after 30 s, trying again (3 of 3)",
         ];
         assert_eq!(*reports.lock(), expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_connection_is_reported_at_first_and_then_every_five_seconds() {
+        let reports: Arc<Mutex<Vec<String>>> = Arc::default();
+        let log = Arc::clone(&reports);
+        let policy = RetryPolicy::new(RetryMode::Standard, 2, BASE, move |text| {
+            log.lock().push(text.to_owned());
+        });
+        let refused = Trouble {
+            refused: true,
+            ..TROUBLE
+        };
+        let mut tries = policy.tries();
+        while tries.again(refused, "why").await {}
+        let reports = reports.lock();
+        assert_eq!(reports[0], "why, trying again for up to 10 s");
+        // After the time is up, the attempts count.
+        let about_time = reports.iter().filter(|text| text.contains("for up to"));
+        assert_eq!(about_time.count(), 2, "{reports:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -154,10 +154,16 @@ impl PruneDetails {
         }
         let _ = write!(
             text,
-            "to remove: {}, {}, {}\nto keep: {}, {}",
-            count(self.removed_caches(), "cache"),
-            self.blobs.removed(),
-            count(self.uploads.abort, "unfinished upload"),
+            "to remove: {}\nto keep: {}, {}",
+            match self.is_nothing() {
+                true => "nothing".to_owned(),
+                false => removed(
+                    self.removed_caches(),
+                    self.blobs.remove,
+                    self.blobs.remove_bytes,
+                    self.uploads.abort
+                ),
+            },
             count(self.caches.len() as u64 - self.removed_caches(), "cache"),
             self.blobs
                 .kept("no cache needs but that may be part of an export under way")
@@ -178,6 +184,9 @@ impl PruneDetails {
 impl Details for PruneDetails {
     fn summary(&self, place: &Place, cost: &str) -> String {
         let address = place.addresses();
+        if self.is_nothing() && self.problems.is_empty() {
+            return format!("nothing to prune in {address}; {cost}");
+        }
         if self.dry_run {
             return format!("dry run: nothing was removed from {address}; {cost}");
         }
@@ -189,11 +198,8 @@ impl Details for PruneDetails {
             ..
         } = &self.deleted;
         let mut text = format!(
-            "pruned {address}: removed {}, {} ({}), {}; {cost}",
-            count(*caches, "cache"),
-            count(*blobs, "blob"),
-            progress::bytes(*bytes),
-            count(*uploads, "unfinished upload")
+            "pruned {address}: removed {}; {cost}",
+            removed(*caches, *blobs, *bytes, *uploads)
         );
         for repaired in &self.deleted.repaired {
             let _ = write!(text, "\nrewrote {}", printable(repaired));
@@ -213,6 +219,16 @@ impl Details for PruneDetails {
     fn as_json(&self) -> bool {
         self.json
     }
+}
+
+/// What goes or went, for people. Unfinished uploads are rare.
+fn removed(caches: u64, blobs: u64, bytes: u64, uploads: u64) -> String {
+    let (caches, bytes) = (count(caches, "cache"), progress::bytes(bytes));
+    let mut text = format!("{caches}, {} ({bytes})", count(blobs, "blob"));
+    if uploads > 0 {
+        let _ = write!(text, ", {}", count(uploads, "unfinished upload"));
+    }
+    text
 }
 
 struct Prune<'a> {
@@ -297,10 +313,10 @@ impl Work<PruneDetails> for PruneOne<'_> {
         let plan = self.plan(&mut watch, details).await?;
         match self.task.consent {
             Consent::Ask => {
-                let question = format!("Remove this from {}?", report.place.addresses());
+                let address = report.place.addresses();
                 match details.is_nothing() {
                     true => self.show(details).await?,
-                    false => self.context.agree(&details.plan(), &question).await?,
+                    false => self.context.agree(&details.plan(), &address).await?,
                 }
             }
             Consent::Given | Consent::DryRun => self.show(details).await?,

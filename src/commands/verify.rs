@@ -282,12 +282,13 @@ impl VerifyDetails {
             return Some(anyhow!("{objects} could not be deleted from {address}"));
         }
         let caches = count(self.caches.len() as u64, "cache");
+        let is_bad = |cache: &Verdict| !cache.damaged.is_empty() || !cache.wrong_size.is_empty();
         let advice = match (self.repair, place.layout.is_empty()) {
             (false, true) => "; --repair fixes those whose manifests can be read",
-            (false, false) => {
+            (false, false) if self.caches.iter().any(is_bad) => {
                 "; --repair moves damaged blobs aside, so that an import fetches them"
             }
-            (true, false) => "; import or build them again",
+            (_, false) => "; import or build them again",
             (true, true) => "",
         };
         let are = if wrong == 1 { "is" } else { "are" };

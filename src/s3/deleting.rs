@@ -97,7 +97,8 @@ impl S3Store {
             },
             ..Default::default()
         };
-        let mut call = Call::new(DOING, None, Expect::Listing("DeleteResult")).slow();
+        let mut call =
+            Call::new("deleting objects in", None, Expect::Listing("DeleteResult")).slow();
         if let Some(etags) = etags {
             // rusoto's request has no field for ETags.
             call = call.with_payload(conditional(keys, etags));

@@ -118,7 +118,7 @@ fn without_options_only_garbage_goes() {
             pr-1  40 d ago   7 B  keep    no option selects it
             pr-2  10 d ago   7 B  keep    no option selects it
 
-            to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
+            to remove: 0 caches, 2 blobs (18 B)
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
             dry run: nothing was removed from s3://cache at http://127.0.0.1:PORT; N requests in N s
         "#]],
@@ -140,9 +140,9 @@ fn without_options_only_garbage_goes() {
             pr-1  40 d ago   7 B  keep    no option selects it
             pr-2  10 d ago   7 B  keep    no option selects it
 
-            to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
+            to remove: 0 caches, 2 blobs (18 B)
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 2 blobs (18 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 2 blobs (18 B); N requests in N s
         "#]],
         expect![[""]],
     );
@@ -163,9 +163,9 @@ fn without_options_only_garbage_goes() {
             pr-1  40 d ago   7 B  keep    no option selects it
             pr-2  10 d ago   7 B  keep    no option selects it
 
-            to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
+            to remove: nothing
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            nothing to prune in s3://cache at http://127.0.0.1:PORT; N requests in N s
         "#]],
         expect![[""]],
     );
@@ -184,9 +184,9 @@ fn caches_go_that_options_choose_and_with_them_their_own_blobs() {
             pr-1  40 d ago   7 B  remove  older than 30 d
             pr-2  10 d ago   7 B  keep    not older than 30 d
 
-            to remove: 1 cache, 3 blobs (21 B), 0 unfinished uploads
+            to remove: 1 cache, 3 blobs (21 B)
             to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 3 blobs (21 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 3 blobs (21 B); N requests in N s
         "#]],
         expect![[""]],
     );
@@ -218,9 +218,9 @@ fn caches_go_that_options_choose_and_with_them_their_own_blobs() {
             main  11 d ago   8 B  remove  over --max-size 8 B
             pr-2  10 d ago   7 B  keep    fits --max-size
 
-            to remove: 1 cache, 1 blob (4 B), 0 unfinished uploads
+            to remove: 1 cache, 1 blob (4 B)
             to keep: 1 cache, 2 blobs (7 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 1 blob (4 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 1 blob (4 B); N requests in N s
         "#]],
         expect![[""]],
     );
@@ -334,14 +334,14 @@ fn without_a_terminal_and_without_yes_nothing_goes() {
         run,
         2,
         expect![[r#"
-        name   written  size  action  reason
-        main  10 d ago   8 B  keep    no option selects it
-        pr-1  40 d ago   7 B  keep    no option selects it
-        pr-2  10 d ago   7 B  keep    no option selects it
+            name   written  size  action  reason
+            main  10 d ago   8 B  keep    no option selects it
+            pr-1  40 d ago   7 B  keep    no option selects it
+            pr-2  10 d ago   7 B  keep    no option selects it
 
-        to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
-        to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-    "#]],
+            to remove: 0 caches, 2 blobs (18 B)
+            to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
+        "#]],
         expect![[r#"
             error: nothing was removed: there is no terminal to ask on (--yes skips the question)
         "#]],
@@ -358,8 +358,8 @@ fn the_grace_is_at_least_touch_refresh() {
         2,
         expect![[""]],
         expect![[r#"
-        error: --grace: it must not be below touch_refresh (172800 s): exports rely on blobs younger than that
-    "#]],
+            error: --grace: it must not be below touch_refresh (48h): exports rely on blobs younger than that
+        "#]],
     );
     server.age(&blob("young"), 50 * Duration::from_secs(3600));
     // By default it is a day more.
@@ -415,9 +415,9 @@ fn blobs_and_manifests_may_share_a_prefix() {
             old       10 d ago   1 B  remove  matched by --name
             sha256:0  10 d ago   1 B  keep    not matched by --name
 
-            to remove: 1 cache, 1 blob (7 B), 0 unfinished uploads
+            to remove: 1 cache, 1 blob (7 B)
             to keep: 2 caches, 2 blobs (2 B)
-            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 1 blob (7 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 1 blob (7 B); N requests in N s
         "#]],
         expect![[""]],
     );
@@ -448,9 +448,9 @@ fn caches_of_other_specs_over_the_same_blobs_keep_theirs() {
             pr-2             10 d ago   7 B  keep    no option selects it
             teams/x/release   5 d ago   9 B  keep    another spec's, over the same blobs
 
-            to remove: 0 caches, 1 blob (9 B), 0 unfinished uploads
+            to remove: 0 caches, 1 blob (9 B)
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B); N requests in N s
         "#]],
         expect![[""]],
     );
@@ -489,9 +489,9 @@ fn caches_elsewhere_keep_theirs_if_they_are_named() {
             pr-2     10 d ago   7 B  keep    no option selects it
             release   5 d ago   9 B  keep    another spec's, over the same blobs
 
-            to remove: 0 caches, 1 blob (9 B), 0 unfinished uploads
+            to remove: 0 caches, 1 blob (9 B)
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B); N requests in N s
         "#]],
         expect![[""]],
     );
@@ -514,9 +514,9 @@ fn among_more_than_ten_thousand_unknown_objects_no_blob_goes() {
             pr-1  40 d ago   7 B  remove  matched by --name
             pr-2  10 d ago   7 B  keep    not matched by --name
 
-            to remove: 1 cache, 0 blobs (0 B), 0 unfinished uploads
+            to remove: 1 cache, 0 blobs (0 B)
             to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 0 blobs (0 B); N requests in N s
         "#]],
         expect![[r#"
             error: no blob is deleted, because more than 10000 objects below the prefix are neither blobs nor manifests, and any may be a cache of another spec: --assume-no-others says that none is (pruning s3://cache at http://127.0.0.1:PORT)
@@ -563,15 +563,61 @@ fn while_a_cache_cannot_be_read_no_blob_goes() {
             pr-1  40 d ago   7 B  keep    no option selects it
             pr-2  10 d ago   7 B  keep    no option selects it
 
-            to remove: 0 caches, 0 blobs (0 B), 0 unfinished uploads
+            to remove: nothing
             to keep: 3 caches, 3 blobs (10 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B); N requests in N s
         "#]],
         expect![[r#"
             error: no blob is deleted, because a cache cannot be read: s3://cache/manifests/main (http://127.0.0.1:PORT answered 403 AccessDenied (The test server was told to answer AccessDenied.), reading s3://cache/manifests/main; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too) (pruning s3://cache at http://127.0.0.1:PORT)
         "#]],
     );
     assert!(texts(&server).contains("garbage 1, garbage 2"));
+}
+
+#[test]
+fn a_prune_that_may_not_delete_does_not_speak_of_deleting_the_bucket() {
+    let server = Server::builder()
+        .refuse("DeleteObjects", 403, "AccessDenied")
+        .start();
+    fill(&server);
+    let run = prune(&server, "", &["--yes"]).run();
+    prints(
+        run,
+        1,
+        expect![[r#"
+        name   written  size  action  reason
+        main  10 d ago   8 B  keep    no option selects it
+        pr-1  40 d ago   7 B  keep    no option selects it
+        pr-2  10 d ago   7 B  keep    no option selects it
+
+        to remove: 0 caches, 2 blobs (18 B)
+        to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
+    "#]],
+        expect![[r#"
+        error: stopped after 0 caches and 0 blobs; the next prune continues: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), deleting objects in s3://cache; layercache doctor tells which permission is missing
+    "#]],
+    );
+}
+
+#[test]
+fn caches_written_in_the_same_second_as_the_last_are_kept_and_the_plan_says_so() {
+    let server = bucket();
+    let run = prune(&server, "", &["--dry-run", "--keep-last", "1"]).run();
+    prints(
+        run,
+        0,
+        expect![[r#"
+        name   written  size  action  reason
+        main  10 d ago   8 B  keep    among the last 1
+        pr-1  40 d ago   7 B  remove  not among the last 1
+        pr-2  10 d ago   7 B  keep    written in the same second as the last 1
+
+        to remove: 1 cache, 3 blobs (21 B)
+        to keep: 2 caches, 3 blobs (11 B), and 1 blob that no cache needs but that may be part of an export under way
+        dry run: nothing was removed from s3://cache at http://127.0.0.1:PORT; N requests in N s
+    "#]],
+        expect![[""]],
+    );
 }
 
 #[test]
@@ -588,9 +634,9 @@ fn what_cannot_be_deleted_is_reported_and_the_rest_goes() {
             pr-1  40 d ago   7 B  keep    no option selects it
             pr-2  10 d ago   7 B  keep    no option selects it
 
-            to remove: 0 caches, 2 blobs (18 B), 0 unfinished uploads
+            to remove: 0 caches, 2 blobs (18 B)
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 1 blob (9 B); N requests in N s
         "#]],
         expect![[r#"
             error: 1 object could not be deleted: http://127.0.0.1:PORT answered 200 AccessDenied (The test server was told to refuse this.), deleting s3://cache/blobs/sha256:24a453ff47846cf5e1b661da836243b70ccf27ccaad0cb0ecfefa6a807278ecb (pruning s3://cache at http://127.0.0.1:PORT)
@@ -667,10 +713,10 @@ fn a_layout_is_pruned_with_the_same_plan() {
         prune(&["--yes"]),
         0,
         expect![[r#"
-        to remove: 0 blobs (0 B)
-        to keep: 12 blobs (70.0 KiB), and 1 blob that nothing reaches but that may be part of a build under way
-        pruned TMP: removed 0 blobs (0 B); N s
-    "#]],
+            to remove: nothing
+            to keep: 12 blobs (70.0 KiB), and 1 blob that nothing reaches but that may be part of a build under way
+            nothing to prune in TMP; N s
+        "#]],
         expect![[""]],
     );
     assert!(orphan.exists(), "it is younger than an hour");

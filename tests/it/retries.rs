@@ -1,14 +1,18 @@
 //! What is retried, how often, and from which offset.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
+use expect_test::expect;
 use layercache::cache::digest::Digest;
 use layercache::transfer::limits::Limits;
 
 use crate::inside::{self, Inside};
-use crate::program::{files, fixture, s3_manifest};
+use crate::output::lasting;
+use crate::program::{Program, Run, files, fixture, s3_manifest};
 use crate::server::{Fault, Logged, Server};
 
 /// The largest blob of the fixtures, 12,259 bytes.
@@ -43,6 +47,28 @@ fn of_largest(server: &Server, operation: &str) -> Vec<Logged> {
     let mut log = server.log();
     log.retain(|l| l.operation == operation && l.key == format!("blobs/{LARGEST}"));
     log
+}
+
+#[test]
+fn a_connection_that_is_refused_again_and_again_is_reported_once() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let spec = Server::start().spec("name=app");
+    let (before, after) = spec
+        .split_once("endpoint_url=http://")
+        .expect("an endpoint");
+    let (_, after) = after.split_once(',').unwrap_or_default();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let spec = format!("{before}endpoint_url=http://{address},{after}");
+    let mut child = Program::import(&spec, Path::new("/nonexistent/cache")).spawn();
+    std::thread::sleep(Duration::from_secs(3));
+    child.kill().unwrap();
+    let run = Run::from(child.wait_with_output().unwrap());
+    expect![[r#"
+        Ns reading the manifest
+        Ns connection to 127.0.0.1:PORT refused, trying again for up to 10 s
+    "#]]
+    .assert_eq(&lasting(&run.stderr));
 }
 
 #[test]

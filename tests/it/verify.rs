@@ -561,7 +561,8 @@ fn a_layout_is_verified_and_its_damaged_blobs_moved_aside() {
     program(&["--format=json", &path])
         .run()
         .ends_with(1)
-        .prints(expect![[r#"
+        .prints(
+            expect![[r#"
             {
               "version": 1,
               "command": "verify",
@@ -583,10 +584,12 @@ fn a_layout_is_verified_and_its_damaged_blobs_moved_aside() {
               "deep": false,
               "removed": 0
             }
-        "#]], expect![[r#"
+        "#]],
+            expect![[r#"
             Ns reading the layout
-            error: 1 of 1 cache in TMP is not whole; --repair moves damaged blobs aside, so that an import fetches them
-        "#]]);
+            error: 1 of 1 cache in TMP is not whole; import or build them again
+        "#]],
+        );
 
     let server = bucket();
     Program::import(&server.spec("name=max"), layout.path())
@@ -624,7 +627,7 @@ fn entries_of_a_layout_that_cannot_be_read_are_told() {
             an entry without a name cannot be read: "md5:7" is not a digest (expected sha256: and 64 lower-case hex digits)
         "#]], expect![[r#"
             Ns reading the layout
-            error: 2 of 3 caches in TMP are not whole; --repair moves damaged blobs aside, so that an import fetches them
+            error: 2 of 3 caches in TMP are not whole; import or build them again
         "#]]);
 }
 

@@ -52,7 +52,7 @@ pub struct PruneArgs {
     #[arg(long, value_name = "AGE", value_parser = age)]
     pub older_than: Option<Duration>,
 
-    /// Keep the N caches that were written last
+    /// Keep the N caches that were written last, and those of the same second as the last of them
     #[arg(long, value_name = "N")]
     pub keep_last: Option<usize>,
 
@@ -156,13 +156,23 @@ fn check_grace(grace: Duration, targets: &[ExportConfig]) -> Result<()> {
     for target in targets {
         if grace < target.touch_refresh {
             return Err(usage(format!(
-                "--grace: it must not be below touch_refresh ({} s): exports rely on blobs younger \
+                "--grace: it must not be below touch_refresh ({}): exports rely on blobs younger \
                  than that",
-                target.touch_refresh.as_secs()
+                span(target.touch_refresh)
             )));
         }
     }
     Ok(())
+}
+
+/// A duration as one types it.
+fn span(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        s if s % (60 * 60) == 0 => format!("{}h", s / (60 * 60)),
+        s if s % 60 == 0 => format!("{}m", s / 60),
+        s => format!("{s}s"),
+    }
 }
 
 fn age(text: &str) -> Result<Duration, &'static str> {

@@ -64,6 +64,10 @@ impl PruneLayoutDetails {
         }
     }
 
+    fn is_nothing(&self) -> bool {
+        self.entries.is_empty() && self.blobs.remove == 0
+    }
+
     /// The plan, for people.
     fn plan(&self) -> String {
         let mut text = String::new();
@@ -79,11 +83,14 @@ impl PruneLayoutDetails {
             1 => "1 entry, ".to_owned(),
             n => format!("{n} entries, "),
         };
-        let removed = self.blobs.removed();
+        let removed = match self.is_nothing() {
+            true => "nothing".to_owned(),
+            false => entries + &self.blobs.removed(),
+        };
         let kept = self
             .blobs
             .kept("nothing reaches but that may be part of a build under way");
-        let _ = write!(text, "to remove: {entries}{removed}\nto keep: {kept}");
+        let _ = write!(text, "to remove: {removed}\nto keep: {kept}");
         text
     }
 }
@@ -91,6 +98,9 @@ impl PruneLayoutDetails {
 impl Details for PruneLayoutDetails {
     fn summary(&self, place: &Place, cost: &str) -> String {
         let address = place.addresses();
+        if self.is_nothing() {
+            return format!("nothing to prune in {address}; {cost}");
+        }
         if self.dry_run {
             return format!("dry run: nothing was removed from {address}; {cost}");
         }
@@ -137,19 +147,15 @@ pub(super) async fn prune(
     })
     .await?;
     let mut details = PruneLayoutDetails::new(&plan, task);
-    let is_nothing = plan.orphans.is_empty() && plan.dangling.is_empty();
     match task.consent {
-        Consent::Ask if !is_nothing => {
-            let question = format!(
-                "Remove this from {}?",
-                printable(&task.layout.to_string_lossy())
-            );
-            context.agree(&details.plan(), &question).await?;
+        Consent::Ask if !details.is_nothing() => {
+            let address = printable(&task.layout.to_string_lossy()).into_owned();
+            context.agree(&details.plan(), &address).await?;
         }
         _ if task.json => {}
         _ => context.person.show(&details.plan()).await?,
     }
-    if task.consent == Consent::DryRun || is_nothing {
+    if task.consent == Consent::DryRun || details.is_nothing() {
         return Ok(details);
     }
     context.progress.stage("deleting", 0, 0);

@@ -56,19 +56,31 @@ pub(super) fn decide(
     choice: &CacheChoice,
     now: SystemTime,
 ) -> (Vec<Decision>, u64) {
-    let last = last(candidates, choice.keep_last.unwrap_or(0));
+    let count = choice.keep_last.unwrap_or(0);
+    let order = last(candidates, count);
+    let last: BTreeSet<usize> = order.iter().copied().take(count).collect();
+    let tied: BTreeSet<usize> = order.into_iter().skip(count).collect();
     let mut decisions: Vec<Decision> = candidates
         .iter()
         .enumerate()
-        .map(|(at, candidate)| decide_one(candidate, last.contains(&at), choice, now))
+        .map(|(at, candidate)| {
+            let reason = match candidate.written {
+                _ if last.contains(&at) => Some(format!("among the last {count}")),
+                _ if !tied.contains(&at) => None,
+                Some(_) => Some(format!("written in the same second as the last {count}")),
+                None => Some("its age is unknown".to_owned()),
+            };
+            decide_one(candidate, reason, choice, now)
+        })
         .collect();
     let rest = fit(candidates, &mut decisions, choice.max_size);
     (decisions, rest)
 }
 
-/// The indexes of the `count` caches that were written last. One without a date may be the latest. S3's
-/// dates are whole seconds, so those written in the same second as the last of them belong to them.
-fn last(candidates: &[Candidate], count: usize) -> BTreeSet<usize> {
+/// The indexes of the `count` caches that were written last, the latest first. One without a date may be
+/// the latest. S3's dates are whole seconds, so those written in the same second as the last of them
+/// follow.
+fn last(candidates: &[Candidate], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..candidates.len())
         .filter(|&at| candidates[at].ours && candidates[at].blobs.is_some())
         .collect();
@@ -87,7 +99,7 @@ fn last(candidates: &[Candidate], count: usize) -> BTreeSet<usize> {
 
 fn decide_one(
     candidate: &Candidate,
-    is_last: bool,
+    among_last: Option<String>,
     choice: &CacheChoice,
     now: SystemTime,
 ) -> Decision {
@@ -105,9 +117,8 @@ fn decide_one(
     if matches(&choice.keep) {
         return keep("matched by --keep");
     }
-    if is_last {
-        let count = choice.keep_last.unwrap_or_default();
-        return keep(&format!("among the last {count}"));
+    if let Some(reason) = among_last {
+        return keep(&reason);
     }
     if let Some(older_than) = choice.older_than {
         // A time in the future is never old.
@@ -356,7 +367,7 @@ mod tests {
             decided(&caches, &last).0,
             "remove a: not among the last 1\n\
              keep b: among the last 1\n\
-             keep c: among the last 1"
+             keep c: written in the same second as the last 1"
         );
     }
 
