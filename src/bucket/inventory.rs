@@ -35,7 +35,7 @@ pub struct Inventory {
     pub blobs: BTreeMap<Digest, Option<ObjectInfo>>,
     /// Blobs that no cache needs, as far as manifests can be read.
     pub unreferenced: Tally,
-    /// Objects that are neither blob nor manifest.
+    /// Objects that are no blob or manifest of these caches: another prefix's may be.
     pub other: Tally,
 }
 

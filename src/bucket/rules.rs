@@ -20,12 +20,16 @@ const EXPIRE_AFTER: u32 = 14;
 /// Days after which an unfinished upload is removed. This program continues its own for one day.
 const ABORT_AFTER: u32 = 2;
 
+/// Days after which a version that a refresh or an export has replaced is removed, where the bucket keeps
+/// versions.
+const REPLACED_AFTER: u32 = 1;
+
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What one of our rules does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
-    /// Deletes objects this many days after they were last modified.
+    /// Deletes objects this many days after they were last modified, and replaced versions sooner.
     Expire(u32),
     /// Aborts multipart uploads this many days after they began.
     Abort(u32),
@@ -92,19 +96,21 @@ pub fn only_named_expire(s3: &S3Config) -> bool {
 /// As `aws s3api put-bucket-lifecycle-configuration` takes them.
 pub fn to_json(rules: &[Fitting]) -> Value {
     let rules = rules.iter().map(|rule| {
-        let (name, action) = match rule.action {
-            Action::Expire(days) => ("Expiration", json!({"Days": days})),
-            Action::Abort(days) => (
-                "AbortIncompleteMultipartUpload",
-                json!({"DaysAfterInitiation": days}),
-            ),
-        };
-        json!({
+        let mut json = json!({
             "ID": rule.id,
             "Filter": {"Prefix": rule.prefix},
             "Status": "Enabled",
-            name: action,
-        })
+        });
+        match rule.action {
+            Action::Expire(days) => {
+                json["Expiration"] = json!({"Days": days});
+                json["NoncurrentVersionExpiration"] = json!({"NoncurrentDays": REPLACED_AFTER});
+            }
+            Action::Abort(days) => {
+                json["AbortIncompleteMultipartUpload"] = json!({"DaysAfterInitiation": days});
+            }
+        }
+        json
     });
     json!({"Rules": rules.collect::<Vec<_>>()})
 }
@@ -137,6 +143,8 @@ pub struct Judged {
     pub prefix: String,
     /// Whether it can break builds.
     pub breaks: bool,
+    /// Whether it deletes the caches' objects at some time.
+    pub expires: bool,
     /// What it does, one sentence each.
     pub effects: Vec<String>,
 }
@@ -171,6 +179,7 @@ pub fn judge(rules: &[Rule], s3: &S3Config, touch_refresh: Duration) -> Vec<Judg
             id: rule.id.clone(),
             prefix: rule.prefix.clone(),
             breaks: false,
+            expires: false,
             effects: Vec::new(),
         };
         judgement.judge(rule, &covered, &mut judged);
@@ -216,6 +225,7 @@ impl Judgement {
             judged.effects.push(why.to_owned());
             return;
         }
+        judged.expires = rule.expiration.is_some();
         match &rule.expiration {
             Some(Expiration::Days(days)) => self.judge_expiration(*days, covered, judged),
             Some(Expiration::Date(date)) => {
@@ -237,6 +247,11 @@ impl Judgement {
                     true => ", where a build cannot read them",
                     false => ", from where a build can read them",
                 }
+            ));
+        }
+        if let Some(days) = rule.noncurrent_days {
+            judged.effects.push(format!(
+                "deletes versions {days} d after they were replaced"
             ));
         }
         if let Some(days) = rule.abort_days {

@@ -35,7 +35,7 @@ pub struct LifecycleDetails {
     /// The rules that fit, as JSON for `aws s3api`.
     #[serde(skip_serializing_if = "Option::is_none")]
     configuration: Option<Value>,
-    /// Under `--check`: every rule of the bucket.
+    /// Under `--check` and `--apply`: every rule that the bucket has in the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     rules: Option<Vec<Judged>>,
     /// Under `--apply`: rules of others that stay.
@@ -51,6 +51,9 @@ pub struct LifecycleDetails {
 impl LifecycleDetails {
     /// The error for a bucket whose rules can break builds.
     fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
+        if self.action != Some(LifecycleAction::Check) {
+            return None;
+        }
         let rules = self.rules.iter().flatten();
         let breaking = rules.filter(|rule| rule.breaks).count();
         (breaking > 0).then(|| {
@@ -65,37 +68,39 @@ impl LifecycleDetails {
 
 impl Details for LifecycleDetails {
     fn summary(&self, place: &Place, cost: &str) -> String {
-        let address = place.addresses();
-        if let Some(rules) = &self.rules {
-            let mut text = format!(
-                "{address} has {}; {cost}",
-                count(rules.len() as u64, "lifecycle rule")
-            );
-            for rule in rules {
-                let verdict = if rule.breaks { "BREAKS" } else { "ok" };
-                let _ = write!(
-                    text,
-                    "\n  {verdict:<7} {} (prefix \"{}\")",
-                    printable(&rule.id),
-                    printable(&rule.prefix)
-                );
-                for effect in &rule.effects {
-                    let _ = write!(text, "\n          {}", printable(effect));
-                }
-            }
-            return text;
-        }
-        let ours = count(self.ours, "lifecycle rule");
-        match (self.unchanged, self.kept) {
+        let Some(rules) = &self.rules else {
+            // Meant for a pipe: nothing but the document.
+            return serde_json::to_string_pretty(&self.configuration).unwrap_or_default();
+        };
+        let (address, ours) = (place.addresses(), count(self.ours, "lifecycle rule"));
+        let mut text = match (self.unchanged, self.kept) {
             (Some(true), _) => format!("{address} has these {ours} already; {cost}"),
             (_, Some(0)) => format!("wrote {ours} to {address}; {cost}"),
-            (_, Some(kept)) => format!(
-                "wrote {ours} to {address}, beside {} of others; {cost}",
-                count(kept, "rule")
-            ),
-            // Meant for a pipe: nothing but the document.
-            _ => serde_json::to_string_pretty(&self.configuration).unwrap_or_default(),
+            (_, Some(kept)) => {
+                let kept = count(kept, "rule");
+                format!("wrote {ours} to {address}, and kept {kept} of others; {cost}")
+            }
+            _ => {
+                let rules = count(rules.len() as u64, "lifecycle rule");
+                format!("{address} has {rules}; {cost}")
+            }
+        };
+        for rule in rules {
+            let verdict = if rule.breaks { "BREAKS" } else { "ok" };
+            let _ = write!(
+                text,
+                "\n  {verdict:<7} {} (prefix \"{}\")",
+                printable(&rule.id),
+                printable(&rule.prefix)
+            );
+            for effect in &rule.effects {
+                let _ = write!(text, "\n          {}", printable(effect));
+            }
         }
+        if !rules.iter().any(|rule| rule.expires) {
+            text += "\nno rule expires these caches: --apply writes rules that do";
+        }
+        text
     }
 
     fn of_failure(self) -> Self {
@@ -225,6 +230,7 @@ impl RulesOf<'_> {
                 rule.effects.join("; it ")
             ));
         }
+        details.rules = Some(judged);
         Ok(())
     }
 }

@@ -32,7 +32,7 @@ pub struct LsDetails {
     caches: Vec<Listed>,
     /// Blobs that no cache needs.
     unreferenced: Blobs,
-    /// Objects that are neither blob nor manifest.
+    /// Other objects below the prefix.
     other: Objects,
     unreadable: Vec<Unreadable>,
     /// Distinct blobs of the listed caches.
@@ -117,7 +117,7 @@ impl Details for LsDetails {
         if self.other.objects > 0 {
             let objects = count(self.other.objects, "object");
             let bytes = progress::bytes(self.other.bytes);
-            let _ = write!(text, "\nneither blob nor manifest: {objects} ({bytes})");
+            let _ = write!(text, "\nnot part of these caches: {objects} ({bytes})");
         }
         for unreadable in &self.unreadable {
             let _ = write!(text, "\nunreadable: {}", printable(&unreadable.line()));

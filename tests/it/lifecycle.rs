@@ -58,41 +58,47 @@ fn without_a_flag_it_prints_the_rules_as_aws_takes_them_and_sends_nothing() {
     let run = lifecycle(&server, "prefix=ci/", &[]);
     run.succeeds().prints(
         expect![[r#"
-        {
-          "Rules": [
             {
-              "ID": "layercache-manifests-dc291ef0",
-              "Filter": {
-                "Prefix": "ci/manifests/"
-              },
-              "Status": "Enabled",
-              "Expiration": {
-                "Days": 14
-              }
-            },
-            {
-              "ID": "layercache-blobs-fa035e5f",
-              "Filter": {
-                "Prefix": "ci/blobs/sha256:"
-              },
-              "Status": "Enabled",
-              "Expiration": {
-                "Days": 16
-              }
-            },
-            {
-              "ID": "layercache-uploads-fa035e5f",
-              "Filter": {
-                "Prefix": "ci/blobs/sha256:"
-              },
-              "Status": "Enabled",
-              "AbortIncompleteMultipartUpload": {
-                "DaysAfterInitiation": 2
-              }
+              "Rules": [
+                {
+                  "ID": "layercache-manifests-dc291ef0",
+                  "Filter": {
+                    "Prefix": "ci/manifests/"
+                  },
+                  "Status": "Enabled",
+                  "Expiration": {
+                    "Days": 14
+                  },
+                  "NoncurrentVersionExpiration": {
+                    "NoncurrentDays": 1
+                  }
+                },
+                {
+                  "ID": "layercache-blobs-fa035e5f",
+                  "Filter": {
+                    "Prefix": "ci/blobs/sha256:"
+                  },
+                  "Status": "Enabled",
+                  "Expiration": {
+                    "Days": 16
+                  },
+                  "NoncurrentVersionExpiration": {
+                    "NoncurrentDays": 1
+                  }
+                },
+                {
+                  "ID": "layercache-uploads-fa035e5f",
+                  "Filter": {
+                    "Prefix": "ci/blobs/sha256:"
+                  },
+                  "Status": "Enabled",
+                  "AbortIncompleteMultipartUpload": {
+                    "DaysAfterInitiation": 2
+                  }
+                }
+              ]
             }
-          ]
-        }
-    "#]],
+        "#]],
         expect![[""]],
     );
     assert_eq!(server.log().len(), 0);
@@ -103,41 +109,47 @@ fn without_a_flag_it_prints_the_rules_as_aws_takes_them_and_sends_nothing() {
     );
     run.succeeds().prints(
         expect![[r#"
-        {
-          "Rules": [
             {
-              "ID": "layercache-manifests-dc291ef0",
-              "Filter": {
-                "Prefix": "ci/manifests/"
-              },
-              "Status": "Enabled",
-              "Expiration": {
-                "Days": 30
-              }
-            },
-            {
-              "ID": "layercache-blobs-fa035e5f",
-              "Filter": {
-                "Prefix": "ci/blobs/sha256:"
-              },
-              "Status": "Enabled",
-              "Expiration": {
-                "Days": 33
-              }
-            },
-            {
-              "ID": "layercache-uploads-fa035e5f",
-              "Filter": {
-                "Prefix": "ci/blobs/sha256:"
-              },
-              "Status": "Enabled",
-              "AbortIncompleteMultipartUpload": {
-                "DaysAfterInitiation": 2
-              }
+              "Rules": [
+                {
+                  "ID": "layercache-manifests-dc291ef0",
+                  "Filter": {
+                    "Prefix": "ci/manifests/"
+                  },
+                  "Status": "Enabled",
+                  "Expiration": {
+                    "Days": 30
+                  },
+                  "NoncurrentVersionExpiration": {
+                    "NoncurrentDays": 1
+                  }
+                },
+                {
+                  "ID": "layercache-blobs-fa035e5f",
+                  "Filter": {
+                    "Prefix": "ci/blobs/sha256:"
+                  },
+                  "Status": "Enabled",
+                  "Expiration": {
+                    "Days": 33
+                  },
+                  "NoncurrentVersionExpiration": {
+                    "NoncurrentDays": 1
+                  }
+                },
+                {
+                  "ID": "layercache-uploads-fa035e5f",
+                  "Filter": {
+                    "Prefix": "ci/blobs/sha256:"
+                  },
+                  "Status": "Enabled",
+                  "AbortIncompleteMultipartUpload": {
+                    "DaysAfterInitiation": 2
+                  }
+                }
+              ]
             }
-          ]
-        }
-    "#]],
+        "#]],
         expect![[""]],
     );
 }
@@ -157,6 +169,9 @@ fn where_manifests_share_the_blobs_prefix_only_the_named_caches_expire() {
               "Status": "Enabled",
               "Expiration": {
                 "Days": 14
+              },
+              "NoncurrentVersionExpiration": {
+                "NoncurrentDays": 1
               }
             },
             {
@@ -167,6 +182,9 @@ fn where_manifests_share_the_blobs_prefix_only_the_named_caches_expire() {
               "Status": "Enabled",
               "Expiration": {
                 "Days": 14
+              },
+              "NoncurrentVersionExpiration": {
+                "NoncurrentDays": 1
               }
             },
             {
@@ -177,6 +195,9 @@ fn where_manifests_share_the_blobs_prefix_only_the_named_caches_expire() {
               "Status": "Enabled",
               "Expiration": {
                 "Days": 16
+              },
+              "NoncurrentVersionExpiration": {
+                "NoncurrentDays": 1
               }
             },
             {
@@ -202,6 +223,7 @@ fn the_check_says_of_each_rule_what_it_does_to_the_caches() {
     lifecycle(&server, "", &["--check"]).succeeds().prints(
         expect![[r#"
             s3://cache at http://127.0.0.1:PORT has 0 lifecycle rules; 1 request in N s
+            no rule expires these caches: --apply writes rules that do
         "#]],
         expect![[""]],
     );
@@ -288,13 +310,33 @@ fn the_rules_are_written_beside_those_of_others_once_and_pass_the_check() {
     let logs = expire("logs", "logs/", 3);
     server.set_lifecycle(vec![logs.clone()]);
     lifecycle(&server, "", &["--apply"]).succeeds().prints(expect![[r#"
-        wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests in N s
+        wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, and kept 1 rule of others; 2 requests in N s
+          ok      logs (prefix "logs/")
+                  it is about other objects
+          ok      layercache-manifests-4085145e (prefix "manifests/")
+                  deletes manifests 14 d after the last export
+                  deletes versions 1 d after they were replaced
+          ok      layercache-blobs-80771c33 (prefix "blobs/sha256:")
+                  deletes blobs 16 d after they were written or refreshed
+                  deletes versions 1 d after they were replaced
+          ok      layercache-uploads-80771c33 (prefix "blobs/sha256:")
+                  aborts multipart uploads 2 d after they began
     "#]], expect![[""]]);
     let rules = server.lifecycle();
     assert_eq!((rules.len(), &rules[0]), (4, &logs));
     lifecycle(&server, "", &["--apply"]).succeeds().prints(
         expect![[r#"
             s3://cache at http://127.0.0.1:PORT has these 3 lifecycle rules already; 1 request in N s
+              ok      logs (prefix "logs/")
+                      it is about other objects
+              ok      layercache-manifests-4085145e (prefix "manifests/")
+                      deletes manifests 14 d after the last export
+                      deletes versions 1 d after they were replaced
+              ok      layercache-blobs-80771c33 (prefix "blobs/sha256:")
+                      deletes blobs 16 d after they were written or refreshed
+                      deletes versions 1 d after they were replaced
+              ok      layercache-uploads-80771c33 (prefix "blobs/sha256:")
+                      aborts multipart uploads 2 d after they began
         "#]],
         expect![[""]],
     );
@@ -306,8 +348,10 @@ fn the_rules_are_written_beside_those_of_others_once_and_pass_the_check() {
                       it is about other objects
               ok      layercache-manifests-4085145e (prefix "manifests/")
                       deletes manifests 14 d after the last export
+                      deletes versions 1 d after they were replaced
               ok      layercache-blobs-80771c33 (prefix "blobs/sha256:")
                       deletes blobs 16 d after they were written or refreshed
+                      deletes versions 1 d after they were replaced
               ok      layercache-uploads-80771c33 (prefix "blobs/sha256:")
                       aborts multipart uploads 2 d after they began
         "#]],
@@ -326,7 +370,17 @@ fn writing_rules_warns_of_a_rule_of_others_that_breaks_builds() {
     let server = Server::start();
     server.set_lifecycle(vec![archive("cold", "")]);
     lifecycle(&server, "", &["--apply"]).succeeds().prints(expect![[r#"
-        wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, beside 1 rule of others; 2 requests in N s
+        wrote 3 lifecycle rules to s3://cache at http://127.0.0.1:PORT, and kept 1 rule of others; 2 requests in N s
+          BREAKS  cold (prefix "")
+                  moves blobs and manifests to GLACIER, where a build cannot read them
+          ok      layercache-manifests-4085145e (prefix "manifests/")
+                  deletes manifests 14 d after the last export
+                  deletes versions 1 d after they were replaced
+          ok      layercache-blobs-80771c33 (prefix "blobs/sha256:")
+                  deletes blobs 16 d after they were written or refreshed
+                  deletes versions 1 d after they were replaced
+          ok      layercache-uploads-80771c33 (prefix "blobs/sha256:")
+                  aborts multipart uploads 2 d after they began
     "#]], expect![[r#"
             warning: the rule "cold" moves blobs and manifests to GLACIER, where a build cannot read them
         "#]]);
@@ -369,6 +423,7 @@ fn the_metadata_file_holds_the_judgement() {
                   "id": "blobs",
                   "prefix": "blobs/",
                   "breaks": true,
+                  "expires": true,
                   "effects": [
                     "deletes blobs after 30 d, but no rule deletes manifests: a cache that is not exported for 29 d names blobs that are gone"
                   ]

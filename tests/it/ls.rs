@@ -49,7 +49,7 @@ fn a_table_shows_all_caches_and_what_else_there_is() {
 
             3 caches of 13 blobs (3.12 MiB) in s3://cache at http://127.0.0.1:PORT; 6 requests in N s
             no cache needs 1 blob (6 B)
-            neither blob nor manifest: 1 object (5 B)
+            not part of these caches: 1 object (5 B)
             unreadable: manifests/broken: reading the cache manifest: invalid type: string "none", expected a sequence at line 1 column 17
         "#]], expect![[r#"
             Ns looking at the bucket
@@ -70,7 +70,7 @@ fn caches_are_chosen_by_name_and_sorted() {
 
                 2 caches of 3 blobs (3.06 MiB) in s3://cache at http://127.0.0.1:PORT; 6 requests in N s
                 no cache needs 1 blob (6 B)
-                neither blob nor manifest: 1 object (5 B)
+                not part of these caches: 1 object (5 B)
             "#]],
             expect![[r#"
             Ns looking at the bucket
@@ -86,7 +86,7 @@ fn caches_are_chosen_by_name_and_sorted() {
 
             3 caches of 13 blobs (3.12 MiB) in s3://cache at http://127.0.0.1:PORT; 6 requests in N s
             no cache needs 1 blob (6 B)
-            neither blob nor manifest: 1 object (5 B)
+            not part of these caches: 1 object (5 B)
             unreadable: manifests/broken: reading the cache manifest: invalid type: string "none", expected a sequence at line 1 column 17
         "#]], expect![[r#"
             Ns looking at the bucket
@@ -95,7 +95,7 @@ fn caches_are_chosen_by_name_and_sorted() {
         expect![[r#"
             no cache in s3://cache at http://127.0.0.1:PORT matches 'nothing/*'; 6 requests in N s
             no cache needs 1 blob (6 B)
-            neither blob nor manifest: 1 object (5 B)
+            not part of these caches: 1 object (5 B)
         "#]],
         expect![[r#"
             Ns looking at the bucket

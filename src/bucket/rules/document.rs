@@ -6,7 +6,7 @@ use xml::EventWriter;
 use xml::reader::{EventReader, ParserConfig, XmlEvent};
 use xml::writer::{EmitterConfig, XmlEvent as Written};
 
-use super::{Action, Fitting};
+use super::{Action, Fitting, REPLACED_AFTER};
 
 const NAMESPACE: &str = "http://s3.amazonaws.com/doc/2006-03-01/";
 const ROOT: &str = "LifecycleConfiguration";
@@ -32,6 +32,8 @@ pub struct Rule {
     pub expiration: Option<Expiration>,
     /// The storage classes that current objects are moved to.
     pub transitions: Vec<String>,
+    /// Days after which replaced versions are deleted.
+    pub noncurrent_days: Option<u32>,
     /// Days after which multipart uploads are aborted.
     pub abort_days: Option<u32>,
     /// Its prefix is outside a Filter. S3 refuses a mixture of both forms.
@@ -75,6 +77,9 @@ impl Rule {
             ["Expiration", "Days"] => self.expiration = text.parse().ok().map(Expiration::Days),
             ["Expiration", "Date"] => self.expiration = Some(Expiration::Date(text.to_owned())),
             ["Transition", "StorageClass"] => self.transitions.push(text.to_owned()),
+            ["NoncurrentVersionExpiration", "NoncurrentDays"] => {
+                self.noncurrent_days = text.parse().ok();
+            }
             ["AbortIncompleteMultipartUpload", "DaysAfterInitiation"] => {
                 self.abort_days = text.parse().ok();
             }
@@ -138,13 +143,16 @@ impl Document {
         ours.iter().all(|fitting| {
             let same = |rule: &&Rule| rule.id == fitting.id;
             self.rules.iter().find(same).is_some_and(|rule| {
-                let (expiration, abort_days) = match fitting.action {
-                    Action::Expire(days) => (Some(Expiration::Days(days)), None),
-                    Action::Abort(days) => (None, Some(days)),
+                let (expiration, noncurrent_days, abort_days) = match fitting.action {
+                    Action::Expire(days) => {
+                        (Some(Expiration::Days(days)), Some(REPLACED_AFTER), None)
+                    }
+                    Action::Abort(days) => (None, None, Some(days)),
                 };
                 rule.enabled
                     && rule.prefix == fitting.prefix
                     && rule.expiration == expiration
+                    && rule.noncurrent_days == noncurrent_days
                     && rule.abort_days == abort_days
             })
         })
@@ -197,13 +205,20 @@ fn write_rule(
     rule: &Fitting,
     old_form: bool,
 ) -> xml::writer::Result<()> {
-    let (name, unit, days) = match rule.action {
-        Action::Expire(days) => ("Expiration", "Days", days),
-        Action::Abort(days) => (
+    let actions = match rule.action {
+        Action::Expire(days) => vec![
+            ("Expiration", "Days", days),
+            (
+                "NoncurrentVersionExpiration",
+                "NoncurrentDays",
+                REPLACED_AFTER,
+            ),
+        ],
+        Action::Abort(days) => vec![(
             "AbortIncompleteMultipartUpload",
             "DaysAfterInitiation",
             days,
-        ),
+        )],
     };
     writer.write(Written::start_element("Rule"))?;
     element(writer, "ID", &rule.id)?;
@@ -215,9 +230,11 @@ fn write_rule(
         writer.write(Written::end_element())?;
     }
     element(writer, "Status", "Enabled")?;
-    writer.write(Written::start_element(name))?;
-    element(writer, unit, &days.to_string())?;
-    writer.write(Written::end_element())?;
+    for (name, unit, days) in actions {
+        writer.write(Written::start_element(name))?;
+        element(writer, unit, &days.to_string())?;
+        writer.write(Written::end_element())?;
+    }
     writer.write(Written::end_element())
 }
 

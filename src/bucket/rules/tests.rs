@@ -24,7 +24,9 @@ fn what_is_not_understood_of_the_rules_of_others_is_written_as_it_was() {
     assert_eq!((&*found.rules[0].id, &*found.rules[0].prefix), ("x", "a&b"));
     let merged = found.merged(&ours()).unwrap();
     let added = "<Rule><ID>layercache-blobs-c398be07</ID><Filter><Prefix>c/sha256:</Prefix></Filter>\
-        <Status>Enabled</Status><Expiration><Days>9</Days></Expiration></Rule>\
+        <Status>Enabled</Status><Expiration><Days>9</Days></Expiration>\
+        <NoncurrentVersionExpiration><NoncurrentDays>1</NoncurrentDays>\
+        </NoncurrentVersionExpiration></Rule>\
         <Rule><ID>layercache-uploads-c398be07</ID><Filter><Prefix>c/sha256:</Prefix></Filter>\
         <Status>Enabled</Status><AbortIncompleteMultipartUpload><DaysAfterInitiation>2\
         </DaysAfterInitiation></AbortIncompleteMultipartUpload></Rule>";
