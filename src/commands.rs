@@ -20,9 +20,10 @@ use async_trait::async_trait;
 use futures::future::BoxFuture;
 
 use crate::bucket::Bucket;
+use crate::cache::Dropped;
 use crate::config::{S3Config, Task};
 use crate::interrupt::{Interrupt, Interrupted};
-use crate::progress::Progress;
+use crate::progress::{Progress, count};
 use crate::report::{AnyReport, Details, Outcome, Place, Report};
 use crate::store::{Store, StoreError};
 use crate::transfer::limits::Limits;
@@ -284,6 +285,20 @@ fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
         Some(StoreError { located: true, .. }) => error,
         _ => anyhow!("{error:#} ({})", place.work()),
     }
+}
+
+/// What is said where S3 lacks `blobs` of a cache because of `why`, and what needs them is left out.
+fn left_out(blobs: u64, why: &str, dropped: &Dropped, dry_run: bool) -> String {
+    format!(
+        "S3 lacks {} of the cache ({why}): {} {} and {}",
+        count(blobs, "blob"),
+        match dry_run {
+            true => "would leave out",
+            false => "left out",
+        },
+        count(dropped.results as u64, "result"),
+        count(dropped.layers as u64, "layer"),
+    )
 }
 
 fn warn_of_ignored(error: &anyhow::Error, context: &Context<'_>) {

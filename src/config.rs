@@ -184,6 +184,8 @@ pub struct ImportTask {
 pub struct DoctorTask {
     /// At least one, none twice.
     pub targets: Vec<ExportConfig>,
+    /// Print JSON documents instead of text.
+    pub json: bool,
 }
 
 /// Serve caches on S3 to builders on this machine.
@@ -217,6 +219,8 @@ pub struct LifecycleTask {
     /// Days that a cache stays after its last export. `None`: a default.
     pub expire_after: Option<u32>,
     pub action: LifecycleAction,
+    /// Print what `action` found or did as JSON instead of text.
+    pub json: bool,
 }
 
 /// What is done with lifecycle rules.

@@ -20,7 +20,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use self::copy::CopyArgs;
@@ -165,7 +165,8 @@ where
     I: IntoIterator<Item = T>,
     T: Into<OsString> + Clone,
 {
-    let line = Line::try_parse_from(typed).map_err(|error| {
+    let typed: Vec<OsString> = typed.into_iter().map(Into::into).collect();
+    let line = Line::try_parse_from(&typed).map_err(|error| {
         let help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
         if error.use_stderr() && !help && looks_like_spec(&error.to_string()) {
             Line::command().error(
@@ -174,7 +175,7 @@ where
                  spec, and quotes round it)",
             )
         } else {
-            error
+            with_tip_about_spec(error, &typed)
         }
     })?;
     let global = line.global;
@@ -182,6 +183,36 @@ where
         AnyCommand::Cache(command) => Asked::Work(Args { command, global }),
         AnyCommand::Manual(manual) => Asked::Manual(manual),
     })
+}
+
+/// The error, with a tip that fits if an attribute of a spec was typed as an option.
+fn with_tip_about_spec(mut error: clap::Error, typed: &[OsString]) -> clap::Error {
+    let Some(ContextValue::String(unknown)) = error.get(ContextKind::InvalidArg) else {
+        return error;
+    };
+    let program = definition();
+    let command = typed.iter().find_map(|word| program.find_subcommand(word));
+    let takes = |flag: &str| {
+        let mut options = command.iter().flat_map(|command| command.get_arguments());
+        options.any(|option| option.get_long() == Some(flag))
+    };
+    let Some(flag) = ["cache-to", "cache-from"]
+        .into_iter()
+        .find(|flag| takes(flag))
+    else {
+        return error;
+    };
+    if error.kind() == ErrorKind::UnknownArgument
+        && let Some(name) = spec::attribute(unknown.trim_start_matches('-'), flag == "cache-to")
+    {
+        let tip = format!("{name} is part of the spec: --{flag} type=s3,...,{name}=...");
+        error.remove(ContextKind::SuggestedArg);
+        error.insert(
+            ContextKind::Suggested,
+            ContextValue::StyledStrs(vec![tip.into()]),
+        );
+    }
+    error
 }
 
 impl Global {

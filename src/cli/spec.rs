@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use url::Url;
 
+pub(crate) use self::attributes::attribute;
 use self::attributes::{Attributes, Direction};
 use self::secrecy::quoted;
 pub(crate) use self::secrecy::{is_spec, may_hold_credentials};

@@ -2,7 +2,6 @@
 //! blobs if it can; otherwise they pass through this machine's memory.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
@@ -17,10 +16,10 @@ use crate::bucket::publish::{self, Counts, Plan, Publisher, Supply, Words};
 use crate::bucket::{Bucket, Certainty};
 use crate::cache::digest::Digest;
 use crate::cache::{CacheConfig, Dropped};
-use crate::commands::{Context, PerSpec, Work, for_each_spec};
+use crate::commands::{Context, PerSpec, Work, for_each_spec, left_out};
 use crate::config::{CopyTask, ExportConfig, Mode, S3Config};
 use crate::process;
-use crate::progress::{self, Progress, count};
+use crate::progress::{self, Progress};
 use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report};
 use crate::store::{Kind, ObjectInfo, StoreError};
@@ -76,7 +75,7 @@ impl Details for CopyDetails {
         let sources = self.sources.iter().map(|source| printable(source));
         let sources = sources.collect::<Vec<_>>().join(" and ");
         let (addresses, bytes) = (place.addresses(), progress::bytes(bytes));
-        let mut text = if self.dry_run {
+        if self.dry_run {
             format!(
                 "dry run: would copy {blobs} from {sources} to {addresses}: would copy {transferred} \
                  ({bytes}), {present} already there, would refresh {refreshed}; {cost}"
@@ -90,20 +89,7 @@ impl Details for CopyDetails {
                 "copied {blobs} from {sources} to {addresses}: {transferred} copied ({bytes}{on_server}), \
                  {present} already there, {refreshed} refreshed; {cost}"
             )
-        };
-        let dropped: Vec<String> = [
-            (self.dropped_layers, "layer"),
-            (self.dropped_results, "result"),
-        ]
-        .into_iter()
-        .filter(|(n, _)| *n > 0)
-        .map(|(n, what)| count(n, what))
-        .collect();
-        if !dropped.is_empty() {
-            let dropped = dropped.join(" and ");
-            let _ = write!(text, "\nleft out {dropped} because blobs are missing");
         }
-        text
     }
 
     fn of_failure(self) -> Self {
@@ -164,10 +150,11 @@ impl PerSpec for Copy<'_> {
             let original = read(source, context).await;
             match original.with_context(|| format!("copying from {}", source.address()))? {
                 Some(original) => originals.push(original),
-                None if self.task.sources.len() > 1 => context
-                    .progress
-                    .warn(&format!("there is no cache at {}", source.address())),
-                None => bail!("there is no cache at {}", source.address()),
+                None if self.task.sources.len() > 1 => context.progress.warn(&absent(source)),
+                None => bail!(
+                    "{}; layercache ls lists those that are there",
+                    absent(source)
+                ),
             }
         }
         if originals.is_empty() {
@@ -199,6 +186,11 @@ impl PerSpec for Copy<'_> {
             },
         })
     }
+}
+
+fn absent(source: &S3Config) -> String {
+    let name = printable(&source.names[0]);
+    format!("there is no cache named '{name}' ({})", source.address())
 }
 
 fn requests(originals: &[Original]) -> u64 {
@@ -285,13 +277,20 @@ impl CopyTo<'_> {
         self.progress.stage("looking for blobs on S3", 0, 0);
         let surveyed = publish::survey(&self.bucket, &all, self.task.dry_run);
         let (found, uploads) = surveyed.await?;
-        let mut dropped = Dropped::default();
+        let (mut missing, mut dropped) = (BTreeSet::new(), Dropped::default());
         let mut parts = Vec::new();
         for original in self.originals {
-            let (left, gone) = self.available(original, &found)?;
+            let lost = self.missing(original, &found)?;
+            let (left, gone) = original.cache.without_blobs(&lost);
+            missing.extend(lost);
             dropped.layers += gone.layers;
             dropped.results += gone.results;
             parts.push(left);
+        }
+        if !missing.is_empty() {
+            let blobs = missing.len() as u64;
+            let warning = left_out(blobs, "expired?", &dropped, self.task.dry_run);
+            self.progress.warn(&warning);
         }
         details.dropped_layers = dropped.layers as u64;
         details.dropped_results = dropped.results as u64;
@@ -316,24 +315,22 @@ impl CopyTo<'_> {
         ))
     }
 
-    /// The cache without what needs blobs that are neither at the target nor at any source.
-    fn available(
+    /// The blobs of the cache that are neither at the target nor at any source.
+    fn missing(
         &self,
         original: &Original,
         found: &BTreeMap<Digest, ObjectInfo>,
-    ) -> Result<(CacheConfig, Dropped)> {
+    ) -> Result<BTreeSet<Digest>> {
         let is_somewhere = |digest: &Digest, size: u64| {
             let at_target = found.get(digest).is_some_and(|info| info.size == size);
             let at = |original: &Original| original.blob(digest, size).is_some();
             at_target || self.originals.iter().any(at)
         };
         let blobs = original.cache.blobs()?;
-        let missing: BTreeSet<Digest> = blobs
+        let missing = blobs
             .into_iter()
-            .filter(|(digest, size)| !is_somewhere(digest, *size))
-            .map(|(digest, _)| digest)
-            .collect();
-        Ok(original.cache.without_blobs(&missing))
+            .filter(|(digest, size)| !is_somewhere(digest, *size));
+        Ok(missing.map(|(digest, _)| digest).collect())
     }
 }
 

@@ -25,7 +25,8 @@ const CLOCK_TOLERANCE: i64 = 2;
 /// Tests every target of the task. If an export or an import cannot use a target, the doctor itself
 /// has not failed: it prints the report like any other, but the run fails.
 pub async fn run(task: &DoctorTask, context: &Context<'_>) -> Outcome {
-    let (reports, mut errors) = for_each_spec(&Doctor, &task.targets, context).await;
+    let doctor = Doctor { task };
+    let (reports, mut errors) = for_each_spec(&doctor, &task.targets, context).await;
     for report in reports.iter().filter(|report| report.error.is_none()) {
         errors.extend(report.details.verdict(&report.place));
     }
@@ -48,6 +49,8 @@ pub struct DoctorDetails {
     /// What could not be removed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     left_behind: Vec<String>,
+    #[serde(skip)]
+    json: bool,
 }
 
 /// A [`Connection`], for the report.
@@ -239,8 +242,13 @@ impl Details for DoctorDetails {
         DoctorDetails {
             region: self.region,
             left_behind: self.left_behind,
+            json: self.json,
             ..DoctorDetails::default()
         }
+    }
+
+    fn as_json(&self) -> bool {
+        self.json
     }
 }
 
@@ -258,10 +266,12 @@ fn clock(ahead: Option<i64>) -> String {
     }
 }
 
-struct Doctor;
+struct Doctor<'a> {
+    task: &'a DoctorTask,
+}
 
 #[async_trait]
-impl PerSpec for Doctor {
+impl PerSpec for Doctor<'_> {
     type Spec = ExportConfig;
     type Details = DoctorDetails;
     type Ready = ();
@@ -274,6 +284,7 @@ impl PerSpec for Doctor {
         let s3 = &target.s3;
         let details = DoctorDetails {
             region: s3.region.clone(),
+            json: self.task.json,
             ..DoctorDetails::default()
         };
         Report::new(Place::new("doctor", "checking", s3, &s3.names), details)

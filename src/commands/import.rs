@@ -18,7 +18,7 @@ use crate::bucket::{Bucket, Certainty};
 use crate::cache::digest::Digest;
 use crate::cache::documents::BUILDKIT_CONFIG_LIMIT;
 use crate::cache::{CacheConfig, Record};
-use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec};
+use crate::commands::{Context, LOCK_WAIT, PerSpec, Work, for_each_spec, left_out};
 use crate::config::{ImportTask, Missing, S3Config};
 use crate::layout::{Layout, Published, tag_of};
 use crate::progress::{self, Progress, Verb, count};
@@ -537,26 +537,15 @@ impl ImportFrom<'_> {
         let (kept, dropped) = cache.without_blobs(missing);
         details.dropped_layers = dropped.layers as u64;
         details.dropped_results = dropped.results as u64;
-        self.progress.warn(&format!(
-            "S3 lacks {} of the cache ({}): {} {} and {}{}",
-            count(missing.len() as u64, "blob"),
-            match details.damaged.is_empty() {
-                true => "expired?",
-                false => "gone or damaged",
-            },
-            if self.task.dry_run {
-                "would leave out"
-            } else {
-                "left out"
-            },
-            count(dropped.results as u64, "result"),
-            count(dropped.layers as u64, "layer"),
-            if cache.image.is_some() && kept.image.is_none() {
-                ", and the image cannot be restored"
-            } else {
-                ""
-            }
-        ));
+        let why = match details.damaged.is_empty() {
+            true => "expired?",
+            false => "gone or damaged",
+        };
+        let mut warning = left_out(missing.len() as u64, why, &dropped, self.task.dry_run);
+        if cache.image.is_some() && kept.image.is_none() {
+            warning += ", and the image cannot be restored";
+        }
+        self.progress.warn(&warning);
         Ok(kept)
     }
 }

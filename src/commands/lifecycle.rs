@@ -46,6 +46,8 @@ pub struct LifecycleDetails {
     unchanged: Option<bool>,
     #[serde(skip)]
     ours: u64,
+    #[serde(skip)]
+    json: bool,
 }
 
 impl LifecycleDetails {
@@ -106,8 +108,14 @@ impl Details for LifecycleDetails {
     fn of_failure(self) -> Self {
         LifecycleDetails {
             action: self.action,
+            json: self.json,
             ..LifecycleDetails::default()
         }
+    }
+
+    fn as_json(&self) -> bool {
+        // What is printed without a flag is JSON anyway.
+        self.json && self.action != Some(LifecycleAction::Print)
     }
 }
 
@@ -128,6 +136,7 @@ impl PerSpec for Lifecycle<'_> {
     fn blank(&self, target: &ExportConfig) -> Report<LifecycleDetails> {
         let details = LifecycleDetails {
             action: Some(self.task.action),
+            json: self.task.json,
             ..LifecycleDetails::default()
         };
         let doing = match self.task.action {

@@ -78,6 +78,9 @@ pub struct VerifyDetails {
 #[serde(rename_all = "camelCase")]
 struct Verdict {
     name: String,
+    /// The manifest's, on S3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
     /// Nothing was wrong with it, or everything was repaired.
     ok: bool,
     missing: Vec<Digest>,
@@ -158,7 +161,7 @@ impl Verdict {
     fn lines(&self, text: &mut String) {
         let name = printable(&self.name);
         if let Some(reason) = &self.unreadable {
-            let _ = write!(text, "\n{name} cannot be read: {}", printable(reason));
+            let _ = write!(text, "\n{name} is unreadable: {}", printable(reason));
         }
         for (what, blobs) in self.found_wrong() {
             if blobs.is_empty() {
@@ -405,6 +408,7 @@ fn judge(cache: &Cache, found: &Found) -> Verdict {
             verdict
         }
     };
+    verdict.key = Some(cache.named.key.clone());
     verdict.ok = verdict.is_intact();
     verdict
 }

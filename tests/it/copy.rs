@@ -175,8 +175,9 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
     let run = copy(&[from.spec("")], &to.spec("mode=max")).run();
     run.succeeds().prints(expect![[r#"
         copied 5 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 5 copied (30.1 KiB), 0 already there, 0 refreshed; 33 requests in N s
-        left out 5 layers and 5 results because blobs are missing
-    "#]], expect![[""]]);
+    "#]], expect![[r#"
+        warning: S3 lacks 1 blob of the cache (expired?): left out 5 results and 5 layers
+    "#]]);
     assert_store_is_sound(&to, "after the copy");
 
     let key = "blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2";
@@ -186,6 +187,7 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
     let empty = Server::start();
     let run = copy(&[from.spec("")], &empty.spec("mode=max")).run();
     run.ends_with(1).prints(expect![[""]], expect![[r#"
+        warning: S3 lacks 1 blob of the cache (expired?): left out 5 results and 5 layers
         error: blob blobs/sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 on S3 is damaged: its bytes hash to sha256:88695fd454ee20c4eb578946bda9be07e8cfcd141b962f57ebb90fad5acf0a8d; export the cache again with --verify-remote (copying 'buildkit' to s3://cache at http://127.0.0.1:PORT)
     "#]]);
     assert!(
@@ -208,7 +210,7 @@ fn if_there_is_no_cache_nothing_is_written() {
     run.ends_with(1).prints(
         expect![[""]],
         expect![[r#"
-            error: there is no cache at s3://cache/manifests/none
+            error: there is no cache named 'none' (s3://cache/manifests/none); layercache ls lists those that are there
         "#]],
     );
     let from = [server.spec("name=none"), server.spec("name=neither")];
@@ -218,8 +220,8 @@ fn if_there_is_no_cache_nothing_is_written() {
         .prints(
             expect![[""]],
             expect![[r#"
-                warning: there is no cache at s3://cache/manifests/none
-                warning: there is no cache at s3://cache/manifests/neither
+                warning: there is no cache named 'none' (s3://cache/manifests/none)
+                warning: there is no cache named 'neither' (s3://cache/manifests/neither)
                 error: there is no cache at any --cache-from
             "#]],
         );

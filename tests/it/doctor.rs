@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use expect_test::expect;
 
+use crate::output::lasting;
 use crate::program::{Program, Run};
 use crate::server::{Fault, SECRET_KEY, Server};
 
@@ -12,9 +13,12 @@ fn doctor(spec: &str) -> Program {
     Program::new().args(["doctor", "--cache-to", spec])
 }
 
-/// The run with the scratch object's random name replaced.
 fn examine(spec: &str) -> Run {
-    let mut run = doctor(spec).run();
+    steady(doctor(spec).run())
+}
+
+/// The run with the scratch object's random name replaced.
+fn steady(mut run: Run) -> Run {
     for text in [&mut run.stdout, &mut run.stderr] {
         let mut parts = text.split("layercache-doctor-");
         let mut lasting = parts.next().unwrap_or_default().to_owned();
@@ -25,6 +29,34 @@ fn examine(spec: &str) -> Run {
         *text = lasting;
     }
     run
+}
+
+#[test]
+fn the_result_is_also_json() {
+    let server = Server::builder()
+        .refuse("DeleteObject", 403, "AccessDenied")
+        .start();
+    let run = steady(doctor(&server.spec("")).args(["--format", "json"]).run());
+    let document: serde_json::Value = serde_json::from_str(&run.stdout).expect("JSON");
+    let of = |field: &str| document[field].to_string();
+    let (exports, imports) = (of("exportWorks"), of("importWorks"));
+    assert_eq!((&*exports, &*imports), ("true", "true"), "{document:#}");
+    let fails = document["checks"].as_array().expect("checks").iter();
+    let fails: Vec<_> = fails.filter(|check| check["result"] == "fails").collect();
+    let fails = format!("{:#}", serde_json::json!(fails));
+    expect![[r#"
+        [
+          {
+            "name": "delete an object",
+            "neededFor": [
+              "pruning"
+            ],
+            "result": "fails",
+            "reason": "http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), deleting s3://cache/blobs/layercache-doctor-RANDOM",
+            "consequence": "only a lifecycle rule removes what is no longer used",
+            "permission": "s3:DeleteObject"
+          }
+        ]"#]].assert_eq(&lasting(&fails));
 }
 
 #[track_caller]

@@ -399,6 +399,40 @@ fn if_the_rules_cannot_be_read_none_are_written() {
 }
 
 #[test]
+fn what_was_checked_or_written_is_also_json() {
+    let server = Server::start();
+    server.set_lifecycle(vec![expire("all", "", 30)]);
+    let run = lifecycle(&server, "", &["--check", "--format=json"]);
+    run.succeeds().prints(expect![[r#"
+        {
+          "version": 1,
+          "command": "lifecycle",
+          "endpoint": "http://127.0.0.1:PORT",
+          "bucket": "cache",
+          "action": "check",
+          "rules": [
+            {
+              "id": "all",
+              "prefix": "",
+              "breaks": false,
+              "expires": true,
+              "effects": [
+                "deletes blobs and manifests 30 d after they were written or refreshed; a cache that is not exported for 29 d loses blobs up to 24 h before its manifest"
+              ]
+            }
+          ]
+        }
+    "#]], expect![[""]]);
+    let run = lifecycle(&server, "", &["--apply", "--format=json"]).succeeds();
+    let document: serde_json::Value = serde_json::from_str(&run.stdout).expect("JSON");
+    assert_eq!(document["kept"], 1);
+    // Without a flag, it is the document that aws takes in any case.
+    let printed = lifecycle(&server, "", &[]).succeeds().stdout;
+    let asked = lifecycle(&server, "", &["--format=json"]).succeeds().stdout;
+    assert_eq!(printed, asked);
+}
+
+#[test]
 fn the_metadata_file_holds_the_judgement() {
     let server = Server::start();
     server.set_lifecycle(vec![expire("blobs", "blobs/", 30)]);

@@ -78,6 +78,89 @@ fn words_that_make_no_command() {
         For more information, try '--help'.
     "#]],
     );
+    for (words, expected) in [
+        (
+            ["export", ".", "--name", "app"],
+            expect![[r#"
+            [2]
+            error: unexpected argument '--name' found
+
+              tip: name is part of the spec: --cache-to type=s3,...,name=...
+
+            Usage: layercache export <LAYOUT>
+
+            For more information, try '--help'.
+        "#]],
+        ),
+        (
+            ["export", ".", "--ignore-error", "true"],
+            expect![[r#"
+            [2]
+            error: unexpected argument '--ignore-error' found
+
+              tip: ignore-error is part of the spec: --cache-to type=s3,...,ignore-error=...
+
+            Usage: layercache export <LAYOUT>
+
+            For more information, try '--help'.
+        "#]],
+        ),
+        (
+            ["import", ".", "--endpoint-url", "x"],
+            expect![[r#"
+            [2]
+            error: unexpected argument '--endpoint-url' found
+
+              tip: endpoint_url is part of the spec: --cache-from type=s3,...,endpoint_url=...
+
+            Usage: layercache import <LAYOUT>
+
+            For more information, try '--help'.
+        "#]],
+        ),
+        // It says nothing about what is read.
+        (
+            ["import", ".", "--mode", "max"],
+            expect![[r#"
+            [2]
+            error: unexpected argument '--mode' found
+
+              tip: to pass '--mode' as a value, use '-- --mode'
+
+            Usage: layercache import <LAYOUT>
+
+            For more information, try '--help'.
+        "#]],
+        ),
+    ] {
+        says(line(&words), expected);
+    }
+    says(
+        line(&["verify", "--cache-to", "x"]),
+        expect![[r#"
+        [2]
+        error: unexpected argument '--cache-to' found
+
+          tip: a similar argument exists: '--cache-from'
+
+        Usage: layercache verify --cache-from <SPEC> [LAYOUT]
+
+        For more information, try '--help'.
+    "#]],
+    );
+    says(
+        line(&["prune", "--cache-from", "x"]),
+        expect![[r#"
+        [2]
+        error: unexpected argument '--cache-from' found
+
+          tip: a similar argument exists: '--cache-to'
+
+        Usage: layercache prune --cache-to <SPEC> [LAYOUT]
+
+        For more information, try '--help'.
+    "#]],
+    );
     says(
         line(&["export", SPEC, "."]),
         expect![[r#"

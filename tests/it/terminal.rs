@@ -338,32 +338,32 @@ fn verify_fits_its_table_to_the_terminal() {
             (
                 WIDE,
                 expect![[r#"
-            name                         blobs      size  missing  damaged  wrong size  verdict
-            broken                           0       0 B        0        -           0  UNREADABLE
-            feature/a-name-that-is-long      2  2.87 MiB        1        -           0  BROKEN
-            main                             2  3.05 MiB        0        -           0  ok
+                    name                         blobs      size  missing  damaged  wrong size  verdict
+                    broken                           0       0 B        0        -           0  UNREADABLE
+                    feature/a-name-that-is-long      2  2.87 MiB        1        -           0  BROKEN
+                    main                             2  3.05 MiB        0        -           0  ok
 
-            looked for the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 3 blobs (3.06 MiB); 7 requests in N s
-            broken cannot be read: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
-            feature/a-name-that-is-long: 1 blob, missing:
-              sha256:a7756da8cb767b983df3326bde7f3ab6e6334e38320dabcf8e4dc1264cab5da9
-            error: 2 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair fixes those whose manifests can be read
-        "#]],
+                    looked for the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 3 blobs (3.06 MiB); 7 requests in N s
+                    broken is unreadable: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
+                    feature/a-name-that-is-long: 1 blob, missing:
+                      sha256:a7756da8cb767b983df3326bde7f3ab6e6334e38320dabcf8e4dc1264cab5da9
+                    error: 2 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair fixes those whose manifests can be read
+                "#]],
             ),
             (
                 60,
                 expect![[r#"
-            name                missing  damaged  wrong size  verdict
-            broken                    0        -           0  UNREADABLE
-            feature/a-name-th…        1        -           0  BROKEN
-            main                      0        -           0  ok
+                    name                missing  damaged  wrong size  verdict
+                    broken                    0        -           0  UNREADABLE
+                    feature/a-name-th…        1        -           0  BROKEN
+                    main                      0        -           0  ok
 
-            looked for the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 3 blobs (3.06 MiB); 7 requests in N s
-            broken cannot be read: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
-            feature/a-name-that-is-long: 1 blob, missing:
-              sha256:a7756da8cb767b983df3326bde7f3ab6e6334e38320dabcf8e4dc1264cab5da9
-            error: 2 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair fixes those whose manifests can be read
-        "#]],
+                    looked for the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 3 blobs (3.06 MiB); 7 requests in N s
+                    broken is unreadable: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
+                    feature/a-name-that-is-long: 1 blob, missing:
+                      sha256:a7756da8cb767b983df3326bde7f3ab6e6334e38320dabcf8e4dc1264cab5da9
+                    error: 2 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair fixes those whose manifests can be read
+                "#]],
             ),
         ],
         expect![[r#"
@@ -373,7 +373,7 @@ fn verify_fits_its_table_to_the_terminal() {
             main                             2  3.05 MiB        0        -           0  ok
 
             looked for the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 3 blobs (3.06 MiB); 7 requests in N s
-            broken cannot be read: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
+            broken is unreadable: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
             feature/a-name-that-is-long: 1 blob, missing:
               sha256:a7756da8cb767b983df3326bde7f3ab6e6334e38320dabcf8e4dc1264cab5da9
             <1><31>error:<0> 2 of 3 caches in s3://cache at http://127.0.0.1:PORT are not whole; --repair fixes those whose manifests can be read

@@ -97,7 +97,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
             max             10  62.9 KiB        1        -           1  BROKEN
 
             looked for the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 14 requests in N s
-            broken cannot be read: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
+            broken is unreadable: reading the cache manifest: invalid type: integer `1`, expected a sequence at line 1 column 12
             feature/min: 1 blob, missing:
               sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2
             max: 1 blob, missing:
@@ -120,6 +120,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
               "caches": [
                 {
                   "name": "broken",
+                  "key": "manifests/broken",
                   "ok": false,
                   "missing": [],
                   "damaged": [],
@@ -128,6 +129,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
                 },
                 {
                   "name": "feature/min",
+                  "key": "manifests/feature/min",
                   "ok": false,
                   "missing": [
                     "sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2"
@@ -137,6 +139,7 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
                 },
                 {
                   "name": "max",
+                  "key": "manifests/max",
                   "ok": false,
                   "missing": [
                     "sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2"
@@ -207,7 +210,7 @@ fn a_repair_leaves_caches_that_a_build_can_use_and_deletes_what_is_damaged() {
             max             10  62.9 KiB        1        1           0  repaired
 
             hashed the blobs of 3 caches in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 58 requests in N s
-            broken cannot be read: manifests/broken is damaged: it is not JSON (trailing characters at line 1 column 3) (3 tries)
+            broken is unreadable: manifests/broken is damaged: it is not JSON (trailing characters at line 1 column 3) (3 tries)
             feature/min: 1 blob, missing:
               sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317
             feature/min: repaired, without 3 layers and 3 results
@@ -268,6 +271,7 @@ fn a_repair_in_json_says_what_was_found_and_what_it_took_away() {
                   "caches": [
                     {
                       "name": "feature/min",
+                      "key": "manifests/feature/min",
                       "ok": true,
                       "missing": [],
                       "damaged": [],
@@ -281,6 +285,7 @@ fn a_repair_in_json_says_what_was_found_and_what_it_took_away() {
                     },
                     {
                       "name": "max",
+                      "key": "manifests/max",
                       "ok": true,
                       "missing": [
                         "sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece"
@@ -623,8 +628,8 @@ fn entries_of_a_layout_that_cannot_be_read_are_told() {
             an entry without a name      0       0 B        0        -           0  UNREADABLE
 
             looked for the blobs of 3 caches in TMP, 7 blobs (32.7 KiB); N s
-            gone cannot be read: reading manifest sha256:283bb9deef02e6843abfb538efa1eca70801bd8a701c3f98191e123496339247 of the layout: blob sha256:283bb9deef02e6843abfb538efa1eca70801bd8a701c3f98191e123496339247 is not in TMP: the layout is incomplete (was it pruned, or copied in part?)
-            an entry without a name cannot be read: "md5:7" is not a digest (expected sha256: and 64 lower-case hex digits)
+            gone is unreadable: reading manifest sha256:283bb9deef02e6843abfb538efa1eca70801bd8a701c3f98191e123496339247 of the layout: blob sha256:283bb9deef02e6843abfb538efa1eca70801bd8a701c3f98191e123496339247 is not in TMP: the layout is incomplete (was it pruned, or copied in part?)
+            an entry without a name is unreadable: "md5:7" is not a digest (expected sha256: and 64 lower-case hex digits)
         "#]], expect![[r#"
             Ns reading the layout
             error: 2 of 3 caches in TMP are not whole; import or build them again

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use crate::cli::args::format::TextFormat;
 use crate::cli::args::specs::{SpecText, Specs};
 use crate::config::{DoctorTask, Task};
 
@@ -17,12 +18,17 @@ pub struct DoctorArgs {
     /// What to test; repeat for several [default: LAYERCACHE_CACHE_TO, one spec per line]
     #[arg(long, value_name = "SPEC")]
     pub cache_to: Vec<SpecText>,
+
+    /// How the result is printed
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub format: TextFormat,
 }
 
 impl DoctorArgs {
     pub fn task(self, specs: &mut Specs) -> Result<Task> {
         Ok(Task::Doctor(DoctorTask {
             targets: specs.cache_to(self.cache_to)?,
+            json: self.format.is_json(),
         }))
     }
 }

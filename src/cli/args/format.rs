@@ -15,6 +15,21 @@ impl TableFormat {
     }
 }
 
+/// Of a command that shows lines of text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TextFormat {
+    /// for people
+    Text,
+    /// for programs; docs/output.md describes the fields
+    Json,
+}
+
+impl TextFormat {
+    pub fn is_json(self) -> bool {
+        self == TextFormat::Json
+    }
+}
+
 /// Of a command that shows a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum TreeFormat {

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use crate::cli::args::format::TextFormat;
 use crate::cli::args::specs::{SpecText, Specs};
 use crate::config::{LifecycleAction, LifecycleTask, Task};
 
@@ -32,6 +33,10 @@ pub struct LifecycleArgs {
     /// Write the rules to the bucket, and keep the rules of others
     #[arg(long)]
     pub apply: bool,
+
+    /// How the result of --check or --apply is printed
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub format: TextFormat,
 }
 
 impl LifecycleArgs {
@@ -44,6 +49,7 @@ impl LifecycleArgs {
                 (_, true) => LifecycleAction::Apply,
                 _ => LifecycleAction::Print,
             },
+            json: self.format.is_json(),
         }))
     }
 }

@@ -89,10 +89,10 @@ pub struct PruneArgs {
     pub grace: Option<Duration>,
 
     /// Do not ask
-    #[arg(short, long, conflicts_with = "dry_run")]
+    #[arg(short, long)]
     pub yes: bool,
 
-    /// Show what would be removed, but remove nothing
+    /// Show what would be removed, but remove nothing, even with --yes
     #[arg(long)]
     pub dry_run: bool,
 
@@ -107,9 +107,9 @@ pub struct PruneArgs {
 
 impl PruneArgs {
     pub fn task(self, specs: &mut Specs) -> Result<Task> {
-        let consent = match (self.yes, self.dry_run) {
-            (true, _) => Consent::Given,
-            (_, true) => Consent::DryRun,
+        let consent = match (self.dry_run, self.yes) {
+            (true, _) => Consent::DryRun,
+            (_, true) => Consent::Given,
             _ => Consent::Ask,
         };
         let json = self.format.is_json();

@@ -77,6 +77,14 @@ pub(super) const FOREIGN: &[(&str, &str)] = &[
 
 pub(super) const SECRETS: &[&str] = &["access_key_id", "secret_access_key", "session_token"];
 
+/// The attribute that `text` names, with `-` or `_` between its words. Some only a spec that `writes` has.
+pub(crate) fn attribute(text: &str, writes: bool) -> Option<&'static str> {
+    let one_form = |name: &str| name.replace('-', "_");
+    let of_writing: &[&str] = if writes { TO_ONLY } else { &[] };
+    let mut attributes = BOTH.iter().chain(of_writing).copied();
+    attributes.find(|name| one_form(name) == one_form(text))
+}
+
 /// The attributes that apply, each once.
 pub(super) struct Attributes(Vec<(&'static str, String)>);
 
