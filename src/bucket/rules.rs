@@ -29,8 +29,8 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// What one of our rules does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
-    /// Deletes objects this many days after they were last modified, and replaced versions sooner.
-    Expire(u32),
+    /// Deletes objects some days after they were last modified, and replaced versions sooner.
+    Expire { days: u32, replaced: Option<u32> },
     /// Aborts multipart uploads this many days after they began.
     Abort(u32),
 }
@@ -54,6 +54,19 @@ impl Fitting {
             action,
         }
     }
+
+    fn expiring(what: &str, prefix: String, days: u32) -> Self {
+        let replaced = Some(REPLACED_AFTER);
+        Fitting::new(what, prefix, Action::Expire { days, replaced })
+    }
+
+    /// The same for a store that keeps no versions, and refuses rules about them.
+    pub fn without_versions(mut self) -> Self {
+        if let Action::Expire { replaced, .. } = &mut self.action {
+            *replaced = None;
+        }
+        self
+    }
 }
 
 /// The rules that fit the caches at `s3`, whose exports refresh blobs older than `touch_refresh`.
@@ -73,13 +86,9 @@ pub fn fitting(s3: &S3Config, touch_refresh: Duration, expire_after: Option<u32>
     };
     let mut rules: Vec<_> = manifests
         .into_iter()
-        .map(|prefix| Fitting::new("manifests", prefix, Action::Expire(expire_after)))
+        .map(|prefix| Fitting::expiring("manifests", prefix, expire_after))
         .collect();
-    rules.push(Fitting::new(
-        "blobs",
-        places.blobs.clone(),
-        Action::Expire(blob_days),
-    ));
+    rules.push(Fitting::expiring("blobs", places.blobs.clone(), blob_days));
     rules.push(Fitting::new(
         "uploads",
         places.blobs,
@@ -102,9 +111,11 @@ pub fn to_json(rules: &[Fitting]) -> Value {
             "Status": "Enabled",
         });
         match rule.action {
-            Action::Expire(days) => {
+            Action::Expire { days, replaced } => {
                 json["Expiration"] = json!({"Days": days});
-                json["NoncurrentVersionExpiration"] = json!({"NoncurrentDays": REPLACED_AFTER});
+                if let Some(days) = replaced {
+                    json["NoncurrentVersionExpiration"] = json!({"NoncurrentDays": days});
+                }
             }
             Action::Abort(days) => {
                 json["AbortIncompleteMultipartUpload"] = json!({"DaysAfterInitiation": days});

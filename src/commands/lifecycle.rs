@@ -15,6 +15,7 @@ use crate::config::{ExportConfig, LifecycleAction, LifecycleTask, S3Config};
 use crate::progress::{Progress, count};
 use crate::quote::{printable, quoted};
 use crate::report::{Details, Outcome, Place, Report, quoted_names};
+use crate::store::{Kind, StoreError};
 
 /// Prints, checks or applies rules for every target of the task. A check that finds a rule which can break builds
 /// prints its report like any other; only the run fails.
@@ -198,7 +199,7 @@ impl Work<LifecycleDetails> for RulesOf<'_> {
         details.ours = ours.len() as u64;
         details.configuration = Some(rules::to_json(&ours));
         match self.task.action {
-            LifecycleAction::Apply => self.apply(&ours, details).await,
+            LifecycleAction::Apply => self.apply(ours, details).await,
             _ => Ok(()),
         }
     }
@@ -219,18 +220,23 @@ impl RulesOf<'_> {
         }
     }
 
-    async fn apply(&self, ours: &[Fitting], details: &mut LifecycleDetails) -> Result<()> {
+    async fn apply(&self, mut ours: Vec<Fitting>, details: &mut LifecycleDetails) -> Result<()> {
         let document = self.read().await?;
-        let unchanged = document.holds(ours);
+        let unchanged = document.holds(&ours);
         if !unchanged {
-            let xml = document.merged(ours)?;
-            let written = self.bucket.store().set_lifecycle(&xml).await;
+            let store = self.bucket.store();
+            let mut written = store.set_lifecycle(&document.merged(&ours)?).await;
+            if written.as_ref().is_err_and(refuses_versions) {
+                ours = ours.into_iter().map(Fitting::without_versions).collect();
+                details.configuration = Some(rules::to_json(&ours));
+                written = store.set_lifecycle(&document.merged(&ours)?).await;
+            }
             written.context("the bucket keeps the rules that it had")?;
         }
         details.unchanged = Some(unchanged);
-        details.kept = Some(document.others(ours).count() as u64);
+        details.kept = Some(document.others(&ours).count() as u64);
         // Judges all rules together, as the bucket has them now.
-        let now = Document::parse(&document.merged(ours)?)?;
+        let now = Document::parse(&document.merged(&ours)?)?;
         let judged = rules::judge(&now.rules, &self.target.s3, self.target.touch_refresh);
         for rule in judged.iter().filter(|rule| rule.breaks) {
             self.progress.warn(&format!(
@@ -242,4 +248,11 @@ impl RulesOf<'_> {
         details.rules = Some(judged);
         Ok(())
     }
+}
+
+/// Whether a store without versions would answer rules about them like this.
+fn refuses_versions(error: &StoreError) -> bool {
+    let code = error.code.as_deref().unwrap_or_default();
+    error.kind == Kind::Unsupported
+        || matches!(code, "MalformedXML" | "InvalidRequest" | "InvalidArgument")
 }

@@ -9,7 +9,7 @@ use s3s::dto::{
 };
 
 use crate::program::{Program, Run};
-use crate::server::Server;
+use crate::server::{Fault, Server};
 
 fn lifecycle(server: &Server, extra: &str, flags: &[&str]) -> Run {
     Program::new()
@@ -396,6 +396,23 @@ fn if_the_rules_cannot_be_read_none_are_written() {
         error: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), reading the lifecycle rules of s3://cache; layercache doctor tells which permission is missing
     "#]]);
     assert_eq!(server.count("PutBucketLifecycleConfiguration"), 0);
+}
+
+#[test]
+fn a_store_that_refuses_rules_about_versions_gets_the_others() {
+    let server = Server::start();
+    let put = "PutBucketLifecycleConfiguration";
+    server.fail_first(1, put, Fault::Status(400, "MalformedXML"));
+    lifecycle(&server, "", &["--apply"]).succeeds();
+    assert_eq!(server.count(put), 2);
+    let rules = server.lifecycle();
+    assert_eq!(rules.len(), 3);
+    let about_versions = |rule: &LifecycleRule| rule.noncurrent_version_expiration.is_some();
+    assert!(!rules.iter().any(about_versions), "{rules:?}");
+    server.fail_all(put, Fault::Status(400, "MalformedXML"));
+    lifecycle(&server, "", &["--apply"]).fails_with(expect![[r#"
+        error: the bucket keeps the rules that it had: http://127.0.0.1:PORT answered 400 MalformedXML (The test server was told to answer MalformedXML.), writing the lifecycle rules of s3://cache
+    "#]]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use xml::EventWriter;
 use xml::reader::{EventReader, ParserConfig, XmlEvent};
 use xml::writer::{EmitterConfig, XmlEvent as Written};
 
-use super::{Action, Fitting, REPLACED_AFTER};
+use super::{Action, Fitting};
 
 const NAMESPACE: &str = "http://s3.amazonaws.com/doc/2006-03-01/";
 const ROOT: &str = "LifecycleConfiguration";
@@ -144,8 +144,8 @@ impl Document {
             let same = |rule: &&Rule| rule.id == fitting.id;
             self.rules.iter().find(same).is_some_and(|rule| {
                 let (expiration, noncurrent_days, abort_days) = match fitting.action {
-                    Action::Expire(days) => {
-                        (Some(Expiration::Days(days)), Some(REPLACED_AFTER), None)
+                    Action::Expire { days, replaced } => {
+                        (Some(Expiration::Days(days)), replaced, None)
                     }
                     Action::Abort(days) => (None, None, Some(days)),
                 };
@@ -206,14 +206,12 @@ fn write_rule(
     old_form: bool,
 ) -> xml::writer::Result<()> {
     let actions = match rule.action {
-        Action::Expire(days) => vec![
-            ("Expiration", "Days", days),
-            (
-                "NoncurrentVersionExpiration",
-                "NoncurrentDays",
-                REPLACED_AFTER,
-            ),
-        ],
+        Action::Expire { days, replaced } => {
+            let versions = "NoncurrentVersionExpiration";
+            let replaced = replaced.map(|days| (versions, "NoncurrentDays", days));
+            let expiration = ("Expiration", "Days", days);
+            std::iter::once(expiration).chain(replaced).collect()
+        }
         Action::Abort(days) => vec![(
             "AbortIncompleteMultipartUpload",
             "DaysAfterInitiation",

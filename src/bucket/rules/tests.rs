@@ -13,7 +13,14 @@ fn document(rules: &str) -> String {
 
 fn ours() -> Vec<Fitting> {
     vec![
-        Fitting::new("blobs", "c/sha256:".into(), Action::Expire(9)),
+        Fitting::new(
+            "blobs",
+            "c/sha256:".into(),
+            Action::Expire {
+                days: 9,
+                replaced: Some(1),
+            },
+        ),
         Fitting::new("uploads", "c/sha256:".into(), Action::Abort(2)),
     ]
 }
