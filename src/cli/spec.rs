@@ -41,6 +41,19 @@ pub struct Parsed<T> {
 /// Whatever is wrong with the spec or with a variable it falls back to; the text names the
 /// attribute or the field's position, and what is accepted.
 pub fn cache_to(spec: &str, env: Env) -> Result<Parsed<ExportConfig>> {
+    target(spec, env, Mode::Min)
+}
+
+/// Parses the value of a copy's `--cache-to`. There is no build whose results a smaller cache would
+/// keep, so all is copied unless the spec says otherwise.
+///
+/// # Errors
+/// As [`cache_to`].
+pub fn copy_to(spec: &str, env: Env) -> Result<Parsed<ExportConfig>> {
+    target(spec, env, Mode::Max)
+}
+
+fn target(spec: &str, env: Env, mode: Mode) -> Result<Parsed<ExportConfig>> {
     let mut warnings = Vec::new();
     let mut attributes = Attributes::parse(spec, Direction::To, &mut warnings)?;
     let s3 = s3_config(&mut attributes, Direction::To, env, &mut warnings)?;
@@ -62,7 +75,8 @@ pub fn cache_to(spec: &str, env: Env) -> Result<Parsed<ExportConfig>> {
             None => Duration::from_secs(24 * 60 * 60),
         },
         mode: match attributes.take("mode").as_deref() {
-            None | Some("min") => Mode::Min,
+            None => mode,
+            Some("min") => Mode::Min,
             Some("max") => Mode::Max,
             Some(other) => bail!("mode: {} is not a mode (accepted: min, max)", quoted(other)),
         },

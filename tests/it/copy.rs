@@ -74,7 +74,9 @@ fn at_one_endpoint_the_server_copies_and_no_blob_travels() {
     let originals = originals.map(|(key, body)| (key.as_str(), body));
     assert!(copies.eq(originals));
     // The other bucket, as mode=min.
-    let to = server.spec("").replace("bucket=cache", "bucket=other");
+    let to = server
+        .spec("mode=min")
+        .replace("bucket=cache", "bucket=other");
     let run = copy(&[server.spec("")], &to).run();
     run.succeeds().prints(expect![[r#"
         copied 5 of 10 blobs (mode=min; mode=max copies all) from s3://cache/manifests/buildkit to s3://other/manifests/buildkit at http://127.0.0.1:PORT: 5 copied (30.1 KiB, 5 on the server), 0 already there, 0 refreshed; 28 requests in N s
@@ -201,6 +203,48 @@ fn what_is_gone_is_left_out_and_a_damaged_blob_does_not_arrive() {
     run.succeeds();
     assert_eq!(target.objects()[key], other.objects()[key]);
     assert_store_is_sound(&target, "with another source");
+}
+
+#[test]
+fn all_is_copied_unless_the_spec_says_otherwise() {
+    let server = exported();
+    let run = copy(&[server.spec("")], &server.spec("name=b")).run();
+    run.succeeds().prints(expect![[r#"
+        copied 10 blobs from s3://cache/manifests/buildkit to s3://cache/manifests/b at http://127.0.0.1:PORT: 0 copied (0 B), 10 already there, 0 refreshed; 23 requests in N s
+    "#]], expect![[""]]);
+    let objects = server.objects();
+    assert_eq!(objects["manifests/b"], objects["manifests/buildkit"]);
+}
+
+#[test]
+fn a_cache_is_not_copied_onto_itself_but_may_be_merged_into() {
+    let server = exported();
+    let spec = server.spec("");
+    for (from, to) in [("", ""), ("prefix=", "mode=min,name=buildkit;buildkit")] {
+        let run = copy(&[server.spec(from)], &server.spec(to)).run();
+        run.ends_with(2).prints(expect![[""]], expect![[r#"
+            error: --cache-to: s3://cache/manifests/buildkit is the cache that --cache-from names: there is nothing to copy
+        "#]]);
+    }
+    assert_eq!(server.log().len(), 0);
+
+    Program::export(&server.spec("name=pr-7"), &fixture("local-multiarch"))
+        .run()
+        .succeeds();
+    let merged = copy(&[spec.clone(), server.spec("name=pr-7")], &spec).run();
+    merged.succeeds().prints(expect![[r#"
+        copied 12 blobs from s3://cache/manifests/buildkit and s3://cache/manifests/pr-7 to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 copied (0 B), 12 already there, 0 refreshed; 29 requests in N s
+    "#]], expect![[""]]);
+    copy(
+        std::slice::from_ref(&spec),
+        &server.spec("name=buildkit;other"),
+    )
+    .run()
+    .succeeds();
+    assert_store_is_sound(&server, "after the copies");
+    // The manifest stays where it is, but its blobs do not.
+    let run = copy(&[spec], &server.spec("blobs_prefix=layers/")).run();
+    run.succeeds().says("12 copied (");
 }
 
 #[test]
@@ -400,7 +444,9 @@ fn several_caches_become_one_as_buildkit_would_have_written_it() {
         .succeeds();
     assert_eq!(server.objects()["manifests/again"], merged);
     // mode=min keeps what each build's own results need.
-    let run = copy(&from, &server.spec("name=min")).run().succeeds();
+    let run = copy(&from, &server.spec("name=min,mode=min"))
+        .run()
+        .succeeds();
     run.says("copied 3 blobs");
     // Read back, it is a cache.
     let layout = tempfile::tempdir().expect("a temporary directory");

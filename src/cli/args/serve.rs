@@ -27,9 +27,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SPEC")]
     pub cache_from: Vec<SpecText>,
 
-    /// Where builders may write [default: LAYERCACHE_CACHE_TO, unless --cache-from is given]
+    /// Where builders may write, one spec [default: LAYERCACHE_CACHE_TO, unless --cache-from is given]
     #[arg(long, value_name = "SPEC")]
-    pub cache_to: Option<SpecText>,
+    pub cache_to: Vec<SpecText>,
 
     /// Address to listen on; port 0 takes any free one
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]

@@ -76,19 +76,25 @@ impl<'a> Specs<'a> {
         self.parse(&CACHE_TO, typed, spec::cache_to)
     }
 
+    /// The values of a copy's `--cache-to`, at least one, none twice.
+    pub fn copy_to(&mut self, typed: Vec<SpecText>) -> Result<Vec<ExportConfig>> {
+        self.parse(&CACHE_TO, typed, spec::copy_to)
+    }
+
     /// The values of `--cache-from`, at least one, none twice.
     pub fn cache_from(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {
         self.parse(&CACHE_FROM, typed, spec::cache_from)
     }
 
-    /// The values of both flags for a command that can do with either. The variables stand in only
-    /// where neither flag was typed: a variable must not make writable what was typed as read-only.
+    /// The values of both flags for a command that can do with either, and that writes to one place.
+    /// The variables stand in only where neither flag was typed: a variable must not make writable
+    /// what was typed as read-only.
     pub fn either(
         &mut self,
         from: Vec<SpecText>,
-        to: Option<SpecText>,
+        to: Vec<SpecText>,
     ) -> Result<(Vec<S3Config>, Option<ExportConfig>)> {
-        let typed = !from.is_empty() || to.is_some();
+        let typed = !from.is_empty() || !to.is_empty();
         let stands_in = |flag: &Flag| {
             let value = (self.env)(flag.variable).unwrap_or_default();
             !typed && !spec::specs_from_env(&value).is_empty()
@@ -104,14 +110,18 @@ impl<'a> Specs<'a> {
             true => self.cache_from(from)?,
             false => Vec::new(),
         };
-        let mut targets = match to.is_some() || any_to {
-            true => self.cache_to(Vec::from_iter(to))?,
+        let source = if any_to {
+            CACHE_TO.variable
+        } else {
+            CACHE_TO.name
+        };
+        let mut targets = match !to.is_empty() || any_to {
+            true => self.cache_to(to)?,
             false => Vec::new(),
         };
         if targets.len() > 1 {
             return Err(usage(format!(
-                "{}: it holds {} specs (accepted: one)",
-                CACHE_TO.variable,
+                "{source}: {} specs are given (accepted: one; name=a;b in it writes two caches)",
                 targets.len()
             )));
         }

@@ -238,9 +238,10 @@ fn a_command_that_dies_of_a_signal_or_is_not_there_has_the_status_of_a_shell() {
 #[test]
 fn what_is_wrong_with_the_command_line_is_told_before_anything_is_opened() {
     let server = Server::start();
-    let spec = server.spec("");
-    let cases: [&[&str]; 3] = [
+    let (spec, another) = (server.spec(""), server.spec("name=another"));
+    let cases: [&[&str]; 4] = [
         &[],
+        &["--cache-to", &spec, "--cache-to", &another],
         &["--cache-from", &spec, "--listen", "0.0.0.0:0"],
         &["--cache-from", &spec, "--listen", "localhost"],
     ];
@@ -252,6 +253,7 @@ fn what_is_wrong_with_the_command_line_is_told_before_anything_is_opened() {
     }
     expect![[r#"
         error: no cache is given (use --cache-from or --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_FROM or LAYERCACHE_CACHE_TO)
+        error: --cache-to: 2 specs are given (accepted: one; name=a;b in it writes two caches)
         error: --listen: 0.0.0.0:0 can be reached from other machines, without TLS (accepted: loopback; --insecure-listen allows it)
         error: invalid value 'localhost' for '--listen <ADDRESS:PORT>': invalid socket address syntax
 
