@@ -24,6 +24,7 @@ use anyhow::Result;
 
 pub use self::inventory::{Cache, Contents, Inventory, Tally};
 pub use self::listing::Pages;
+pub use self::manifest::Unreadable;
 pub use self::names::Named;
 pub use self::survey::Certainty;
 use crate::cache::digest::Digest;

@@ -13,7 +13,7 @@ use anyhow::Result;
 use futures::stream::TryStreamExt;
 use tokio::sync::Semaphore;
 
-use crate::bucket::manifest::Unread;
+use crate::bucket::manifest::{Unread, Unreadable};
 use crate::bucket::{Bucket, Key, Named};
 use crate::cache::digest::Digest;
 use crate::cache::{CacheConfig, Record};
@@ -44,7 +44,7 @@ pub struct Inventory {
 pub struct Cache {
     pub named: Named,
     /// Why its manifest is unreadable, if it is.
-    pub contents: Result<Contents, String>,
+    pub contents: Result<Contents, Unreadable>,
 }
 
 /// What is kept of a manifest when many are held at once.
@@ -85,6 +85,11 @@ impl Contents {
             image: cache.image.is_some(),
             blobs: cache.blobs()?.into_iter().collect(),
         })
+    }
+
+    /// Those of a manifest, unless it contradicts itself.
+    pub(super) fn of_manifest(cache: &CacheConfig) -> Result<Self, Unreadable> {
+        Contents::of(cache).map_err(|error| Unreadable::damaged(format!("{error:#}")))
     }
 
     /// Bytes of all its blobs.
@@ -154,8 +159,8 @@ impl Bucket {
     pub async fn cache(&self, named: Named) -> Result<Option<Cache>> {
         let contents = match self.read_manifest(&named.name).await {
             Ok(None) => return Ok(None),
-            Ok(Some(cache)) => Contents::of(&cache).map_err(|error| format!("{error:#}")),
-            Err(Unread::Invalid(reason)) => Err(reason),
+            Ok(Some(cache)) => Contents::of_manifest(&cache),
+            Err(Unread::Invalid(unreadable)) => Err(unreadable),
             Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
             Err(Unread::Store(error)) => return Err(error.into()),
         };

@@ -15,7 +15,24 @@ pub(super) enum Unread {
     /// The store does not answer, or refuses every request.
     Store(StoreError),
     /// This object cannot be read, or is not a manifest that BuildKit could read.
-    Invalid(String),
+    Invalid(Unreadable),
+}
+
+/// What is wrong with a manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    pub reason: String,
+    /// It was read, and is none. Otherwise it may be one that others can read.
+    pub damaged: bool,
+}
+
+impl Unreadable {
+    pub(super) fn damaged(reason: String) -> Self {
+        Unreadable {
+            reason,
+            damaged: true,
+        }
+    }
 }
 
 impl Bucket {
@@ -50,7 +67,8 @@ impl Bucket {
         let Some(bytes) = self.read(key).await? else {
             return Ok(None);
         };
-        self.parse(&bytes).map(Some).map_err(Unread::Invalid)
+        let parsed = self.parse(&bytes).map(Some);
+        parsed.map_err(|reason| Unread::Invalid(Unreadable::damaged(reason)))
     }
 
     async fn read(&self, key: &str) -> StoreResult<Option<Bytes>> {
@@ -80,7 +98,10 @@ impl From<StoreError> for Unread {
             Kind::Unavailable | Kind::NoBucket | Kind::NotS3 | Kind::Missing => {
                 Unread::Store(error)
             }
-            _ => Unread::Invalid(error.message),
+            kind => Unread::Invalid(Unreadable {
+                reason: error.message,
+                damaged: matches!(kind, Kind::Nonsense | Kind::WrongSize { .. }),
+            }),
         }
     }
 }

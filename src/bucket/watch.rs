@@ -214,13 +214,13 @@ async fn read_one(place: &Bucket, found: &Found) -> Result<Option<Watched>> {
             Ok(false) => return Ok(None),
             Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
             Err(Unread::Store(error)) => return Err(error.into()),
-            Err(Unread::Invalid(reason)) => return Ok(Some(watched(Err(reason)))),
+            Err(Unread::Invalid(unreadable)) => return Ok(Some(watched(Err(unreadable)))),
         }
     }
     let contents = match place.read_manifest_at(key).await {
         Ok(None) => return Ok(None),
-        Ok(Some(cache)) => Contents::of(&cache).map_err(|error| format!("{error:#}")),
-        Err(Unread::Invalid(reason)) => Err(reason),
+        Ok(Some(cache)) => Contents::of_manifest(&cache),
+        Err(Unread::Invalid(unreadable)) => Err(unreadable),
         Err(Unread::Store(error)) if error.kind == Kind::Missing => return Ok(None),
         Err(Unread::Store(error)) => return Err(error.into()),
     };

@@ -176,9 +176,9 @@ impl LsDetails {
                     let listed = Listed::new(cache, contents, inventory, &users);
                     details.caches.push(listed);
                 }
-                Err(reason) => details.unreadable.push(Unreadable {
+                Err(unreadable) => details.unreadable.push(Unreadable {
                     key: cache.named.key.clone(),
-                    reason: reason.clone(),
+                    reason: unreadable.reason.clone(),
                 }),
             }
         }

@@ -383,7 +383,7 @@ impl PruneOne<'_> {
             .map(|watched| Candidate {
                 name: &watched.cache.named.name,
                 written: watched.cache.named.info.last_modified,
-                blobs: watched.cache.contents.as_ref().ok().map(|c| &*c.blobs),
+                blobs: watched.cache.contents.as_ref().map(|c| &*c.blobs),
                 ours: watched.ours,
             })
             .collect();
@@ -402,7 +402,6 @@ impl PruneOne<'_> {
             .zip(&decisions)
             .map(|(watched, decision)| planned(watched, decision))
             .collect();
-        details.problems = problems(watch);
         let (mut removed, mut needed, mut left) = (Vec::new(), BTreeSet::new(), 0);
         for (watched, decision) in caches.into_iter().zip(&decisions) {
             if decision.action == Action::Remove {
@@ -420,10 +419,12 @@ impl PruneOne<'_> {
                 crate::report::quoted_names(&names)
             );
         }
+        let goes = |watched: &Watched| removed.iter().any(|gone| gone.address == watched.address);
+        details.problems = problems(watch, goes);
         Ok(Plan {
+            blocked: details.problems.first().cloned(),
             caches: removed,
             needed,
-            blocked: details.problems.first().cloned(),
             uploads: Vec::new(),
         })
     }
@@ -501,11 +502,12 @@ fn planned(watched: &Watched, decision: &Decision) -> Planned {
     }
 }
 
-/// Why no blob may be deleted.
-fn problems(watch: &Watch) -> Vec<String> {
-    let unread = watch.caches().filter_map(|watched| {
-        let reason = watched.cache.contents.as_ref().err()?;
-        Some(format!("{} ({reason})", watched.address))
+/// Why no blob may be deleted once the caches that go are gone.
+fn problems(watch: &Watch, goes: impl Fn(&Watched) -> bool) -> Vec<String> {
+    let stay = watch.caches().filter(|watched| !goes(watched));
+    let unread = stay.filter_map(|watched| {
+        let unreadable = watched.cache.contents.as_ref().err()?;
+        Some(format!("{} ({})", watched.address, unreadable.reason))
     });
     let unread = first_few(unread, LISTED);
     let mut problems = Vec::new();

@@ -395,8 +395,8 @@ impl Work<VerifyDetails> for Verification<'_> {
 fn judge(cache: &Cache, found: &Found) -> Verdict {
     let name = cache.named.name.clone();
     let mut verdict = match &cache.contents {
-        Err(reason) => Verdict {
-            unreadable: Some(reason.clone()),
+        Err(unreadable) => Verdict {
+            unreadable: Some(unreadable.reason.clone()),
             ..Verdict::new(name, &[])
         },
         Ok(contents) => {

@@ -69,7 +69,7 @@ async fn every_object_is_counted_once_in_one_page_or_in_many() {
         assert_eq!(names(&inventory), ["broken", "feature/a;b/c", "main"]);
         let contents = |n: usize| inventory.caches[n].contents.as_ref();
         assert_eq!(
-            contents(0).unwrap_err(),
+            contents(0).unwrap_err().reason,
             "manifests/broken is damaged: it is not JSON (key must be a string at line 1 column 2) \
              (3 tries)"
         );

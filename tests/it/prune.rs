@@ -575,6 +575,100 @@ fn while_a_cache_cannot_be_read_no_blob_goes() {
 }
 
 #[test]
+fn a_damaged_manifest_goes_if_it_is_named_and_then_blobs_go() {
+    let server = bucket();
+    server.put("manifests/broken", "{\"layers\":\"none\"}");
+    server.put("manifests/torn", "{\"layers\":[{\"blob\":\"sha256:");
+    for name in ["broken", "torn"] {
+        server.age(&format!("manifests/{name}"), 5 * DAY);
+    }
+    let run = prune(&server, "", &["--yes", "--name", "broken"]).run();
+    prints(
+        run,
+        1,
+        expect![[r#"
+            name     written  size  action  reason
+            broken   5 d ago   0 B  remove  matched by --name
+            main    10 d ago   8 B  keep    not matched by --name
+            pr-1    40 d ago   7 B  keep    not matched by --name
+            pr-2    10 d ago   7 B  keep    not matched by --name
+            torn     5 d ago   0 B  keep    its manifest is damaged: --name removes it
+
+            to remove: 1 cache, 0 blobs (0 B), 0 unfinished uploads
+            to keep: 4 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+        "#]],
+        expect![[r#"
+        error: no blob is deleted, because a cache cannot be read: s3://cache/manifests/torn (manifests/torn is damaged: it is not JSON (EOF while parsing a string at line 1 column 27) (3 tries)) (pruning s3://cache at http://127.0.0.1:PORT)
+    "#]],
+    );
+    assert_eq!(caches(&server), "main, pr-1, pr-2, torn");
+    assert!(texts(&server).contains("garbage 1, garbage 2"));
+
+    let run = prune(&server, "", &["--yes", "--name", "torn"]).run();
+    prints(
+        run,
+        0,
+        expect![[r#"
+            name   written  size  action  reason
+            main  10 d ago   8 B  keep    not matched by --name
+            pr-1  40 d ago   7 B  keep    not matched by --name
+            pr-2  10 d ago   7 B  keep    not matched by --name
+            torn   5 d ago   0 B  remove  matched by --name
+
+            to remove: 1 cache, 2 blobs (18 B), 0 unfinished uploads
+            to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 2 blobs (18 B), 0 unfinished uploads; N requests in N s
+        "#]],
+        expect![[""]],
+    );
+    assert_eq!(caches(&server), "main, pr-1, pr-2");
+    assert_eq!(texts(&server), "base, main, one, two, young");
+}
+
+#[test]
+fn a_damaged_manifest_that_cannot_be_deleted_keeps_all_blobs() {
+    let server = Server::builder().undeletable("manifests/broken").start();
+    fill(&server);
+    server.put("manifests/broken", "{\"layers\":\"none\"}");
+    server.age("manifests/broken", 5 * DAY);
+    let run = prune(&server, "", &["--yes", "--name", "broken"]).run();
+    prints(
+        run,
+        1,
+        expect![[r#"
+            name     written  size  action  reason
+            broken   5 d ago   0 B  remove  matched by --name
+            main    10 d ago   8 B  keep    not matched by --name
+            pr-1    40 d ago   7 B  keep    not matched by --name
+            pr-2    10 d ago   7 B  keep    not matched by --name
+
+            to remove: 1 cache, 2 blobs (18 B), 0 unfinished uploads
+            to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+        "#]],
+        expect![[r#"
+        error: no blob is deleted, because a cache cannot be read: s3://cache/manifests/broken (reading the cache manifest: invalid type: string "none", expected a sequence at line 1 column 16) (pruning s3://cache at http://127.0.0.1:PORT)
+        error: 1 object could not be deleted: http://127.0.0.1:PORT answered 200 AccessDenied (The test server was told to refuse this.), deleting s3://cache/manifests/broken (pruning s3://cache at http://127.0.0.1:PORT)
+    "#]],
+    );
+    assert!(texts(&server).contains("garbage 1, garbage 2"));
+
+    // As does one that is another by then.
+    let server = bucket();
+    server.put("manifests/broken", "{\"layers\":\"none\"}");
+    server.before(
+        0,
+        |request| request.operation == "HeadObject" && request.key == "manifests/broken",
+        |store| store.put("manifests/broken", "{\"layers\":\"nothing\"}"),
+    );
+    let run = prune(&server, "", &["--yes", "--name", "broken"]).run();
+    run.ends_with(1)
+        .says("no blob is deleted, because a cache cannot be read");
+    assert!(texts(&server).contains("garbage 1, garbage 2"));
+}
+
+#[test]
 fn a_prune_that_may_not_delete_does_not_speak_of_deleting_the_bucket() {
     let server = Server::builder()
         .refuse("DeleteObjects", 403, "AccessDenied")

@@ -36,8 +36,9 @@ const OF_BUCKETS: [&str; 10] = [
 #[command(after_help = "\
 Without options, prune removes no cache, only garbage: blobs that no cache needs, and abandoned
 uploads. The spec's name does not matter: all caches of its manifests_prefix count. Blobs younger
-than --grace stay, because an export may be about to name them. Everything below the spec's prefix
-is searched for caches of other specs that need the same blobs.
+than --grace stay, because an export may be about to name them. All caches of other specs below the
+spec's prefix count, too: a manifest does not say where its blobs are. --assume-no-others says that
+they need none of this spec's, and --also names those that do.
 Exit status 2 without --yes where nobody can be asked.
 
 Examples:
@@ -56,7 +57,7 @@ pub struct PruneArgs {
     #[arg(long, value_name = "N")]
     pub keep_last: Option<usize>,
 
-    /// Remove only caches whose names match; repeat for several
+    /// Remove only caches whose names match, even damaged ones; repeat for several
     #[arg(long, value_name = "GLOB")]
     pub name: Vec<glob::Pattern>,
 
@@ -72,7 +73,7 @@ pub struct PruneArgs {
     #[arg(long, value_name = "SPEC")]
     pub also: Vec<SpecText>,
 
-    /// Do not look below the prefix for other specs' caches
+    /// No cache of another spec needs the blobs: do not look below the prefix for any
     #[arg(long)]
     pub assume_no_others: bool,
 

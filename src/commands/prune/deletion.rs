@@ -133,7 +133,7 @@ impl<'a> Deletion<'a> {
         self.abort(&plan.uploads).await;
         if plan.blocked.is_none() {
             self.look().await?;
-            details.problems = problems(&self.guard.lock().await.watch);
+            details.problems = problems(&self.guard.lock().await.watch, |_| false);
             let broken = self.broken(&plan.needed).await?;
             self.settle(broken, repair, details).await?;
         }
@@ -163,7 +163,7 @@ impl<'a> Deletion<'a> {
                 guard.late.insert(watched.address.clone(), watched);
             }
         }
-        Ok(problems(&guard.watch).is_empty())
+        Ok(problems(&guard.watch, |_| false).is_empty())
     }
 
     fn protect(&self, watched: &Watched) {

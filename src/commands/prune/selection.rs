@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
+use crate::bucket::Unreadable;
 use crate::cache::digest::Digest;
 use crate::config::CacheChoice;
 use crate::progress::age;
@@ -18,8 +19,8 @@ pub(super) struct Candidate<'a> {
     pub name: &'a str,
     /// `None`: the store does not say.
     pub written: Option<SystemTime>,
-    /// Blobs with their sizes. `None`: the manifest cannot be read.
-    pub blobs: Option<&'a [(Digest, u64)]>,
+    /// Blobs with their sizes.
+    pub blobs: Result<&'a [(Digest, u64)], &'a Unreadable>,
     /// It is one of the spec's; others always stay.
     pub ours: bool,
 }
@@ -82,7 +83,7 @@ pub(super) fn decide(
 /// follow.
 fn last(candidates: &[Candidate], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..candidates.len())
-        .filter(|&at| candidates[at].ours && candidates[at].blobs.is_some())
+        .filter(|&at| candidates[at].ours && candidates[at].blobs.is_ok())
         .collect();
     order.sort_by_key(|&at| {
         let written = candidates[at].written;
@@ -105,13 +106,18 @@ fn decide_one(
 ) -> Decision {
     let matches = |globs: &[glob::Pattern]| globs.iter().any(|glob| glob.matches(candidate.name));
     let keep = |reason: &str| Decision::new(Action::Keep, true, reason);
-    if candidate.blobs.is_none() {
-        return keep("its manifest cannot be read");
+    let named = !choice.name.is_empty() && matches(&choice.name);
+    match candidate.blobs {
+        // Only who names it can know that it is no cache.
+        Err(Unreadable { damaged: true, .. }) if candidate.ours && named => {}
+        Err(Unreadable { damaged: true, .. }) if candidate.ours => {
+            return keep("its manifest is damaged: --name removes it");
+        }
+        Err(_) => return keep("its manifest cannot be read"),
+        Ok(_) if !candidate.ours => return keep("another spec's, and may need the same blobs"),
+        Ok(_) => {}
     }
-    if !candidate.ours {
-        return keep("another spec's, over the same blobs");
-    }
-    if !choice.name.is_empty() && !matches(&choice.name) {
+    if !choice.name.is_empty() && !named {
         return keep("not matched by --name");
     }
     if matches(&choice.keep) {
@@ -238,6 +244,10 @@ mod tests {
                 blobs.map(|blob| (Digest::of(&[blob]), 10)).collect()
             })
             .collect();
+        let [refused, torn] = [false, true].map(|damaged| Unreadable {
+            reason: String::new(),
+            damaged,
+        });
         let candidates: Vec<_> = caches
             .iter()
             .zip(&blobs)
@@ -247,7 +257,11 @@ mod tests {
                     Ok(days) => now - DAY * days,
                     Err(_) => now + DAY * days.unsigned_abs() as u32,
                 }),
-                blobs: (*letters != "?").then_some(blobs),
+                blobs: match *letters {
+                    "?" => Err(&refused),
+                    "!" => Err(&torn),
+                    _ => Ok(blobs),
+                },
                 ours: !name.starts_with('*'),
             })
             .collect();
@@ -309,7 +323,7 @@ mod tests {
                  keep pr-1: no option selects it\n\
                  keep pr-2: no option selects it\n\
                  keep release: no option selects it\n\
-                 keep other: another spec's, over the same blobs"
+                 keep other: another spec's, and may need the same blobs"
                     .to_owned(),
                 60
             )
@@ -335,7 +349,7 @@ mod tests {
              remove pr-1: older than 30 d\n\
              keep pr-2: not older than 30 d\n\
              keep release: matched by --keep\n\
-             keep other: another spec's, over the same blobs"
+             keep other: another spec's, and may need the same blobs"
         );
         assert_eq!(rest, 50);
         let last = CacheChoice {
@@ -432,6 +446,39 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_manifest_goes_only_if_it_is_named() {
+        let caches = [
+            ("torn", Some(9), "!"),
+            ("torn-2", Some(9), "!"),
+            ("torn-too", Some(1), "!"),
+            ("secret", Some(9), "?"),
+            ("*torn", Some(9), "!"),
+        ];
+        let mut choice = CacheChoice {
+            older_than: Some(5 * DAY),
+            ..CacheChoice::default()
+        };
+        assert_eq!(
+            decided(&caches, &choice).0,
+            "keep torn: its manifest is damaged: --name removes it\n\
+             keep torn-2: its manifest is damaged: --name removes it\n\
+             keep torn-too: its manifest is damaged: --name removes it\n\
+             keep secret: its manifest cannot be read\n\
+             keep torn: its manifest cannot be read"
+        );
+        choice.name = [glob("torn*"), glob("secret")].concat();
+        choice.keep = glob("torn-2");
+        assert_eq!(
+            decided(&caches, &choice).0,
+            "remove torn: older than 5 d\n\
+             keep torn-2: matched by --keep\n\
+             keep torn-too: not older than 5 d\n\
+             keep secret: its manifest cannot be read\n\
+             keep torn: its manifest cannot be read"
+        );
+    }
+
+    #[test]
     fn the_oldest_go_until_the_unique_bytes_of_the_rest_fit() {
         let fits = |max_size| CacheChoice {
             max_size: Some(max_size),
@@ -445,7 +492,7 @@ mod tests {
              remove pr-1: over --max-size 45 B\n\
              remove pr-2: over --max-size 45 B\n\
              keep release: matched by --keep\n\
-             keep other: another spec's, over the same blobs"
+             keep other: another spec's, and may need the same blobs"
         );
         // Blob a stays: main needs it.
         assert_eq!(rest, 40);
