@@ -105,7 +105,7 @@ pub struct Global {
     #[arg(short, long, global = true, overrides_with_all = ["progress", "verbose"], help_heading = GLOBAL)]
     pub quiet: bool,
 
-    /// Write the results to this file, as JSON
+    /// Write the results to this file, as JSON; - is stdout
     #[arg(long, global = true, value_name = "FILE", help_heading = GLOBAL)]
     pub metadata_file: Option<PathBuf>,
 

@@ -58,16 +58,17 @@ pub struct InspectDetails {
     results: u64,
     blobs: u64,
     bytes: u64,
-    /// Bytes of the blobs that no other cache needs.
-    unique_bytes: u64,
+    /// Bytes of the blobs that no other cache needs. `None` here and below: the other caches cannot be
+    /// listed.
+    unique_bytes: Option<u64>,
     /// Whether it also describes an image.
     image: bool,
     /// What `mode=min` would keep.
     min: Min,
     /// The other caches that need some of its blobs, those with the most bytes first.
-    shared_with: Vec<Shared>,
+    shared_with: Option<Vec<Shared>>,
     /// Other manifests that could not be read.
-    unreadable: u64,
+    unreadable: Option<u64>,
     missing: Vec<Digest>,
     wrong_size: Vec<Digest>,
     #[serde(skip)]
@@ -89,8 +90,8 @@ struct InspectedLayer {
     /// The layer below, by its place in this list.
     parent: Option<usize>,
     state: State,
-    /// How many other caches need the blob.
-    shared_by: u64,
+    /// How many other caches need the blob. `None`: unknown.
+    shared_by: Option<u64>,
 }
 
 /// Whether a blob is where its cache is.
@@ -143,11 +144,11 @@ struct Others {
 }
 
 impl InspectDetails {
-    /// `found` has the sizes of the cache's blobs that are there.
+    /// `found` has the sizes of the cache's blobs that are there. No `others`: they cannot be listed.
     fn new(
         cache: &CacheConfig,
         found: &BTreeMap<Digest, u64>,
-        others: &Others,
+        others: Option<&Others>,
         task: &InspectTask,
     ) -> Result<Self> {
         let contents = Contents::of(cache)?;
@@ -164,14 +165,15 @@ impl InspectDetails {
                 blobs: min.blobs.len() as u64,
                 bytes: min.bytes(),
             },
-            unreadable: others.unreadable,
+            unreadable: others.map(|others| others.unreadable),
             diff_ids: task.diff_ids,
             json: task.json,
             ..InspectDetails::default()
         };
         let mut users: HashMap<Digest, u64> =
             contents.blobs.iter().map(|(blob, _)| (*blob, 0)).collect();
-        for (name, other) in &others.caches {
+        let mut shared_with = Vec::new();
+        for (name, other) in others.iter().flat_map(|others| &others.caches) {
             let mut shared = Shared {
                 name: name.clone(),
                 blobs: 0,
@@ -185,16 +187,14 @@ impl InspectDetails {
                 }
             }
             if shared.blobs > 0 {
-                details.shared_with.push(shared);
+                shared_with.push(shared);
             }
         }
-        details
-            .shared_with
-            .sort_by(|a, b| (b.bytes, &a.name).cmp(&(a.bytes, &b.name)));
+        shared_with.sort_by(|a, b| (b.bytes, &a.name).cmp(&(a.bytes, &b.name)));
+        let unique = contents.blobs.iter().filter(|(blob, _)| users[blob] == 0);
+        details.unique_bytes = others.map(|_| unique.map(|(_, size)| size).sum());
+        details.shared_with = others.map(|_| shared_with);
         for (blob, size) in &contents.blobs {
-            if users[blob] == 0 {
-                details.unique_bytes += size;
-            }
             match State::of(*size, found.get(blob).copied()) {
                 State::Ok => {}
                 State::Missing => details.missing.push(*blob),
@@ -211,7 +211,7 @@ impl InspectDetails {
                 created: Some(annotations.created_at).filter(|time| !time.is_unknown()),
                 parent: layer.parent,
                 state: State::of(annotations.size, found.get(&layer.blob).copied()),
-                shared_by: users[&layer.blob],
+                shared_by: others.map(|_| users[&layer.blob]),
             });
         }
         Ok(details)
@@ -237,7 +237,7 @@ impl InspectDetails {
                 format!("{before}{}", layer.blob),
                 progress::bytes(layer.size),
                 created.unwrap_or_else(|| "-".to_owned()),
-                layer.shared_by.to_string(),
+                layer.shared_by.map_or("-".to_owned(), |n| n.to_string()),
                 layer.state.word().to_owned(),
             ];
             if self.diff_ids {
@@ -248,13 +248,13 @@ impl InspectDetails {
         table.text()
     }
 
-    fn sharing(&self) -> String {
+    fn sharing(shared_with: &[Shared]) -> String {
         let blobs = |shared: &Shared| {
             let name = printable(&shared.name);
             format!("{} with '{name}'", sized(shared.blobs, shared.bytes))
         };
-        let mut names: Vec<String> = self.shared_with.iter().take(NAMED).map(blobs).collect();
-        if let more @ 1.. = self.shared_with.len().saturating_sub(NAMED) {
+        let mut names: Vec<String> = shared_with.iter().take(NAMED).map(blobs).collect();
+        if let more @ 1.. = shared_with.len().saturating_sub(NAMED) {
             names.push(format!("some with {}", count(more as u64, "more cache")));
         }
         names.join(", ")
@@ -317,19 +317,19 @@ impl Details for InspectDetails {
             count(results, "result"),
             sized(blobs, bytes)
         );
-        if !self.shared_with.is_empty() {
+        if let Some(shared_with @ [_, ..]) = self.shared_with.as_deref() {
             let _ = write!(
                 text,
                 "\nshares {}; {} in no other cache",
-                self.sharing(),
-                progress::bytes(self.unique_bytes)
+                Self::sharing(shared_with),
+                progress::bytes(self.unique_bytes.unwrap_or_default())
             );
         }
-        if self.unreadable > 0 {
+        if let Some(unreadable @ 1..) = self.unreadable {
             let _ = write!(
                 text,
                 "\n{} could not be read, and may share more",
-                count(self.unreadable, "other manifest")
+                count(unreadable, "other manifest")
             );
         }
         let layers: HashSet<Digest> = self.layers.iter().map(|layer| layer.blob).collect();
@@ -389,7 +389,7 @@ async fn of_layout(task: &InspectTask, root: &Path, progress: &Progress) -> Resu
         }
         Ok(InspectDetails {
             manifest: Some(entry.digest),
-            ..InspectDetails::new(&cache, &found, &others, &task)?
+            ..InspectDetails::new(&cache, &found, Some(&others), &task)?
         })
     })
     .await
@@ -464,7 +464,7 @@ impl Work<InspectDetails> for Inspection<'_> {
         let found = found.collect();
         report.details = InspectDetails {
             written,
-            ..InspectDetails::new(&cache, &found, &others, self.task)?
+            ..InspectDetails::new(&cache, &found, others.as_ref(), self.task)?
         };
         Ok(())
     }
@@ -475,15 +475,15 @@ impl Work<InspectDetails> for Inspection<'_> {
 }
 
 impl Inspection<'_> {
-    /// The other caches, and when this one was written.
-    async fn others(&self) -> Result<(Others, Option<Time>)> {
+    /// The other caches, if they can be listed, and when this one was written.
+    async fn others(&self) -> Result<(Option<Others>, Option<Time>)> {
         self.progress.stage("reading the other manifests", 0, 0);
         let caches = match self.bucket.caches().await {
             Ok(caches) => caches,
             Err(error) if is_denied(&error) => {
                 self.progress
                     .warn(&format!("cannot tell what other caches share: {error:#}"));
-                return Ok(Default::default());
+                return Ok((None, None));
             }
             Err(error) => return Err(error),
         };
@@ -499,7 +499,7 @@ impl Inspection<'_> {
                 Err(_) => others.unreadable += 1,
             }
         }
-        Ok((others, written.map(|time| Time(time.into()))))
+        Ok((Some(others), written.map(|time| Time(time.into()))))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The metadata file: every report of a run, as JSON for the next CI step.
 
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +21,7 @@ struct Document {
 pub fn check(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     let checked = match target(path) {
+        Ok(Target::Stdout | Target::Stderr) => Ok(()),
         Ok(Target::Stream) => rustix::fs::access(path, rustix::fs::Access::WRITE_OK)
             .map_err(|error| std::io::Error::from(error).into()),
         // Opening or replacing an existing file would already be a result.
@@ -30,7 +32,7 @@ pub fn check(path: impl AsRef<Path>) -> Result<()> {
 }
 
 /// Writes the reports as JSON to the file at `path`, which is replaced atomically, or written to if
-/// it is not a regular file (`/dev/stdout`, a pipe). Errors name the file.
+/// it is not a regular file (a pipe) or is open already (`/dev/stdout`). Errors name the file.
 pub fn write(path: impl AsRef<Path>, reports: &[Box<dyn AnyReport>]) -> Result<()> {
     let path = path.as_ref();
     write_json(path, reports).with_context(|| cannot_write(path))
@@ -50,10 +52,10 @@ fn write_json(path: &Path, reports: &[Box<dyn AnyReport>]) -> Result<()> {
     json.push(b'\n');
 
     match target(path)? {
-        Target::Stream => {
-            let mut stream = std::fs::OpenOptions::new().write(true).open(path)?;
-            stream.write_all(&json)?;
-        }
+        Target::Stdout => write_all(std::io::stdout(), &json)?,
+        Target::Stderr => write_all(std::io::stderr(), &json)?,
+        // What others have written through the descriptor stays.
+        Target::Stream => write_all(OpenOptions::new().append(true).open(path)?, &json)?,
         Target::File(target) => {
             let mut staged = stage(&target)?;
             staged.write_all(&json)?;
@@ -63,17 +65,32 @@ fn write_json(path: &Path, reports: &[Box<dyn AnyReport>]) -> Result<()> {
     Ok(())
 }
 
+fn write_all(mut stream: impl Write, json: &[u8]) -> std::io::Result<()> {
+    stream.write_all(json)?;
+    stream.flush()
+}
+
 /// What a metadata file's path leads to.
 enum Target {
     /// A file to be replaced, whether or not it exists.
     File(PathBuf),
-    /// A pipe or a device, to be written to.
+    /// A pipe or a device, or what a descriptor of the process stands for, to be written to.
     Stream,
+    Stdout,
+    Stderr,
 }
 
 fn target(path: &Path) -> Result<Target> {
+    let descriptor = descriptor(path);
+    match descriptor {
+        Some(1) => return Ok(Target::Stdout),
+        Some(2) => return Ok(Target::Stderr),
+        _ => {}
+    }
     match std::fs::metadata(path) {
         Ok(found) if found.is_dir() => bail!("it is a directory"),
+        // If it is a regular file, it is one that a shell writes to as well.
+        Ok(_) if descriptor.is_some() => Ok(Target::Stream),
         Ok(found) if !found.is_file() => Ok(Target::Stream),
         // A symlink stays; what it points to is replaced.
         Ok(_) => Ok(Target::File(path.canonicalize()?)),
@@ -81,6 +98,20 @@ fn target(path: &Path) -> Result<Target> {
             Ok(Target::File(path.to_path_buf()))
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// The number of the descriptor that a path names.
+fn descriptor(path: &Path) -> Option<u32> {
+    let path = path.to_str()?;
+    match path {
+        "-" | "/dev/stdout" => Some(1),
+        "/dev/stderr" => Some(2),
+        _ => {
+            let mut folders = ["/dev/fd/", "/proc/self/fd/"].into_iter();
+            let number = folders.find_map(|folder| path.strip_prefix(folder));
+            number?.parse().ok()
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use layercache::cache::digest::Digest;
 use crate::aftermath::{
     assert_layout_is_sound, assert_store_is_sound, layout_of, noise, put_cache,
 };
-use crate::output::any_digest;
+use crate::output::{any_digest, lasting};
 use crate::program::{Program, Run, copy_of, files, fixture};
 use crate::server::Server;
 
@@ -435,6 +435,56 @@ fn a_metadata_file_that_cannot_be_written_fails_the_run_after_the_export_is_done
             error: cannot write the metadata file /dev/full: No space left on device (os error 28)
         "#]]);
     assert!(server.object("manifests/buildkit").is_some());
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_metadata_file_that_is_open_already_is_written_to_and_loses_nothing() {
+    let server = Server::start();
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let log = folder.path().join("log");
+    let run = |redirected: &str, file: &str| {
+        let export = Program::export(&server.spec("mode=max"), &fixture("local-max"));
+        let export = Command::from(export.args(["-q", "--metadata-file", file]));
+        let _ = std::fs::remove_file(&log);
+        let number = &redirected[..1];
+        let script = format!(
+            "exec {redirected}{}; echo earlier >&{number}; \"$0\" \"$@\"; echo later >&{number}",
+            log.display()
+        );
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", &script])
+            .arg(export.get_program())
+            .args(export.get_args());
+        shell
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        Run::from(shell.output().expect("sh runs")).succeeds();
+        let log = std::fs::read_to_string(&log).expect("the log");
+        let json = log.find('{').expect("JSON");
+        let (before, json) = log.split_at(json);
+        let (json, after) = json.split_at(json.rfind('}').expect("its end") + 1);
+        let document: serde_json::Value = serde_json::from_str(json).expect("JSON");
+        assert_eq!(document["results"][0]["command"], "export");
+        lasting(&format!("{before}JSON{after}"))
+    };
+    run("1>", "-");
+    let streams = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "-"];
+    let logs = streams.map(|file| run("1>", file));
+    expect![[r#"
+        earlier
+        exported 10 blobs to s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 uploaded (0 B), 10 already there, 0 refreshed; 12 requests in N s
+        JSON
+        later
+    "#]]
+    .assert_eq(&logs[0]);
+    assert!(logs.iter().all(|log| *log == logs[0]), "{logs:#?}");
+    for (redirected, file) in [("2>", "/dev/stderr"), ("3>>", "/dev/fd/3")] {
+        assert_eq!(run(redirected, file), "earlier\nJSON\nlater\n");
+    }
+    assert!(!Path::new("-").exists());
+    assert_eq!(folder.path().read_dir().expect("it").count(), 1);
 }
 
 #[test]

@@ -292,7 +292,7 @@ fn without_the_permission_to_list_only_the_sharing_is_unknown() {
         .succeeds()
         .prints(expect![[r#"
             layer                                                                        size  created              shared by  state
-            └─ sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6  100 B  2026-11-21 20:37:36          0  ok
+            └─ sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6  100 B  2026-11-21 20:37:36          -  ok
 
             'a' in s3://cache/manifests/a at http://127.0.0.1:PORT; 3 requests in N s
             1 layer, 1 record, 1 result; 1 blob (100 B)
@@ -303,6 +303,17 @@ fn without_the_permission_to_list_only_the_sharing_is_unknown() {
             Ns reading the other manifests
             warning: cannot tell what other caches share: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), listing s3://cache
         "#]]);
+    let run = inspect(&["--cache-from", &server.spec("name=a"), "--format", "json"]).succeeds();
+    let document: serde_json::Value = serde_json::from_str(&run.stdout).expect("JSON");
+    let unknown = [
+        &document["layers"][0]["sharedBy"],
+        &document["uniqueBytes"],
+        &document["sharedWith"],
+        &document["unreadable"],
+    ];
+    assert!(unknown.iter().all(|field| field.is_null()), "{document:#}");
+    let fields = document.as_object().expect("an object");
+    assert!(fields.contains_key("uniqueBytes"), "{document:#}");
 }
 
 #[test]
