@@ -169,6 +169,11 @@ trait PerSpec: Send + Sync {
         false
     }
 
+    /// What to say where the store denies access.
+    fn if_denied(&self) -> &'static str {
+        "layercache doctor tells which permission is missing"
+    }
+
     /// A report that says where the work is, before any of it is done.
     fn blank(&self, spec: &Self::Spec) -> Report<Self::Details>;
 
@@ -244,7 +249,7 @@ async fn for_each_spec<C: PerSpec>(
         };
         report.fail(&error);
         let stopped = error.is::<Interrupted>();
-        let error = located(error, &report.place);
+        let error = located(error, &report.place, command.if_denied());
         if command.ignores_errors(spec) && !context.interrupt.happened() {
             report.error_ignored = true;
             warn_of_ignored(&error, context);
@@ -268,7 +273,7 @@ async fn for_each_spec<C: PerSpec>(
 }
 
 /// The error, followed by what was being done unless it already says where on S3 it happened.
-fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
+fn located(error: anyhow::Error, place: &Place, if_denied: &str) -> anyhow::Error {
     // They are told in other ways.
     if error.is::<Interrupted>() || error.is::<NobodyToAsk>() || error.is::<Declined>() {
         return error;
@@ -280,7 +285,7 @@ fn located(error: anyhow::Error, place: &Place) -> anyhow::Error {
             code: Some(code),
             ..
         }) if code == "AccessDenied" => {
-            anyhow!("{error:#}; layercache doctor tells which permission is missing")
+            anyhow!("{error:#}; {if_denied}")
         }
         Some(StoreError { located: true, .. }) => error,
         _ => anyhow!("{error:#} ({})", place.work()),

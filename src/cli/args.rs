@@ -120,7 +120,7 @@ pub enum Command {
     Export(ExportArgs),
     /// Fetch a cache from S3 into a local OCI layout
     Import(ImportArgs),
-    /// Check that a bucket and its credentials allow an export and an import
+    /// Test what a bucket and its credentials allow, and name missing permissions
     Doctor(DoctorArgs),
     /// List the caches in a bucket, and what else is there
     Ls(LsArgs),

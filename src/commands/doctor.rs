@@ -179,8 +179,23 @@ impl DoctorDetails {
         (self.export_works, self.import_works) = (work(Need::Export), work(Need::Import));
     }
 
+    /// Why no request can succeed: the first check told, and the others were not tried.
+    fn nothing_works(&self) -> Option<&str> {
+        let (first, others) = self.checks.split_first()?;
+        let untried = |checked: &Checked| checked.result == Answer::NotTried;
+        let all = first.result == Answer::Fails && others.iter().all(untried);
+        first.reason.as_deref().filter(|_| all)
+    }
+
     /// The error for a target that an export or an import cannot use.
     fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
+        let addresses = place.manifests();
+        if let Some(reason) = self.nothing_works() {
+            return Some(anyhow!(
+                "nothing works at {addresses}: {}",
+                printable(reason)
+            ));
+        }
         let what = match (self.export_works, self.import_works) {
             (true, true) => return None,
             (true, false) => "an import",
@@ -200,7 +215,6 @@ impl DoctorDetails {
                         .all(|other| other.result != Answer::Works))
         });
         let cause = failed.map_or("see above", |checked| checked.name);
-        let addresses = place.manifests();
         Some(anyhow!("{what} would fail at {addresses}: cannot {cause}"))
     }
 }
@@ -232,8 +246,10 @@ impl Details for DoctorDetails {
         if let Some(seconds) = self.round_trip {
             fact("round trip", &format!("{seconds:.3} s"));
         }
-        for checked in &self.checks {
-            checked.lines(&mut text);
+        if self.nothing_works().is_none() {
+            for checked in &self.checks {
+                checked.lines(&mut text);
+            }
         }
         text
     }

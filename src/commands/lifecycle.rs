@@ -134,6 +134,16 @@ impl PerSpec for Lifecycle<'_> {
         &target.s3
     }
 
+    /// The doctor must not try to write rules: those that are there could be lost.
+    fn if_denied(&self) -> &'static str {
+        match self.task.action {
+            LifecycleAction::Apply => {
+                "s3:GetLifecycleConfiguration and s3:PutLifecycleConfiguration are needed"
+            }
+            _ => "s3:GetLifecycleConfiguration is needed",
+        }
+    }
+
     fn blank(&self, target: &ExportConfig) -> Report<LifecycleDetails> {
         let details = LifecycleDetails {
             action: Some(self.task.action),

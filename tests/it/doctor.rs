@@ -78,7 +78,7 @@ fn a_bucket_that_allows_everything_passes_and_stays_empty() {
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
               round trip   N s
-              works   list objects                 speed
+              works   list objects                 ls, verify, prune, speed
               works   look for a missing object    export, import
               works   put an object                export
               works   look for an object           export, import
@@ -91,7 +91,7 @@ fn a_bucket_that_allows_everything_passes_and_stays_empty() {
               works   complete a multipart upload  export
               works   abort a multipart upload     cleaning up
               works   copy an object onto itself   refreshing
-              works   delete an object             pruning
+              works   delete an object             prune, verify --repair
         "#]], expect![[r#"
             Ns testing the bucket
         "#]]);
@@ -121,9 +121,9 @@ fn what_only_costs_comfort_is_named_with_its_permission_and_is_no_failure() {
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
               round trip   N s
-              FAILS   list objects                 speed
+              FAILS   list objects                 ls, verify, prune, speed
                       http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), listing s3://cache
-                      without it, each blob is looked up by a request of its own
+                      without it, ls, verify and prune fail, and each blob is looked up by a request of its own
                       allow s3:ListBucket
               works   look for a missing object    export, import
               works   put an object                export
@@ -144,7 +144,7 @@ fn what_only_costs_comfort_is_named_with_its_permission_and_is_no_failure() {
               FAILS   copy an object onto itself   refreshing
                       the copy succeeded, but LastModified has not moved: blobs/layercache-doctor-RANDOM
                       without it, old blobs are uploaded again, or else expire although they are in use
-              works   delete an object             pruning
+              works   delete an object             prune, verify --repair
         "#]], expect![[r#"
             Ns testing the bucket
         "#]]);
@@ -167,7 +167,7 @@ fn a_role_that_may_not_write_fails_the_export_alone() {
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
               round trip   N s
-              works   list objects                 speed
+              works   list objects                 ls, verify, prune, speed
               works   look for a missing object    export, import
               FAILS   put an object                export
                       http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), uploading s3://cache/blobs/layercache-doctor-RANDOM
@@ -192,7 +192,7 @@ fn a_role_that_may_not_write_fails_the_export_alone() {
                       there is no multipart upload
               -       copy an object onto itself   refreshing
                       there is no object to copy
-              works   delete an object             pruning
+              works   delete an object             prune, verify --repair
         "#]], expect![[r#"
             Ns testing the bucket
             error: an export would fail at s3://cache/manifests/buildkit: cannot put an object
@@ -216,7 +216,7 @@ fn what_may_not_be_deleted_or_aborted_is_named_as_left_behind() {
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
               round trip   N s
-              works   list objects                 speed
+              works   list objects                 ls, verify, prune, speed
               works   look for a missing object    export, import
               works   put an object                export
               works   look for an object           export, import
@@ -232,7 +232,7 @@ fn what_may_not_be_deleted_or_aborted_is_named_as_left_behind() {
                       without it, the parts of a failed upload stay and cost money until a lifecycle rule aborts it
                       allow s3:AbortMultipartUpload
               works   copy an object onto itself   refreshing
-              FAILS   delete an object             pruning
+              FAILS   delete an object             prune, verify --repair
                       http://127.0.0.1:PORT answered 403 AccessDenied, deleting s3://cache/blobs/layercache-doctor-RANDOM
                       without it, only a lifecycle rule removes what is no longer used
                       allow s3:DeleteObject
@@ -268,27 +268,30 @@ fn with_a_wrong_secret_one_check_says_all() {
               bucket URL   http://127.0.0.1:PORT/cache
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
-              FAILS   list objects                 speed
-                      http://127.0.0.1:PORT answered 403 SignatureDoesNotMatch, listing s3://cache; check access_key_id and secret_access_key
-                      without it, each blob is looked up by a request of its own
-              -       look for a missing object    export, import
-              -       put an object                export
-              -       look for an object           export, import
-              -       get an object                import
-              -       get a range of an object     speed
-              -       start a multipart upload     export
-              -       upload a part                export
-              -       list parts                   resuming
-              -       list multipart uploads       resuming
-              -       complete a multipart upload  export
-              -       abort a multipart upload     cleaning up
-              -       copy an object onto itself   refreshing
-              -       delete an object             pruning
         "#]], expect![[r#"
             Ns testing the bucket
-            error: both an export and an import would fail at s3://cache/manifests/buildkit: cannot list objects
+            error: nothing works at s3://cache/manifests/buildkit: http://127.0.0.1:PORT answered 403 SignatureDoesNotMatch, listing s3://cache; check access_key_id and secret_access_key
         "#]]);
     assert_eq!(server.log().len(), 1);
+}
+
+#[test]
+fn without_credentials_nothing_is_sent_and_the_error_says_so() {
+    let server = Server::start();
+    examine(&server.keyless_spec(""))
+        .ends_with(1)
+        .prints(expect![[r#"
+            checked s3://cache/manifests/buildkit: export FAILS, import FAILS; 0 requests in N s
+              credentials  none found
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        unknown: no response had a date
+        "#]], expect![[r#"
+            Ns testing the bucket
+            error: nothing works at s3://cache/manifests/buildkit: no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the job a role (tried: environment, profile, web identity, container endpoint, EC2 metadata service: IMDS disabled by AWS_EC2_METADATA_DISABLED env var set to `true`)
+        "#]]);
+    assert_eq!(server.log().len(), 0);
 }
 
 #[test]
@@ -304,25 +307,9 @@ fn a_missing_bucket_ends_the_checks() {
               bucket URL   http://127.0.0.1:PORT/absent
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        agrees with the store's
-              FAILS   list objects                 speed
-                      http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; check bucket, region and endpoint_url
-                      without it, each blob is looked up by a request of its own
-              -       look for a missing object    export, import
-              -       put an object                export
-              -       look for an object           export, import
-              -       get an object                import
-              -       get a range of an object     speed
-              -       start a multipart upload     export
-              -       upload a part                export
-              -       list parts                   resuming
-              -       list multipart uploads       resuming
-              -       complete a multipart upload  export
-              -       abort a multipart upload     cleaning up
-              -       copy an object onto itself   refreshing
-              -       delete an object             pruning
         "#]], expect![[r#"
             Ns testing the bucket
-            error: both an export and an import would fail at s3://absent/manifests/buildkit: cannot list objects
+            error: nothing works at s3://absent/manifests/buildkit: http://127.0.0.1:PORT answered 404 NoSuchBucket, listing s3://absent; check bucket, region and endpoint_url
         "#]]);
     assert_eq!(server.log().len(), 1);
 }
@@ -347,7 +334,9 @@ fn a_clock_that_is_far_off_is_why_nothing_works() {
         .start();
     let mut run = examine(&server.spec(""));
     // The second may change between a request and its response.
-    run.stdout = run.stdout.replace("3599 s", "3600 s");
+    for text in [&mut run.stdout, &mut run.stderr] {
+        *text = text.replace("3599 s", "3600 s");
+    }
     run.ends_with(1)
         .prints(expect![[r#"
             checked s3://cache/manifests/buildkit: export FAILS, import FAILS; 1 request in N s
@@ -356,25 +345,9 @@ fn a_clock_that_is_far_off_is_why_nothing_works() {
               bucket URL   http://127.0.0.1:PORT/cache
               addressing   path style (use_path_style=true, or the endpoint needs it)
               clock        3600 s behind the store's: over 15 minutes, S3 refuses all requests
-              FAILS   list objects                 speed
-                      http://127.0.0.1:PORT answered 403 RequestTimeTooSkewed, listing s3://cache; this machine's clock is 3600 s behind the store's: set it
-                      without it, each blob is looked up by a request of its own
-              -       look for a missing object    export, import
-              -       put an object                export
-              -       look for an object           export, import
-              -       get an object                import
-              -       get a range of an object     speed
-              -       start a multipart upload     export
-              -       upload a part                export
-              -       list parts                   resuming
-              -       list multipart uploads       resuming
-              -       complete a multipart upload  export
-              -       abort a multipart upload     cleaning up
-              -       copy an object onto itself   refreshing
-              -       delete an object             pruning
         "#]], expect![[r#"
             Ns testing the bucket
-            error: both an export and an import would fail at s3://cache/manifests/buildkit: cannot list objects
+            error: nothing works at s3://cache/manifests/buildkit: http://127.0.0.1:PORT answered 403 RequestTimeTooSkewed, listing s3://cache; this machine's clock is 3600 s behind the store's: set it
         "#]]);
     assert_eq!(server.log().len(), 1);
 }

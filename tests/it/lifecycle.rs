@@ -393,9 +393,18 @@ fn if_the_rules_cannot_be_read_none_are_written() {
         .start();
     let run = lifecycle(&server, "", &["--apply"]);
     run.fails_with(expect![[r#"
-        error: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), reading the lifecycle rules of s3://cache; layercache doctor tells which permission is missing
+        error: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), reading the lifecycle rules of s3://cache; s3:GetLifecycleConfiguration and s3:PutLifecycleConfiguration are needed
     "#]]);
     assert_eq!(server.count("PutBucketLifecycleConfiguration"), 0);
+    lifecycle(&server, "", &["--check"]).fails_with(expect![[r#"
+        error: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), reading the lifecycle rules of s3://cache; s3:GetLifecycleConfiguration is needed
+    "#]]);
+    let server = Server::builder()
+        .refuse("PutBucketLifecycleConfiguration", 403, "AccessDenied")
+        .start();
+    lifecycle(&server, "", &["--apply"]).fails_with(expect![[r#"
+        error: the bucket keeps the rules that it had: http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), writing the lifecycle rules of s3://cache; s3:GetLifecycleConfiguration and s3:PutLifecycleConfiguration are needed
+    "#]]);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 pub(super) enum Need {
     Export,
     Import,
-    /// Without it the work is done, at a cost that [`Check::without`] names.
+    /// Without it exports and imports work, at a cost that [`Check::without`] names.
     Comfort(&'static str),
 }
 
@@ -52,8 +52,13 @@ pub(super) const CHECKS: [Check; 14] = [
     Check {
         step: Step::List,
         name: "list objects",
-        needed_for: &[Need::Comfort("speed")],
-        without: "each blob is looked up by a request of its own",
+        needed_for: &[
+            Need::Comfort("ls"),
+            Need::Comfort("verify"),
+            Need::Comfort("prune"),
+            Need::Comfort("speed"),
+        ],
+        without: "ls, verify and prune fail, and each blob is looked up by a request of its own",
         permission: "s3:ListBucket",
     },
     Check {
@@ -144,7 +149,7 @@ pub(super) const CHECKS: [Check; 14] = [
     Check {
         step: Step::Delete,
         name: "delete an object",
-        needed_for: &[Need::Comfort("pruning")],
+        needed_for: &[Need::Comfort("prune"), Need::Comfort("verify --repair")],
         without: "only a lifecycle rule removes what is no longer used",
         permission: "s3:DeleteObject",
     },
