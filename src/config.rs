@@ -183,9 +183,18 @@ pub struct ImportTask {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DoctorTask {
     /// At least one, none twice.
-    pub targets: Vec<ExportConfig>,
+    pub places: Vec<TestedPlace>,
     /// Print JSON documents instead of text.
     pub json: bool,
+}
+
+/// A place on S3 that is tried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TestedPlace {
+    pub s3: S3Config,
+    /// Try out what an export needs, too, which writes an object and deletes it. Otherwise nothing is
+    /// written.
+    pub writes: bool,
 }
 
 /// Serve caches on S3 to builders on this machine.

@@ -3,6 +3,8 @@
 
 mod checks;
 mod examination;
+mod reading;
+mod scratch;
 
 use std::fmt::Write as _;
 
@@ -14,7 +16,7 @@ use self::checks::{Check, Need};
 use self::examination::{Examination, Trouble};
 use crate::bucket::Bucket;
 use crate::commands::{Context, PerSpec, Work, for_each_spec};
-use crate::config::{DoctorTask, ExportConfig, S3Config};
+use crate::config::{DoctorTask, S3Config, TestedPlace};
 use crate::quote::printable;
 use crate::report::{Details, Outcome, Place, Report};
 use crate::store::{Connection, Kind, StoreError};
@@ -22,18 +24,18 @@ use crate::store::{Connection, Kind, StoreError};
 /// Date headers count whole seconds and travel for a while: a clock this many seconds off is right.
 const CLOCK_TOLERANCE: i64 = 2;
 
-/// Tests every target of the task. If an export or an import cannot use a target, the doctor itself
-/// has not failed: it prints the report like any other, but the run fails.
+/// Tests every place of the task. If an export or an import cannot use one, the doctor itself has not
+/// failed: it prints the report like any other, but the run fails.
 pub async fn run(task: &DoctorTask, context: &Context<'_>) -> Outcome {
     let doctor = Doctor { task };
-    let (reports, mut errors) = for_each_spec(&doctor, &task.targets, context).await;
+    let (reports, mut errors) = for_each_spec(&doctor, &task.places, context).await;
     for report in reports.iter().filter(|report| report.error.is_none()) {
         errors.extend(report.details.verdict(&report.place));
     }
     (reports, errors).into()
 }
 
-/// What the checks found out about a target.
+/// What the checks found out about a place.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DoctorDetails {
@@ -43,7 +45,9 @@ pub struct DoctorDetails {
     /// Seconds of the fastest request.
     #[serde(skip_serializing_if = "Option::is_none")]
     round_trip: Option<f64>,
-    export_works: bool,
+    /// `None`: that was not to be tested.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    export_works: Option<bool>,
     import_works: bool,
     checks: Vec<Checked>,
     /// What could not be removed.
@@ -165,7 +169,8 @@ fn is_forbidden(error: &StoreError) -> bool {
 }
 
 impl DoctorDetails {
-    fn conclude(&mut self) {
+    /// Judges the checks. If nothing was to be written, what only an export needs is not among them.
+    fn conclude(&mut self, writes: bool) {
         let work = |need: Need| {
             let needed = self
                 .checks
@@ -176,7 +181,15 @@ impl DoctorDetails {
                     .into_iter()
                     .all(|checked| checked.result == Answer::Works)
         };
-        (self.export_works, self.import_works) = (work(Need::Export), work(Need::Import));
+        let (exports, imports) = (work(Need::Export), work(Need::Import));
+        (self.export_works, self.import_works) = (writes.then_some(exports), imports);
+        if !writes {
+            for checked in &mut self.checks {
+                checked
+                    .needed_for
+                    .retain(|need| *need != Need::Export.name());
+            }
+        }
     }
 
     /// Why no request can succeed: the first check told, and the others were not tried.
@@ -187,7 +200,7 @@ impl DoctorDetails {
         first.reason.as_deref().filter(|_| all)
     }
 
-    /// The error for a target that an export or an import cannot use.
+    /// The error for a place that an export or an import cannot use.
     fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
         let addresses = place.manifests();
         if let Some(reason) = self.nothing_works() {
@@ -197,10 +210,10 @@ impl DoctorDetails {
             ));
         }
         let what = match (self.export_works, self.import_works) {
-            (true, true) => return None,
-            (true, false) => "an import",
-            (false, true) => "an export",
-            (false, false) => "both an export and an import",
+            (Some(true) | None, true) => return None,
+            (Some(true) | None, false) => "an import",
+            (Some(false), true) => "an export",
+            (Some(false), false) => "both an export and an import",
         };
         let failed = self.checks.iter().find(|checked| {
             let essential = [Need::Export, Need::Import].map(Need::name);
@@ -222,10 +235,13 @@ impl DoctorDetails {
 impl Details for DoctorDetails {
     fn summary(&self, place: &Place, cost: &str) -> String {
         let verdict = |works| if works { "works" } else { "FAILS" };
+        let export = match self.export_works {
+            Some(works) => format!("export {}, ", verdict(works)),
+            None => String::new(),
+        };
         let mut text = format!(
-            "checked {}: export {}, import {}; {cost}",
+            "checked {}: {export}import {}; {cost}",
             place.manifests(),
-            verdict(self.export_works),
             verdict(self.import_works)
         );
         let mut fact = |name: &str, value: &str| {
@@ -288,16 +304,16 @@ struct Doctor<'a> {
 
 #[async_trait]
 impl PerSpec for Doctor<'_> {
-    type Spec = ExportConfig;
+    type Spec = TestedPlace;
     type Details = DoctorDetails;
     type Ready = ();
 
-    fn s3<'a>(&self, target: &'a ExportConfig) -> &'a S3Config {
-        &target.s3
+    fn s3<'a>(&self, place: &'a TestedPlace) -> &'a S3Config {
+        &place.s3
     }
 
-    fn blank(&self, target: &ExportConfig) -> Report<DoctorDetails> {
-        let s3 = &target.s3;
+    fn blank(&self, place: &TestedPlace) -> Report<DoctorDetails> {
+        let s3 = &place.s3;
         let details = DoctorDetails {
             region: s3.region.clone(),
             json: self.task.json,
@@ -313,11 +329,11 @@ impl PerSpec for Doctor<'_> {
     fn work<'a>(
         &'a self,
         (): &'a (),
-        _: &'a ExportConfig,
+        place: &'a TestedPlace,
         bucket: Bucket,
         _: &[Report<DoctorDetails>],
         context: &'a Context<'_>,
     ) -> Box<dyn Work<DoctorDetails> + 'a> {
-        Box::new(Examination::new(&bucket, context.progress))
+        Box::new(Examination::new(&bucket, place.writes, context.progress))
     }
 }

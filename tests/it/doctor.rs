@@ -5,16 +5,22 @@ use std::time::Duration;
 
 use expect_test::expect;
 
+use crate::aftermath::put_cache;
 use crate::output::lasting;
 use crate::program::{Program, Run};
-use crate::server::{Fault, SECRET_KEY, Server};
+use crate::server::{Fault, READER_ACCESS_KEY, READER_SECRET_KEY, SECRET_KEY, Server};
 
 fn doctor(spec: &str) -> Program {
     Program::new().args(["doctor", "--cache-to", spec])
 }
 
+/// A run for `--cache-to`.
 fn examine(spec: &str) -> Run {
     steady(doctor(spec).run())
+}
+
+fn finished(program: Program) -> Run {
+    steady(program.run())
 }
 
 /// The run with the scratch object's random name replaced.
@@ -242,6 +248,148 @@ fn what_may_not_be_deleted_or_aborted_is_named_as_left_behind() {
             warning: left behind: a multipart upload of s3://cache/blobs/layercache-doctor-RANDOM
         "#]]);
     assert_eq!((server.keys().len(), server.uploads()), (1, 1));
+}
+
+/// A run for `--cache-from` with keys that only read.
+fn examine_as_reader(server: &Server, more: &str) -> Run {
+    let keys = format!("access_key_id={READER_ACCESS_KEY},secret_access_key={READER_SECRET_KEY}");
+    let spec = server.keyless_spec(&format!("{keys},{more}"));
+    finished(Program::new().args(["doctor", "--cache-from", &spec]))
+}
+
+#[test]
+fn a_role_that_only_reads_is_tested_without_writing_anything() {
+    let server = Server::start();
+    put_cache(&server, "app", &[100]);
+    let before = server.objects();
+    examine_as_reader(&server, "name=app").succeeds().prints(
+        expect![[r#"
+            checked s3://cache/manifests/app: import works; 5 requests in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              round trip   N s
+              works   list objects                 ls, verify, prune, speed
+              works   look for a missing object    import
+              works   look for an object           import
+              works   get an object                import
+              works   get a range of an object     speed
+        "#]],
+        expect![[r#"
+            Ns testing the bucket
+        "#]],
+    );
+    assert_eq!(server.objects(), before);
+    let log = server.log();
+    let reads = ["ListObjectsV2", "HeadObject", "GetObject"];
+    assert!(log.iter().all(|request| reads.contains(&request.operation)));
+    // Before the first export.
+    examine_as_reader(&server, "name=none").succeeds().prints(
+        expect![[r#"
+            checked s3://cache/manifests/none: import works; 4 requests in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              round trip   N s
+              works   list objects                 ls, verify, prune, speed
+              works   look for a missing object    import
+              works   look for an object           import
+              works   get an object                import
+              -       get a range of an object     speed
+                      there is no cache to read yet
+        "#]],
+        expect![[r#"
+            Ns testing the bucket
+        "#]],
+    );
+}
+
+#[test]
+fn a_role_that_may_not_read_fails_the_import() {
+    let server = Server::builder()
+        .refuse("GetObject", 403, "AccessDenied")
+        .start();
+    put_cache(&server, "app", &[100]);
+    examine_as_reader(&server, "name=app")
+        .ends_with(1)
+        .prints(expect![[r#"
+            checked s3://cache/manifests/app: import FAILS; 5 requests in N s
+              credentials  the spec
+              region       us-east-1
+              bucket URL   http://127.0.0.1:PORT/cache
+              addressing   path style (use_path_style=true, or the endpoint needs it)
+              clock        agrees with the store's
+              round trip   N s
+              works   list objects                 ls, verify, prune, speed
+              works   look for a missing object    import
+              works   look for an object           import
+              FAILS   get an object                import
+                      http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), reading s3://cache/manifests/app; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+                      without it, nothing can be imported
+                      allow s3:GetObject
+              FAILS   get a range of an object     speed
+                      http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), reading s3://cache/manifests/app; s3:GetObject may be missing, or the object itself: without s3:ListBucket a missing key answers 403 too
+                      without it, a large blob is fetched in one stream, and from its start if that breaks off
+                      allow s3:GetObject
+        "#]], expect![[r#"
+            Ns testing the bucket
+            error: an import would fail at s3://cache/manifests/app: cannot get an object
+        "#]]);
+}
+
+#[test]
+fn the_variables_are_tested_and_a_place_in_both_once() {
+    let server = Server::start();
+    let doctor = || {
+        Program::new()
+            .arg("doctor")
+            .env("BUILDKIT_PROGRESS", "quiet")
+    };
+    let verdicts = |program: Program| {
+        let run = program.run().succeeds();
+        let checked = run
+            .stdout
+            .lines()
+            .filter(|line| line.starts_with("checked "));
+        let verdicts = checked.filter_map(|line| line.split_once(';'));
+        verdicts
+            .map(|(verdict, _)| format!("{verdict}\n"))
+            .collect::<String>()
+    };
+    let (from, to) = ("LAYERCACHE_CACHE_FROM", "LAYERCACHE_CACHE_TO");
+    let (app, pr) = (server.spec("name=app"), server.spec("name=pr"));
+    let other = server.spec("name=app,prefix=other/");
+    let seen = [
+        verdicts(doctor().env(from, &app)),
+        verdicts(doctor().env(to, &app)),
+        verdicts(
+            doctor()
+                .env(to, &app)
+                .env(from, format!("{app}\n{pr}\n{other}")),
+        ),
+        verdicts(doctor().env(to, &app).args(["--cache-from", &app])),
+    ];
+    expect![[r#"
+        checked s3://cache/manifests/app: import works
+
+        checked s3://cache/manifests/app: export works, import works
+
+        checked s3://cache/manifests/app: export works, import works
+        checked s3://cache/other/manifests/app: import works
+
+        checked s3://cache/manifests/app: import works
+    "#]]
+    .assert_eq(&lasting(&seen.join("\n")));
+    doctor()
+        .run()
+        .ends_with(2)
+        .prints(expect![[""]], expect![[r#"
+            error: no cache is given (use --cache-from or --cache-to type=s3,region=...,bucket=..., or set LAYERCACHE_CACHE_FROM or LAYERCACHE_CACHE_TO)
+        "#]]);
 }
 
 #[test]

@@ -57,10 +57,20 @@ impl ServeArgs {
                 self.listen
             )));
         }
-        let (sources, target) = specs.either(self.cache_from, self.cache_to)?;
+        let source = match self.cache_to.is_empty() {
+            true => "LAYERCACHE_CACHE_TO",
+            false => "--cache-to",
+        };
+        let (sources, mut targets) = specs.either(self.cache_from, self.cache_to)?;
+        if targets.len() > 1 {
+            return Err(usage(format!(
+                "{source}: {} specs are given (accepted: one; name=a;b in it writes two caches)",
+                targets.len()
+            )));
+        }
         Ok(Task::Serve(Box::new(ServeTask {
             sources,
-            target,
+            target: targets.pop(),
             listen: self.listen,
             env_file: self.env_file,
             command: self.command,

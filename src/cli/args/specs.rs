@@ -86,14 +86,13 @@ impl<'a> Specs<'a> {
         self.parse(&CACHE_FROM, typed, spec::cache_from)
     }
 
-    /// The values of both flags for a command that can do with either, and that writes to one place.
-    /// The variables stand in only where neither flag was typed: a variable must not make writable
-    /// what was typed as read-only.
+    /// The values of both flags for a command that can do with either. The variables stand in only
+    /// where neither flag was typed: a variable must not make writable what was typed as read-only.
     pub fn either(
         &mut self,
         from: Vec<SpecText>,
         to: Vec<SpecText>,
-    ) -> Result<(Vec<S3Config>, Option<ExportConfig>)> {
+    ) -> Result<(Vec<S3Config>, Vec<ExportConfig>)> {
         let typed = !from.is_empty() || !to.is_empty();
         let stands_in = |flag: &Flag| {
             let value = (self.env)(flag.variable).unwrap_or_default();
@@ -110,22 +109,11 @@ impl<'a> Specs<'a> {
             true => self.cache_from(from)?,
             false => Vec::new(),
         };
-        let source = if any_to {
-            CACHE_TO.variable
-        } else {
-            CACHE_TO.name
-        };
-        let mut targets = match !to.is_empty() || any_to {
+        let targets = match !to.is_empty() || any_to {
             true => self.cache_to(to)?,
             false => Vec::new(),
         };
-        if targets.len() > 1 {
-            return Err(usage(format!(
-                "{source}: {} specs are given (accepted: one; name=a;b in it writes two caches)",
-                targets.len()
-            )));
-        }
-        Ok((sources, targets.pop()))
+        Ok((sources, targets))
     }
 
     /// The values of `--cache-from` for a command that looks at all caches of a place: each place once,
@@ -133,13 +121,7 @@ impl<'a> Specs<'a> {
     pub fn places_from(&mut self, typed: Vec<SpecText>) -> Result<Vec<S3Config>> {
         let mut places: Vec<S3Config> = Vec::new();
         for source in self.cache_from(typed)? {
-            let is_known = |known: &S3Config| {
-                let names = source.names.clone();
-                S3Config {
-                    names,
-                    ..known.clone()
-                } == source
-            };
+            let is_known = |known: &S3Config| is_same_place(known, &source);
             if !places.iter().any(is_known) {
                 places.push(source);
             }
@@ -207,6 +189,16 @@ impl<'a> Specs<'a> {
         }
         Ok(configs)
     }
+}
+
+/// Whether two specs differ in their names at most.
+pub fn is_same_place(one: &S3Config, other: &S3Config) -> bool {
+    let names = other.names.clone();
+    let renamed = S3Config {
+        names,
+        ..one.clone()
+    };
+    renamed == *other
 }
 
 /// A forgotten flag makes a spec the layout, and later errors would show it as a path.

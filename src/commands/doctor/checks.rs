@@ -47,6 +47,14 @@ pub(super) enum Step {
     Delete,
 }
 
+impl Step {
+    /// Whether it can be tried where nothing is written.
+    pub(super) fn only_reads(self) -> bool {
+        use Step::{Absent, Get, GetRange, Head, List};
+        matches!(self, List | Absent | Head | Get | GetRange)
+    }
+}
+
 /// In the order in which they are tried.
 pub(super) const CHECKS: [Check; 14] = [
     Check {
@@ -79,7 +87,7 @@ pub(super) const CHECKS: [Check; 14] = [
         step: Step::Head,
         name: "look for an object",
         needed_for: &[Need::Export, Need::Import],
-        without: "an export cannot tell which blobs are there",
+        without: "exports and imports cannot tell which blobs are there",
         permission: "s3:GetObject",
     },
     Check {
