@@ -357,6 +357,8 @@ pub enum Consent {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifyTask {
     pub origin: Origin,
+    /// Only caches on S3 whose names match.
+    pub name: Option<glob::Pattern>,
     /// Hash every blob.
     pub deep: bool,
     /// Make caches usable that are not whole.

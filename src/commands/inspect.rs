@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::SystemTime;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use async_trait::async_trait;
 use serde::Serialize;
 
@@ -359,7 +359,12 @@ async fn of_layout(task: &InspectTask, root: &Path, progress: &Progress) -> Resu
     progress.stage("reading the layout", 0, 0);
     let (task, root, progress) = (task.clone(), root.to_owned(), progress.clone());
     blocking(move || {
-        let layout = Layout::open(&root, LOCK_WAIT)?;
+        let layout = Layout::open(&root, LOCK_WAIT).map_err(|error| match root.exists() {
+            true => error,
+            false => {
+                anyhow!("{error:#}; a cache on S3 is named in its spec: --cache-from ...,name=...")
+            }
+        })?;
         let entry = layout.select(&task.selection)?;
         let cache = layout
             .read_cache(&entry, &progress)

@@ -69,6 +69,9 @@ pub struct VerifyDetails {
     /// A repair was asked for.
     #[serde(skip)]
     repair: bool,
+    /// The glob that the names of the caches match.
+    #[serde(skip)]
+    name: Option<String>,
     #[serde(skip)]
     json: bool,
 }
@@ -261,6 +264,7 @@ impl VerifyDetails {
         VerifyDetails {
             deep: task.deep,
             repair: task.repair,
+            name: task.name.as_ref().map(|glob| glob.as_str().to_owned()),
             json: task.json,
             ..VerifyDetails::default()
         }
@@ -277,6 +281,11 @@ impl VerifyDetails {
     fn verdict(&self, place: &Place) -> Option<anyhow::Error> {
         let wrong = self.caches.iter().filter(|cache| !cache.ok).count() as u64;
         let address = place.addresses();
+        // A name with a typing error would pass for a whole cache.
+        if let (Some(glob), true) = (&self.name, self.caches.is_empty()) {
+            let glob = printable(glob);
+            return Some(anyhow!("no cache in {address} matches '{glob}'"));
+        }
         if wrong == 0 && self.not_removed == 0 {
             return None;
         }
@@ -365,7 +374,12 @@ impl Work<VerifyDetails> for Verification<'_> {
     async fn run(&mut self, report: &mut Report<VerifyDetails>) -> Result<()> {
         self.progress.stage("reading the manifests", 0, 0);
         let caches = self.bucket.caches().await?;
-        let contents = caches.iter().flat_map(|cache| &cache.contents);
+        let chosen = || {
+            let glob = self.task.name.as_ref();
+            let caches = caches.iter();
+            caches.filter(move |cache| glob.is_none_or(|glob| glob.matches(&cache.named.name)))
+        };
+        let contents = chosen().flat_map(|cache| &cache.contents);
         let named = contents.flat_map(|contents| &contents.blobs);
         let mut details = VerifyDetails::new(self.task);
         details.count(named.clone());
@@ -379,7 +393,7 @@ impl Work<VerifyDetails> for Verification<'_> {
             let named: BTreeSet<(Digest, u64)> = named.copied().collect();
             self.hash(named, &mut found).await?;
         }
-        details.caches = caches.iter().map(|cache| judge(cache, &found)).collect();
+        details.caches = chosen().map(|cache| judge(cache, &found)).collect();
         if self.task.repair {
             self.repair(&caches, found, &mut details).await?;
         }
@@ -548,6 +562,7 @@ impl Verification<'_> {
             bucket: &self.bucket,
             downloader: &self.downloader,
             progress: self.progress,
+            name: self.task.name.as_ref(),
             damaged: found.damaged,
         };
         let Repaired {

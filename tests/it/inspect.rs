@@ -317,6 +317,15 @@ fn without_the_permission_to_list_only_the_sharing_is_unknown() {
 }
 
 #[test]
+fn a_name_in_place_of_a_layout_is_told_where_it_belongs() {
+    inspect(&["app", "-q"])
+        .ends_with(1)
+        .prints(expect![[""]], expect![[r#"
+            error: inspecting app: no OCI layout at app: no such directory; a cache on S3 is named in its spec: --cache-from ...,name=...
+        "#]]);
+}
+
+#[test]
 fn a_layout_and_a_spec_exclude_each_other() {
     let server = Server::start();
     inspect(&["--cache-from", &server.spec(""), "somewhere"])

@@ -163,6 +163,85 @@ fn what_is_wrong_is_listed_and_fails_the_run() {
 }
 
 #[test]
+fn a_glob_chooses_the_caches_that_are_verified() {
+    let server = bucket();
+    server.remove(LEAF);
+    server.put("manifests/broken", r#"{"layers": 1}"#);
+    let quiet = |flags: &[&str]| verify(&server, &[flags, &["-q"]].concat());
+    quiet(&["--name", "feature/*"])
+        .succeeds()
+        .prints(expect![[r#"
+            name         blobs      size  missing  damaged  wrong size  verdict
+            feature/min      5  30.1 KiB        0        -           0  ok
+
+            looked for the blobs of 1 cache in s3://cache at http://127.0.0.1:PORT, 5 blobs (30.1 KiB); 9 requests in N s
+        "#]], expect![[""]]);
+    quiet(&["--name", "max"])
+        .ends_with(1)
+        .prints(expect![[r#"
+            name  blobs      size  missing  damaged  wrong size  verdict
+            max      10  62.9 KiB        1        -           0  BROKEN
+
+            looked for the blobs of 1 cache in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 14 requests in N s
+            max: 1 blob, missing:
+              sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece
+        "#]], expect![[r#"
+            error: 1 of 1 cache in s3://cache at http://127.0.0.1:PORT is not whole; --repair fixes those whose manifests can be read
+        "#]]);
+    quiet(&["--name", "feature"])
+        .ends_with(1)
+        .prints(expect![[r#"
+            looked for the blobs of 0 caches in s3://cache at http://127.0.0.1:PORT, 0 blobs (0 B); 4 requests in N s
+        "#]], expect![[r#"
+            error: no cache in s3://cache at http://127.0.0.1:PORT matches 'feature'
+        "#]]);
+    program(&["--name", "max", "somewhere"])
+        .run()
+        .ends_with(2)
+        .prints(
+            expect![[""]],
+            expect![[r#"
+            error: the argument '--name <GLOB>' cannot be used with '[LAYOUT]'
+
+            Usage: layercache verify --name <GLOB> [LAYOUT]
+
+            For more information, try '--help'.
+        "#]],
+        );
+}
+
+#[test]
+fn a_repair_rewrites_only_the_chosen_caches_and_keeps_what_others_need() {
+    let server = bucket();
+    damage(&server, LEAF);
+    damage(&server, ROOT);
+    let other = server.objects()["manifests/feature/min"].clone();
+    let flags = ["--deep", "--repair", "--name", "max", "-q"];
+    verify(&server, &flags)
+        .ends_with(1)
+        .prints(expect![[r#"
+            name  blobs      size  missing  damaged  wrong size  verdict
+            max      10  62.9 KiB        0        2           0  repaired
+
+            hashed the blobs of 1 cache in s3://cache at http://127.0.0.1:PORT, 10 blobs (62.9 KiB); 50 requests in N s
+            max: 2 blobs, damaged:
+              sha256:710869d00fd0518ebd0f976eefb2bacecf511edf21dcebe7db62cd384cfaeece
+              sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2
+            max: repaired, without 10 layers and 10 results
+            1 damaged object: deleted
+        "#]], expect![[r#"
+            warning: sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2 is damaged and stays: a cache still needs it
+            error: 1 damaged object could not be deleted from s3://cache at http://127.0.0.1:PORT
+        "#]]);
+    let objects = server.objects();
+    assert_eq!(objects["manifests/feature/min"], other);
+    assert!(objects.contains_key(ROOT) && !objects.contains_key(LEAF));
+    // Then the rest.
+    verify(&server, &["--deep", "--repair", "-q"]).succeeds();
+    assert!(!server.objects().contains_key(ROOT));
+}
+
+#[test]
 fn only_a_deep_look_finds_wrong_bytes_and_a_hiccup_of_the_network_is_none() {
     let server = bucket();
     server.fail({
@@ -438,6 +517,7 @@ fn what_may_not_be_deleted_or_written_is_told_and_fails_the_run() {
             Ns looking for blobs on S3
             Ns verifying (2 blobs, 300 B)
             Ns repairing
+            warning: sha256:1fbe0eb2ee7a2b2bb61f66defb77b0e9f513458af8a7f9f13c1e8f4b3fda0bb6 is damaged and stays: a cache still needs it
             error: 1 of 1 cache in s3://cache at http://127.0.0.1:PORT is not whole
         "#]]);
     // Without it, an import of the old manifest would fail in another way, not succeed.

@@ -32,6 +32,8 @@ pub(super) struct Repair<'a> {
     pub(super) bucket: &'a Bucket,
     pub(super) downloader: &'a Downloader,
     pub(super) progress: &'a Progress,
+    /// Only caches whose names match may be rewritten.
+    pub(super) name: Option<&'a glob::Pattern>,
     /// The objects whose bytes are wrong, as they were found.
     pub(super) damaged: BTreeMap<Digest, ObjectInfo>,
 }
@@ -87,6 +89,7 @@ impl Repair<'_> {
                     names.insert(cache.named.name);
                 }
             }
+            names.retain(|name| self.name.is_none_or(|glob| glob.matches(name)));
             names.retain(|name| !done.failed.contains_key(name));
             if names.is_empty() {
                 break;
@@ -101,7 +104,12 @@ impl Repair<'_> {
                 _ => continue,
             }
             match named.contains(blob) {
-                true => done.undeleted += 1,
+                true => {
+                    done.undeleted += 1;
+                    self.progress.warn(&format!(
+                        "{blob} is damaged and stays: a cache still needs it"
+                    ));
+                }
                 false => keys.push(self.bucket.blob_key(blob)),
             }
         }
