@@ -504,10 +504,10 @@ fn planned(watched: &Watched, decision: &Decision) -> Planned {
 
 /// Why no blob may be deleted once the caches that go are gone.
 fn problems(watch: &Watch, goes: impl Fn(&Watched) -> bool) -> Vec<String> {
-    let stay = watch.caches().filter(|watched| !goes(watched));
-    let unread = stay.filter_map(|watched| {
+    let unread = watch.caches().filter_map(|watched| {
         let unreadable = watched.cache.contents.as_ref().err()?;
-        Some(format!("{} ({})", watched.address, unreadable.reason))
+        let stays = !goes(watched);
+        stays.then(|| format!("{} ({})", watched.address, unreadable.reason))
     });
     let unread = first_few(unread, LISTED);
     let mut problems = Vec::new();
