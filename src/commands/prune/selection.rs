@@ -291,7 +291,7 @@ mod tests {
         let candidate = |name, days, blobs| Candidate {
             name,
             written: Some(now - DAY * days),
-            blobs: Some(blobs),
+            blobs: Ok(blobs),
             ours: true,
         };
         let candidates = [candidate("old", 2, &long), candidate("new", 1, &short)];
