@@ -1,10 +1,11 @@
 //! The blobs of a cache as clients read them: each download is shared by those who read the same blob at
 //! the same time, verified, and resumed where it broke off.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, anyhow, bail};
 use bytes::Bytes;
@@ -49,10 +50,21 @@ pub struct Blobs {
     downloads: Arc<Semaphore>,
 }
 
+/// A blob that this run has sent or refreshed.
+#[derive(Clone, Copy)]
+pub struct Settled {
+    pub size: u64,
+    /// It was sent, not only refreshed.
+    pub sent: bool,
+    /// By the wall clock, which goes on while the machine sleeps.
+    at: SystemTime,
+}
+
 #[derive(Default)]
 struct Known {
     /// In bytes, on S3.
     sizes: HashMap<Digest, u64>,
+    settled: HashMap<Digest, Settled>,
     /// The bytes were wrong.
     damaged: HashSet<Digest>,
     /// Clients may have received wrong bytes of these, which must not become the beginning of a
@@ -80,18 +92,43 @@ impl Blobs {
         }
     }
 
-    /// Takes note of what a survey found.
-    pub fn found<'a>(&self, found: impl IntoIterator<Item = (&'a Digest, &'a ObjectInfo)>) {
+    /// Takes note of what a survey of `asked` found.
+    pub fn surveyed<'a>(
+        &self,
+        asked: impl IntoIterator<Item = &'a Digest>,
+        found: &BTreeMap<Digest, ObjectInfo>,
+    ) {
         let mut known = self.known.lock();
-        let sizes = found.into_iter().map(|(digest, info)| (*digest, info.size));
-        known.sizes.extend(sizes);
+        for digest in asked {
+            match found.get(digest) {
+                Some(info) => drop(known.sizes.insert(*digest, info.size)),
+                None => known.forget(digest),
+            }
+        }
     }
 
     /// Notes that a blob was sent that was absent or damaged before.
     pub fn sent(&self, digest: &Digest, size: u64) {
         let mut known = self.known.lock();
-        known.sizes.insert(*digest, size);
+        known.settle(digest, size, true);
         known.damaged.remove(digest);
+    }
+
+    /// Notes that a blob is young again.
+    pub fn refreshed(&self, digest: &Digest, size: u64) {
+        self.known.lock().settle(digest, size, false);
+    }
+
+    /// Notes that a blob is not there any more.
+    pub fn lost(&self, digest: &Digest) {
+        self.known.lock().forget(digest);
+    }
+
+    /// A blob that was sent or refreshed no longer than `within` ago, if nothing is known against it.
+    pub fn settled(&self, digest: &Digest, within: Duration) -> Option<Settled> {
+        let settled = *self.known.lock().settled.get(digest)?;
+        let age = settled.at.elapsed();
+        age.is_ok_and(|age| age < within).then_some(settled)
     }
 
     /// Whether the blob's bytes were wrong when last read.
@@ -119,12 +156,20 @@ impl Blobs {
         if self.is_damaged(digest) {
             return Ok(None);
         }
-        let found = self.bucket.blob(digest).await?.map(|info| info.size);
+        Ok(self.info(digest).await?.map(|info| info.size))
+    }
+
+    /// What S3 says of a blob, damaged or not.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn info(&self, digest: &Digest) -> Result<Option<ObjectInfo>> {
+        let found = self.bucket.blob(digest).await?;
         let mut known = self.known.lock();
-        match found {
-            Some(size) => known.sizes.insert(*digest, size),
-            None => known.sizes.remove(digest),
-        };
+        match &found {
+            Some(info) => drop(known.sizes.insert(*digest, info.size)),
+            None => known.forget(digest),
+        }
         Ok(found)
     }
 
@@ -174,10 +219,7 @@ impl Blobs {
         let first = match reader.next().await {
             Ok(Some(first)) => first,
             Ok(None) => return Ok(Some(futures::stream::empty().boxed())),
-            Err(Stopped::Missing) => {
-                self.known.lock().sizes.remove(&digest);
-                return Ok(None);
-            }
+            Err(Stopped::Missing) => return Ok(None),
             Err(Stopped::Broken(error)) => return Err(error),
         };
         let rest = futures::stream::unfold(Some(reader), |reader| async {
@@ -268,6 +310,7 @@ impl Blobs {
         let end = match forwarded {
             Ok(Forwarded::Whole | Forwarded::Unwanted) => End::Whole,
             Ok(Forwarded::Missing) => {
+                self.lost(&digest);
                 self.progress
                     .note(&format!("{digest} is not on S3 any more"));
                 End::Missing
@@ -277,7 +320,7 @@ impl Blobs {
                 let damaged = error.is::<Damaged>();
                 {
                     let mut known = self.known.lock();
-                    known.sizes.remove(&digest);
+                    known.forget(&digest);
                     if damaged {
                         known.damaged.insert(digest);
                         known.spoiled.insert(digest);
@@ -301,6 +344,17 @@ impl Blobs {
 }
 
 impl Known {
+    fn settle(&mut self, digest: &Digest, size: u64, sent: bool) {
+        let at = SystemTime::now();
+        self.sizes.insert(*digest, size);
+        self.settled.insert(*digest, Settled { size, sent, at });
+    }
+
+    fn forget(&mut self, digest: &Digest) {
+        self.sizes.remove(digest);
+        self.settled.remove(digest);
+    }
+
     fn checkpoint(&mut self, digest: Digest, hasher: &Hasher) {
         if hasher.length() < CHECKPOINT {
             return;

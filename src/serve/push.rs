@@ -24,7 +24,7 @@ use crate::cache::{CacheConfig, diff_id};
 use crate::config::{ExportConfig, Mode};
 use crate::progress::{Progress, count};
 use crate::quote::first_few;
-use crate::serve::blobs::Blobs;
+use crate::serve::blobs::{Blobs, Settled};
 use crate::serve::kept::{Document, Kept};
 use crate::store::ObjectInfo;
 use crate::transfer::arriving::Incoming;
@@ -45,6 +45,10 @@ const LISTED: usize = 5;
 
 /// The largest document that is held back, in bytes.
 const HELD_BACK: u64 = 8 << 20;
+
+/// How long a blob that was sent or refreshed is taken to be on S3, and young, without another look. The
+/// bound is `touch_refresh` if that is less: no `prune` has a shorter `--grace`.
+const VOUCHED: Duration = Duration::from_secs(10 * 60);
 
 /// A manifest names blobs that are missing on S3 and were not pushed.
 #[derive(Debug)]
@@ -87,13 +91,13 @@ pub struct Push {
     /// Documents that clients sent. They are stored only if a manifest names them as blobs: on S3,
     /// a cache's config is not one.
     documents: Kept,
-    settled: Mutex<Settled>,
+    done: Mutex<Done>,
     publishing: tokio::sync::Mutex<()>,
 }
 
-/// What is known of the blobs in this run.
+/// What this run has done so far.
 #[derive(Default)]
-struct Settled {
+struct Done {
     /// Blobs that were sent, with their sizes.
     sent: BTreeMap<Digest, u64>,
     /// Blobs that were found, with their sizes; and those also refreshed.
@@ -128,23 +132,23 @@ impl Push {
             progress: progress.clone(),
             blobs,
             documents: Kept::default(),
-            settled: Mutex::default(),
+            done: Mutex::default(),
             publishing: tokio::sync::Mutex::default(),
         }
     }
 
     pub fn pushed(&self) -> Pushed {
-        let settled = self.settled.lock();
+        let done = self.done.lock();
         let only_present = |digest: &&Digest| {
-            !settled.sent.contains_key(*digest) && !settled.refreshed.contains_key(*digest)
+            !done.sent.contains_key(*digest) && !done.refreshed.contains_key(*digest)
         };
-        let present = settled.present.keys().filter(only_present).count() as u64;
+        let present = done.present.keys().filter(only_present).count() as u64;
         Pushed {
-            blobs: settled.sent.len() as u64,
-            bytes: settled.sent.values().sum(),
-            present: present.saturating_sub(settled.refreshed_last),
-            refreshed: settled.refreshed.len() as u64 + settled.refreshed_last,
-            manifests: settled.manifests,
+            blobs: done.sent.len() as u64,
+            bytes: done.sent.values().sum(),
+            present: present.saturating_sub(done.refreshed_last),
+            refreshed: done.refreshed.len() as u64 + done.refreshed_last,
+            manifests: done.manifests,
         }
     }
 
@@ -159,11 +163,11 @@ impl Push {
 
     /// Whether a client has sent, or could have sent, this document.
     pub fn offer(&self, digest: Digest) {
-        self.settled.lock().offered.insert(digest);
+        self.done.lock().offered.insert(digest);
     }
 
     pub fn was_offered(&self, digest: &Digest) -> bool {
-        self.settled.lock().offered.contains(digest)
+        self.done.lock().offered.contains(digest)
     }
 
     /// Keeps a document until a manifest names it.
@@ -177,32 +181,37 @@ impl Push {
         first == Some(b'{') && size <= HELD_BACK && self.documents.has_room(size)
     }
 
+    /// A blob that this run has sent or refreshed lately: nothing asks S3 about it again.
+    fn settled(&self, digest: &Digest) -> Option<Settled> {
+        let within = match self.target.touch_refresh {
+            // What this push has sent is not refreshed even if everything else is.
+            Duration::ZERO => VOUCHED,
+            touch_refresh => touch_refresh.min(VOUCHED),
+        };
+        self.blobs.settled(digest, within)
+    }
+
     /// The bytes of a blob that a client need not send. One that is old is refreshed; if it cannot be, it
     /// counts as absent: sent again, it is young.
     ///
     /// # Errors
     /// The store's.
     pub async fn look(&self, digest: &Digest) -> Result<Option<u64>> {
-        {
-            let settled = self.settled.lock();
-            let known = [&settled.sent, &settled.refreshed];
-            if let Some(size) = known.iter().find_map(|sizes| sizes.get(digest)) {
-                return Ok(Some(*size));
-            }
+        if let Some(settled) = self.settled(digest) {
+            return Ok(Some(settled.size));
         }
         if self.blobs.is_damaged(digest) {
             return Ok(None);
         }
-        let Some(info) = self.bucket.blob(digest).await? else {
+        let Some(info) = self.blobs.info(digest).await? else {
             return Ok(None);
         };
-        self.blobs.found([(digest, &info)]);
         if is_old(&info, self.target.touch_refresh, SystemTime::now())
             && self.refresh(digest, &info).await != Refreshed::Done
         {
             return Ok(None);
         }
-        self.settled.lock().present.insert(*digest, info.size);
+        self.done.lock().present.insert(*digest, info.size);
         Ok(Some(info.size))
     }
 
@@ -210,7 +219,8 @@ impl Push {
         let key = self.bucket.blob_key(digest);
         let refreshed = self.uploader.refresh(&key, digest, info).await;
         if refreshed == Refreshed::Done {
-            self.settled.lock().refreshed.insert(*digest, info.size);
+            self.done.lock().refreshed.insert(*digest, info.size);
+            self.blobs.refreshed(digest, info.size);
         }
         refreshed
     }
@@ -242,7 +252,7 @@ impl Push {
     }
 
     fn note_sent(&self, digest: Digest, size: u64) {
-        self.settled.lock().sent.insert(digest, size);
+        self.done.lock().sent.insert(digest, size);
         self.blobs.sent(&digest, size);
     }
 
@@ -292,21 +302,25 @@ impl Push {
         let _one = self.publishing.lock().await;
         let now = SystemTime::now();
         let settled = self.settled_among(&blobs);
+        // A refreshed blob is looked at once more: before it was, a prune may have decided to delete it.
         let mut others = blobs.clone();
-        others.retain(|digest, _| !settled.contains(digest));
+        others.retain(|digest, _| settled.get(digest).is_none_or(|settled| !settled.sent));
         let (mut found, uploads) = publish::survey(&self.bucket, &others, false).await?;
+        self.blobs.surveyed(others.keys(), &found);
         let is_there =
             |digest: &Digest, size: &u64| found.get(digest).is_some_and(|info| info.size == *size);
         others.retain(|digest, size| is_there(digest, size));
-        found.extend(settled.into_iter().map(|digest| {
-            let young = ObjectInfo {
-                size: blobs[&digest],
-                last_modified: Some(now),
-                etag: None,
-                storage_class: None,
-            };
-            (digest, young)
-        }));
+        for (digest, settled) in settled {
+            if settled.sent || others.contains_key(&digest) {
+                let young = ObjectInfo {
+                    size: settled.size,
+                    last_modified: Some(now),
+                    etag: None,
+                    storage_class: None,
+                };
+                found.insert(digest, young);
+            }
+        }
         // Settled blobs stay settled even if everything else counts as old.
         let touch_refresh = self.target.touch_refresh.max(Duration::from_nanos(1));
         let plan = Plan::new(manifest, blobs, found, uploads, touch_refresh, now);
@@ -326,23 +340,20 @@ impl Push {
         };
         let mut counts = plan.counts();
         publisher.execute(plan, &mut counts).await?;
-        let mut settled = self.settled.lock();
-        settled.present.extend(others);
-        settled.refreshed_last += counts.refreshed;
-        settled.manifests += 1;
+        let mut done = self.done.lock();
+        done.present.extend(others);
+        done.refreshed_last += counts.refreshed;
+        done.manifests += 1;
         Ok(())
     }
 
-    /// Those of `blobs` that were sent or refreshed in this run.
-    fn settled_among(&self, blobs: &BTreeMap<Digest, u64>) -> Vec<Digest> {
-        let settled = self.settled.lock();
-        let is_settled = |digest: &Digest, size: &u64| {
-            settled.sent.get(digest) == Some(size) || settled.refreshed.get(digest) == Some(size)
-        };
-        let among = blobs
-            .iter()
-            .filter(|(digest, size)| is_settled(digest, size));
-        among.map(|(digest, _)| *digest).collect()
+    /// Those of `blobs` that were sent or refreshed lately, with these sizes.
+    fn settled_among(&self, blobs: &BTreeMap<Digest, u64>) -> BTreeMap<Digest, Settled> {
+        let settled = blobs.iter().filter_map(|(digest, size)| {
+            let settled = self.settled(digest)?;
+            (settled.size == *size).then_some((*digest, settled))
+        });
+        settled.collect()
     }
 
     /// Aborts unfinished uploads at the end of the run.
@@ -360,6 +371,8 @@ impl Supply for Push {
 
     async fn send(&self, uploader: &Uploader, key: &str, digest: Digest, size: u64) -> Result<()> {
         let Some(document) = self.documents.get(&digest) else {
+            // It vanished while the others were sent.
+            self.blobs.lost(&digest);
             return Err(UnknownBlobs(vec![digest]).into());
         };
         let bytes = futures::stream::once(async move { Ok(document.bytes) });

@@ -136,7 +136,7 @@ impl Repository {
         let blobs = cache.blobs()?;
         let digests = blobs.keys().copied();
         let found = self.bucket.survey(digests, Certainty::Known).await?;
-        self.blobs.found(&found);
+        self.blobs.surveyed(blobs.keys(), &found);
         let is_there = |digest: &Digest, size| {
             found.get(digest).is_some_and(|info| info.size == size)
                 && !self.blobs.is_damaged(digest)

@@ -79,7 +79,7 @@ fn a_run_says_what_was_stored() {
         );
     }
     serve.stop().succeeds().prints(expect![[r#"
-        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 1 lookup, 1 found; 0 blobs (0 B) read, 0 B fetched from S3; 34 requests in N s
+        served 'buildkit' from s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 1 lookup, 1 found; 0 blobs (0 B) read, 0 B fetched from S3; 44 requests in N s
         stored 1 manifest in s3://cache/manifests/buildkit at http://127.0.0.1:PORT: 0 blobs uploaded (0 B), 0 already there, 10 refreshed
     "#]], expect![[r#"
         Ns serving: builds on this machine can use the cache now
@@ -145,6 +145,98 @@ fn a_manifest_is_written_only_if_all_its_blobs_are_there() {
     let digest = absent.to_string();
     let refused = client.put_manifest(&digest, IMAGE_MANIFEST, b"{}").is(400);
     assert_eq!(error_code(&refused), "DIGEST_INVALID");
+}
+
+#[test]
+fn a_build_right_after_the_push_asks_s3_for_the_tag_alone() {
+    let server = Server::start();
+    let serve = Serve::writing(&server.spec("mode=max"));
+    let client = serve.client("LAYERCACHE_TO");
+    client.push(&fixture("local-max")).is(201);
+    server.clear_log();
+    client.push(&fixture("local-max")).is(201);
+    // The manifest and its ten blobs, and the manifest written again.
+    assert_eq!(server.count("GetObject"), 1);
+    assert_eq!(server.count("HeadObject"), 10);
+    assert_eq!(server.count("ListMultipartUploads"), 1);
+    assert_eq!(server.count("PutObject"), 1);
+    assert_eq!(server.log().len(), 13);
+}
+
+#[test]
+fn what_a_run_has_sent_long_ago_is_looked_at_again() {
+    let server = Server::start();
+    let serve = Serve::writing(&server.spec("mode=max,touch_refresh=1s"));
+    let client = serve.client("LAYERCACHE_TO");
+    client.push(&fixture("local-max")).is(201);
+    let later = || {
+        std::thread::sleep(Duration::from_millis(1100));
+        server.age_all(3 * DAY);
+    };
+    later();
+    client.push(&fixture("local-max")).is(201);
+    let yesterday = SystemTime::now() - DAY;
+    for key in server.keys() {
+        let modified = server.last_modified(&key).expect("a time");
+        assert!(modified > yesterday, "{key}");
+    }
+    // Another cache took its place, and a prune removed its blobs.
+    later();
+    let spec = server.spec("mode=max,touch_refresh=1s");
+    Program::export(&spec, &fixture("local-multiarch"))
+        .run()
+        .succeeds();
+    let prune = Program::new().args(["prune", "--cache-to", &spec, "--yes"]);
+    let pruned = prune.arg("--grace").arg("1d").run().succeeds();
+    assert!(pruned.stdout.contains("removed"), "{}", pruned.stdout);
+    let left = server.keys().len();
+    client.push(&fixture("local-max")).is(201);
+    assert!(server.keys().len() > left);
+    assert_store_is_sound(&server, "after the prune");
+}
+
+#[test]
+fn a_blob_that_a_read_found_missing_is_asked_for_again() {
+    let server = Server::start();
+    let serve = Serve::writing(&server.spec("mode=max"));
+    let client = serve.client("LAYERCACHE_TO");
+    client.push(&fixture("local-max")).is(201);
+    let mut keys = server.keys().into_iter();
+    let blob = keys.find(|key| key.starts_with("blobs/")).expect("a blob");
+    server.remove(&blob);
+    client.get(&blob).is(404);
+    client.head(&blob).is(404);
+    client.push(&fixture("local-max")).is(201);
+    assert_store_is_sound(&server, "after the second push");
+}
+
+#[test]
+fn a_blob_that_was_refreshed_is_looked_at_again_before_the_manifest_is_written() {
+    let server = Server::start();
+    let spec = server.spec("mode=max");
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds();
+    server.age_all(2 * DAY);
+    server.remove("manifests/buildkit");
+    let serve = Serve::writing(&spec);
+    let client = serve.client("LAYERCACHE_TO");
+    let mut keys = server.keys().into_iter();
+    let blob = keys.find(|key| key.starts_with("blobs/")).expect("a blob");
+    let gone = blob.clone();
+    // The client has asked about all blobs by now.
+    server.before(
+        0,
+        |asked| asked.operation == "GetObject",
+        move |store| {
+            store.remove(&gone);
+        },
+    );
+    let refused = client.push(&fixture("local-max")).is(400);
+    assert_eq!(error_code(&refused), "MANIFEST_BLOB_UNKNOWN");
+    assert!(!server.objects().contains_key("manifests/buildkit"));
+    client.push(&fixture("local-max")).is(201);
+    assert_store_is_sound(&server, "after the second push");
 }
 
 #[test]
