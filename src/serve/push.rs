@@ -105,7 +105,7 @@ struct Done {
     refreshed: BTreeMap<Digest, u64>,
     /// Other blobs that were refreshed right before a manifest was written.
     refreshed_last: u64,
-    /// Documents that a client has sent, or has asked about sending.
+    /// Documents that a client has sent, or has asked about sending, since a manifest was written last.
     offered: BTreeSet<Digest>,
     manifests: u64,
 }
@@ -161,13 +161,14 @@ impl Push {
         self.documents.get(digest)
     }
 
-    /// Whether a client has sent, or could have sent, this document.
+    /// A client has sent this document, or could have: it is about to push a manifest.
     pub fn offer(&self, digest: Digest) {
         self.done.lock().offered.insert(digest);
     }
 
-    pub fn was_offered(&self, digest: &Digest) -> bool {
-        self.done.lock().offered.contains(digest)
+    /// Whether a client was about to push the manifest of this document: true once for each push.
+    pub fn take_offer(&self, digest: &Digest) -> bool {
+        self.done.lock().offered.remove(digest)
     }
 
     /// Keeps a document until a manifest names it.
@@ -343,6 +344,7 @@ impl Push {
         let mut done = self.done.lock();
         done.present.extend(others);
         done.refreshed_last += counts.refreshed;
+        done.offered.clear();
         done.manifests += 1;
         Ok(())
     }

@@ -60,11 +60,12 @@ async fn tagged(repository: &Arc<Repository>) -> Option<Tagged> {
 
 /// A client that has pushed all blobs of the cache asks for the tag, and if it finds the manifest that it
 /// would push, does not push it. The manifest on S3 would then stay old, as would those under the spec's
-/// other names: so they are written now.
+/// other names: so they are written now. Only once for each push: builds that import look the tag up as well,
+/// and must not put what it names in the place of a newer cache.
 async fn again(repository: &Arc<Repository>, tagged: &Tagged) {
     let Some(push) = &repository.push else { return };
     let last = tagged.config.unwrap_or(tagged.manifest.digest);
-    if push.was_offered(&last)
+    if push.take_offer(&last)
         && let Err(error) = push.publish(tagged.cache.clone()).await
     {
         repository.progress.warn(&format!("{error:#}"));

@@ -240,6 +240,32 @@ fn a_blob_that_was_refreshed_is_looked_at_again_before_the_manifest_is_written()
 }
 
 #[test]
+fn a_lookup_of_the_tag_writes_nothing_once_the_push_is_over() {
+    let server = Server::start();
+    let serve = Serve::writing(&server.spec("mode=max,name=pr;main"));
+    let client = serve.client("LAYERCACHE_TO");
+    let push = || client.push(&fixture("local-max")).is(201);
+    let replace = || {
+        let spec = server.spec("mode=max,name=main");
+        Program::export(&spec, &fixture("local-multiarch"))
+            .run()
+            .succeeds();
+        server.objects()["manifests/main"].clone()
+    };
+    push();
+    let newer = replace();
+    client.resolve();
+    assert!(server.objects()["manifests/main"] == newer);
+    // The next build pushes the same cache: it asks for the config and for the tag, and sends nothing.
+    push();
+    let objects = server.objects();
+    assert!(objects["manifests/main"] == objects["manifests/pr"]);
+    let newer = replace();
+    client.resolve();
+    assert!(server.objects()["manifests/main"] == newer);
+}
+
+#[test]
 fn wrong_bytes_are_never_visible() {
     let server = Server::start();
     let serve = Serve::writing(&server.spec("mode=max"));
