@@ -65,7 +65,7 @@ struct Known {
     /// In bytes, on S3.
     sizes: HashMap<Digest, u64>,
     settled: HashMap<Digest, Settled>,
-    /// The bytes were wrong.
+    /// The bytes were wrong, or not as many as a manifest says.
     damaged: HashSet<Digest>,
     /// Clients may have received wrong bytes of these, which must not become the beginning of a
     /// whole blob.
@@ -119,6 +119,11 @@ impl Blobs {
         self.known.lock().settle(digest, size, false);
     }
 
+    /// Notes that a blob is not what it should be.
+    pub fn damaged(&self, digest: &Digest) {
+        self.known.lock().damaged.insert(*digest);
+    }
+
     /// Notes that a blob is not there any more.
     pub fn lost(&self, digest: &Digest) {
         self.known.lock().forget(digest);
@@ -131,7 +136,7 @@ impl Blobs {
         age.is_ok_and(|age| age < within).then_some(settled)
     }
 
-    /// Whether the blob's bytes were wrong when last read.
+    /// Whether the blob was wrong when last looked at.
     pub fn is_damaged(&self, digest: &Digest) -> bool {
         self.known.lock().damaged.contains(digest)
     }

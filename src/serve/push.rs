@@ -50,7 +50,7 @@ const HELD_BACK: u64 = 8 << 20;
 /// bound is `touch_refresh` if that is less: no `prune` has a shorter `--grace`.
 const VOUCHED: Duration = Duration::from_secs(10 * 60);
 
-/// A manifest names blobs that are missing on S3 and were not pushed.
+/// A manifest names blobs that are missing or damaged on S3 and were not pushed.
 #[derive(Debug)]
 pub struct UnknownBlobs(pub Vec<Digest>);
 
@@ -58,7 +58,7 @@ impl std::fmt::Display for UnknownBlobs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "the manifest names {} missing on S3 and not pushed: {}",
+            "the manifest names {} missing or damaged on S3 and not pushed: {}",
             count(self.0.len() as u64, "blob"),
             first_few(&self.0, LISTED)
         )
@@ -308,6 +308,12 @@ impl Push {
         others.retain(|digest, _| settled.get(digest).is_none_or(|settled| !settled.sent));
         let (mut found, uploads) = publish::survey(&self.bucket, &others, false).await?;
         self.blobs.surveyed(others.keys(), &found);
+        for (digest, info) in &found {
+            if info.size != blobs[digest] {
+                // From now on, clients are asked to send it.
+                self.blobs.damaged(digest);
+            }
+        }
         let is_there =
             |digest: &Digest, size: &u64| found.get(digest).is_some_and(|info| info.size == *size);
         others.retain(|digest, size| is_there(digest, size));

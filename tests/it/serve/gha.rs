@@ -300,7 +300,7 @@ fn what_does_not_match_its_key_or_names_absent_blobs_is_refused() {
     expect![[r#"
         Ns serving: builds on this machine can use the cache now
         warning: buildkit-blob-1-sha256:d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa was not saved: the bytes sent as sha256:d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa hash to sha256:277089d91c0bdf4f2e6862ba7e4a07605119431f5d13f726dd352b06f1b206a9
-        warning: index-buildkit-1-f32de15d#1 was not saved: the manifest names 5 blobs missing on S3 and not pushed: sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2, sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f, sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8, sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317, sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f
+        warning: index-buildkit-1-f32de15d#1 was not saved: the manifest names 5 blobs missing or damaged on S3 and not pushed: sha256:b95b63489f91e905ecec28258dec6be243d51c7915ac3e504e6e983eaf36e1d2, sha256:aa969215ace405520c7048a4522c13688572ca691e3f45fa6567b0ac1e97157f, sha256:0d68a9c7a878208cd83549b2d815b496a7a54bc7898d03e01a4dc38f885120b8, sha256:6e52fec599f1143ad9ca7bba3be69c6b1cd18e40154c8c03017e1fe2fbbd7317, sha256:f898e33dc2c9e1987672cf111dd3909a8a2331a1c9c2490a329d25ab46c16d4f
         warning: index-buildkit-1-f32de15d#1 was not saved: reading the cache manifest: it is not a JSON object
         warning: "something else" is no key of BuildKit's for this cache
         warning: "index-buildkit-1-ed214218" is no key of BuildKit's for this cache
@@ -310,6 +310,29 @@ fn what_does_not_match_its_key_or_names_absent_blobs_is_refused() {
         warning: there is no such upload
     "#]].assert_eq(&crate::output::lasting(&run.stderr));
     assert_eq!(server.keys(), Vec::<String>::new());
+}
+
+#[test]
+fn an_object_of_another_size_is_a_miss_once_a_manifest_names_it() {
+    let server = Server::start();
+    let spec = server.spec("mode=max");
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds();
+    let whole = server.objects();
+    let mut keys = server.keys().into_iter();
+    let object = keys.find(|key| key.starts_with("blobs/")).expect("a blob");
+    server.change(&object, |object| object.body = object.body.slice(..17));
+    let serve = Serve::writing(&spec);
+    let gha = Gha::new(&serve, "LAYERCACHE_GHA_TO");
+    let key = object.replace("blobs/", "buildkit-blob-1-");
+    assert!(gha.load(&key).is_some());
+    let index = &whole["manifests/buildkit"];
+    gha.save_index("buildkit", index).is(400);
+    assert_eq!(gha.load(&key), None);
+    gha.save(&key, &whole[&object], MIB).is(204);
+    gha.save_index("buildkit", index).is(204);
+    assert!(server.objects() == whole);
 }
 
 #[test]
