@@ -131,7 +131,11 @@ impl Blobs {
 
     /// A blob that was sent or refreshed no longer than `within` ago, if nothing is known against it.
     pub fn settled(&self, digest: &Digest, within: Duration) -> Option<Settled> {
-        let settled = *self.known.lock().settled.get(digest)?;
+        let known = self.known.lock();
+        let settled = *known.settled.get(digest)?;
+        if known.damaged.contains(digest) {
+            return None;
+        }
         let age = settled.at.elapsed();
         age.is_ok_and(|age| age < within).then_some(settled)
     }

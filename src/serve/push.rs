@@ -314,6 +314,7 @@ impl Push {
                 self.blobs.damaged(digest);
             }
         }
+        found.retain(|digest, _| !self.blobs.is_damaged(digest));
         let is_there =
             |digest: &Digest, size: &u64| found.get(digest).is_some_and(|info| info.size == *size);
         others.retain(|digest, size| is_there(digest, size));

@@ -1,5 +1,7 @@
 //! GitHub's cache service, with the requests of go-actions-cache.
 
+use std::time::Duration;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use expect_test::expect;
@@ -327,6 +329,36 @@ fn an_object_of_another_size_is_a_miss_once_a_manifest_names_it() {
     let gha = Gha::new(&serve, "LAYERCACHE_GHA_TO");
     let key = object.replace("blobs/", "buildkit-blob-1-");
     assert!(gha.load(&key).is_some());
+    let index = &whole["manifests/buildkit"];
+    gha.save_index("buildkit", index).is(400);
+    assert_eq!(gha.load(&key), None);
+    gha.save(&key, &whole[&object], MIB).is(204);
+    gha.save_index("buildkit", index).is(204);
+    assert!(server.objects() == whole);
+}
+
+#[test]
+fn a_blob_that_was_read_as_damaged_is_a_miss_even_if_it_has_just_been_refreshed() {
+    let server = Server::start();
+    let spec = server.spec("mode=max");
+    Program::export(&spec, &fixture("local-max"))
+        .run()
+        .succeeds();
+    let whole = server.objects();
+    let mut keys = server.keys().into_iter();
+    let object = keys.find(|key| key.starts_with("blobs/")).expect("a blob");
+    server.change(&object, |object| {
+        let mut bytes = object.body.to_vec();
+        bytes[0] ^= 1;
+        object.body = bytes.into();
+    });
+    server.age_all(Duration::from_secs(2 * 24 * 60 * 60));
+    let serve = Serve::writing(&spec);
+    let gha = Gha::new(&serve, "LAYERCACHE_GHA_TO");
+    let key = object.replace("blobs/", "buildkit-blob-1-");
+    let entry = gha.load(&key).expect("a blob");
+    assert_eq!(server.count("CopyObject"), 1);
+    gha.download(&entry, None).is(502);
     let index = &whole["manifests/buildkit"];
     gha.save_index("buildkit", index).is(400);
     assert_eq!(gha.load(&key), None);
