@@ -157,6 +157,10 @@ impl Downloader {
                     rest.pieces = (rest.pieces + 1).min(WINDOW);
                 }
             } else {
+                // The last bytes may be the ones that had to wait.
+                if rest.wanted.range.is_empty() {
+                    return Ok(Some(rest.end(key)?));
+                }
                 rest.pieces = 1;
             }
         }

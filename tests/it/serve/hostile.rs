@@ -4,11 +4,20 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use layercache::cache::digest::Digest;
+use async_trait::async_trait;
+use bytes::Bytes;
+use layercache::cache::digest::{Digest, Hasher};
+use layercache::cli::spec;
+use layercache::progress::Progress;
+use layercache::s3::{Timing, connect_with};
+use layercache::transfer::download::Downloader;
+use layercache::transfer::forward::{Forwarded, Taker, Wanted};
+use layercache::transfer::limits::Limits;
 
 use super::Serve;
 use super::client::{reply, request};
 use crate::aftermath::{assert_store_is_sound, layout_of, noise, put_cache, soak};
+use crate::inside::runtime;
 use crate::program::{Program, files, fixture};
 use crate::server::Server;
 
@@ -127,6 +136,53 @@ fn a_client_that_reads_nothing_holds_up_no_other() {
     // Well before any of them is cut off.
     assert!(began.elapsed() < Duration::from_secs(30));
     drop(stalled);
+}
+
+/// Takes the last bytes of a blob late. Not a client of the program: which bytes wait for a client depends on
+/// the kernel's buffers.
+struct Late {
+    left: usize,
+}
+
+#[async_trait]
+impl Taker for Late {
+    async fn take(&mut self, chunks: Vec<Bytes>, _: Option<&Hasher>) -> bool {
+        self.left -= chunks.iter().map(Bytes::len).sum::<usize>();
+        if self.left == 0 {
+            tokio::time::sleep(Duration::from_millis(700)).await;
+        }
+        true
+    }
+}
+
+#[test]
+fn the_last_bytes_may_be_taken_late() {
+    let server = Server::start();
+    let bytes = noise(1, 5 * MIB);
+    let digest = Digest::of(&bytes);
+    let key = format!("blobs/{digest}");
+    server.put(&key, bytes);
+    let spec = spec::cache_to(&server.spec(""), &|_| None).expect("a spec");
+    let progress = Progress::silent();
+    runtime().block_on(async {
+        let connected = connect_with(&spec.config.s3, progress.clone(), Timing::default());
+        let store = connected.await.expect("a store");
+        let downloader = Downloader::new(store, progress, Limits::default());
+        for verified in [true, false] {
+            let size = 5 * MIB as u64;
+            let wanted = Wanted {
+                digest,
+                size,
+                range: 0..size,
+                hasher: verified.then(Hasher::default),
+            };
+            let mut late = Late { left: 5 * MIB };
+            let forwarded = downloader.forward(&key, wanted, &mut late).await;
+            assert_eq!(forwarded.expect("no error"), Forwarded::Whole);
+            assert_eq!(late.left, 0);
+        }
+    });
+    assert_eq!(server.count("GetObject"), 6);
 }
 
 #[test]
