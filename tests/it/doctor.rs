@@ -55,7 +55,8 @@ fn the_result_is_also_json() {
           {
             "name": "delete an object",
             "neededFor": [
-              "pruning"
+              "prune",
+              "verify --repair"
             ],
             "result": "fails",
             "reason": "http://127.0.0.1:PORT answered 403 AccessDenied (The test server was built to refuse this.), deleting s3://cache/blobs/layercache-doctor-RANDOM",

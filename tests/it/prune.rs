@@ -446,7 +446,7 @@ fn caches_of_other_specs_over_the_same_blobs_keep_theirs() {
             main             10 d ago   8 B  keep    no option selects it
             pr-1             40 d ago   7 B  keep    no option selects it
             pr-2             10 d ago   7 B  keep    no option selects it
-            teams/x/release   5 d ago   9 B  keep    another spec's, over the same blobs
+            teams/x/release   5 d ago   9 B  keep    another spec's, and may need the same blobs
 
             to remove: 0 caches, 1 blob (9 B)
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
@@ -487,7 +487,7 @@ fn caches_elsewhere_keep_theirs_if_they_are_named() {
             main     10 d ago   8 B  keep    no option selects it
             pr-1     40 d ago   7 B  keep    no option selects it
             pr-2     10 d ago   7 B  keep    no option selects it
-            release   5 d ago   9 B  keep    another spec's, over the same blobs
+            release   5 d ago   9 B  keep    another spec's, and may need the same blobs
 
             to remove: 0 caches, 1 blob (9 B)
             to keep: 4 caches, 5 blobs (23 B), and 1 blob that no cache needs but that may be part of an export under way
@@ -594,9 +594,9 @@ fn a_damaged_manifest_goes_if_it_is_named_and_then_blobs_go() {
             pr-2    10 d ago   7 B  keep    not matched by --name
             torn     5 d ago   0 B  keep    its manifest is damaged: --name removes it
 
-            to remove: 1 cache, 0 blobs (0 B), 0 unfinished uploads
+            to remove: 1 cache, 0 blobs (0 B)
             to keep: 4 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 0 blobs (0 B); N requests in N s
         "#]],
         expect![[r#"
         error: no blob is deleted, because a cache cannot be read: s3://cache/manifests/torn (manifests/torn is damaged: it is not JSON (EOF while parsing a string at line 1 column 27) (3 tries)) (pruning s3://cache at http://127.0.0.1:PORT)
@@ -616,9 +616,9 @@ fn a_damaged_manifest_goes_if_it_is_named_and_then_blobs_go() {
             pr-2  10 d ago   7 B  keep    not matched by --name
             torn   5 d ago   0 B  remove  matched by --name
 
-            to remove: 1 cache, 2 blobs (18 B), 0 unfinished uploads
+            to remove: 1 cache, 2 blobs (18 B)
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 2 blobs (18 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 1 cache, 2 blobs (18 B); N requests in N s
         "#]],
         expect![[""]],
     );
@@ -643,9 +643,9 @@ fn a_damaged_manifest_that_cannot_be_deleted_keeps_all_blobs() {
             pr-1    40 d ago   7 B  keep    not matched by --name
             pr-2    10 d ago   7 B  keep    not matched by --name
 
-            to remove: 1 cache, 2 blobs (18 B), 0 unfinished uploads
+            to remove: 1 cache, 2 blobs (18 B)
             to keep: 3 caches, 4 blobs (14 B), and 1 blob that no cache needs but that may be part of an export under way
-            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B), 0 unfinished uploads; N requests in N s
+            pruned s3://cache at http://127.0.0.1:PORT: removed 0 caches, 0 blobs (0 B); N requests in N s
         "#]],
         expect![[r#"
         error: no blob is deleted, because a cache cannot be read: s3://cache/manifests/broken (reading the cache manifest: invalid type: string "none", expected a sequence at line 1 column 16) (pruning s3://cache at http://127.0.0.1:PORT)
