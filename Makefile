@@ -44,8 +44,10 @@ demo: toolchain ## export and import a cache through an S3 server on loopback
 	$(CARGO) build --locked --bin layercache --example demo
 	$(TARGET)/debug/examples/demo $(TARGET)/debug/layercache
 
+# One by one: together, the program would get features of dependencies that only the example needs.
 bench: toolchain ## against s5cmd, rclone and aws s3, on loopback, with and without TLS
-	$(CARGO) build --release --locked --bin layercache --example bench
+	$(CARGO) build --release --locked --bin layercache
+	$(CARGO) build --release --locked --example bench
 	$(TARGET)/release/examples/bench $(TARGET)/release/layercache
 
 # The same in every profile, so that of the tests serves.
