@@ -479,7 +479,7 @@ mod tests {
         let means = Means {
             buffers: Buffers::new(1 << 20),
             streams: Buffers::new(1 << 20),
-            hashing: Hashing::on_half_the_cores(),
+            hashing: Hashing::on_every_core(),
             gate: Arc::new(Gate::new(1)),
         };
         let progress = Progress::new(Display::Quiet, 0);
@@ -525,7 +525,7 @@ mod tests {
         let means = Means {
             buffers: Buffers::new(1 << 20),
             streams: Buffers::new(1 << 20),
-            hashing: Hashing::on_half_the_cores(),
+            hashing: Hashing::on_every_core(),
             gate: Arc::new(Gate::new(1)),
         };
         let _parts = means.buffers.room(1 << 20).await;

@@ -1,8 +1,8 @@
 //! The threads that hash uploads and downloads, each up to two blobs at a time.
 //!
 //! SHA-256 is one long chain: each step waits for the one before, and a CPU with SHA instructions
-//! spends much of its time waiting. Two hashers that are fed in turn overlap their waiting: 1.36
-//! times the bytes per second on one core (docs/performance.md). So a few threads, which can take
+//! spends much of its time waiting. Two hashers that are fed in turn overlap their waiting: 1.1 to
+//! 1.36 times the bytes per second on one core (docs/performance.md). So a few threads, which can take
 //! two blobs each, both bring the bytes (read them, or write them to where they belong) and hash
 //! them.
 
@@ -160,15 +160,10 @@ struct Queue {
 }
 
 impl Hashing {
-    /// One thread per core: for downloads, which also write there.
+    /// Up to one thread per core. Half as many for uploads, whose sending needs cores too, took 0.94 to
+    /// 0.99 of the CPU time, but 1.1 to 1.2 times as long.
     pub fn on_every_core() -> Self {
         Hashing::on(cores())
-    }
-
-    /// One thread per two cores: for uploads, where sending keeps the others busy. On two cores,
-    /// two blobs on one thread took 7 % less CPU time than on two.
-    pub fn on_half_the_cores() -> Self {
-        Hashing::on((cores() / 2).max(1))
     }
 
     fn on(most: usize) -> Self {

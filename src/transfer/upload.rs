@@ -41,7 +41,7 @@ impl Uploader {
             means: Means {
                 streams: buffers.beside(streams),
                 buffers,
-                hashing: Hashing::on_half_the_cores(),
+                hashing: Hashing::on_every_core(),
                 gate: Arc::new(Gate::new(process::within_open_files(usize::MAX, FILES))),
             },
             progress,
