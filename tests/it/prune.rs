@@ -696,6 +696,10 @@ fn a_prune_that_may_not_delete_does_not_speak_of_deleting_the_bucket() {
 #[test]
 fn caches_written_in_the_same_second_as_the_last_are_kept_and_the_plan_says_so() {
     let server = bucket();
+    let then = SystemTime::now() - 10 * DAY;
+    for key in ["manifests/main", "manifests/pr-2"] {
+        server.change(key, |object| object.modified = then);
+    }
     // A dry run stays one, whatever else is typed.
     let run = prune(&server, "", &["--yes", "--dry-run", "--keep-last", "1"]).run();
     prints(
