@@ -274,7 +274,7 @@ async fn for_each_spec<C: PerSpec>(
 
 /// The error, followed by what was being done unless it already says where on S3 it happened.
 fn located(error: anyhow::Error, place: &Place, if_denied: &str) -> anyhow::Error {
-    // They are told in other ways.
+    // Each has a message of its own.
     if error.is::<Interrupted>() || error.is::<NobodyToAsk>() || error.is::<Declined>() {
         return error;
     }

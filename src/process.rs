@@ -8,6 +8,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// The open files that we ask for.
 const OPEN_FILES: u64 = 8_192;
 
+/// Files of a layout opened at once. More would be as many threads, for an instant.
+pub(crate) const OPENINGS: usize = 4;
+
 /// Open files that a run needs besides its transfers: standard streams, the runtime's and the
 /// signals' pipes, the layout's directories and lock, idle connections, files that a DNS look-up
 /// reads.

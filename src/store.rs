@@ -143,6 +143,13 @@ impl StoreError {
     pub fn is_nonsense(&self) -> bool {
         self.kind == Kind::Nonsense
     }
+
+    /// Whether a store that does not know an element of the request's document answers like this.
+    pub fn refuses_document(&self) -> bool {
+        let code = self.code.as_deref().unwrap_or_default();
+        self.kind == Kind::Unsupported
+            || matches!(code, "MalformedXML" | "InvalidRequest" | "InvalidArgument")
+    }
 }
 
 impl std::fmt::Display for StoreError {

@@ -34,9 +34,6 @@ use crate::transfer::upload::Uploader;
 /// Open files of an upload: the blob, a connection, and its replacement.
 const FILES: usize = 3;
 
-/// Blobs opened at once. More would be as many threads, for an instant.
-const OPENINGS: usize = 4;
-
 /// Blobs read back at once under `--verify-remote`.
 const READ_BACK: usize = 16;
 
@@ -208,7 +205,7 @@ impl Work<ExportDetails> for ExportTo<'_> {
             uploader: &self.uploader,
             supply: &FromLayout {
                 layout: &self.exported.layout,
-                openings: Semaphore::new(OPENINGS),
+                openings: Semaphore::new(process::OPENINGS),
             },
             parallelism: at_once.min(layers),
             small: at_once.saturating_sub(layers),

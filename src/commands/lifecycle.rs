@@ -15,7 +15,7 @@ use crate::config::{ExportConfig, LifecycleAction, LifecycleTask, S3Config};
 use crate::progress::{Progress, count};
 use crate::quote::{printable, quoted};
 use crate::report::{Details, Outcome, Place, Report, quoted_names};
-use crate::store::{Kind, StoreError};
+use crate::store::StoreError;
 
 /// Prints, checks or applies rules for every target of the task. A check that finds a rule which can break builds
 /// prints its report like any other; only the run fails.
@@ -236,7 +236,8 @@ impl RulesOf<'_> {
         if !unchanged {
             let store = self.bucket.store();
             let mut written = store.set_lifecycle(&document.merged(&ours)?).await;
-            if written.as_ref().is_err_and(refuses_versions) {
+            // A store without versions.
+            if written.as_ref().is_err_and(StoreError::refuses_document) {
                 ours = ours.into_iter().map(Fitting::without_versions).collect();
                 details.configuration = Some(rules::to_json(&ours));
                 written = store.set_lifecycle(&document.merged(&ours)?).await;
@@ -258,11 +259,4 @@ impl RulesOf<'_> {
         details.rules = Some(judged);
         Ok(())
     }
-}
-
-/// Whether a store without versions would answer rules about them like this.
-fn refuses_versions(error: &StoreError) -> bool {
-    let code = error.code.as_deref().unwrap_or_default();
-    error.kind == Kind::Unsupported
-        || matches!(code, "MalformedXML" | "InvalidRequest" | "InvalidArgument")
 }

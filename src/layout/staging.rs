@@ -331,10 +331,12 @@ impl Layout {
         let is_useless = match &digest {
             None => true,
             Some(digest) => {
+                let partial = file.metadata()?;
+                let begun = partial.modified().ok();
                 // A blob that was there before is damaged, and this one is about to replace it.
-                let begun = file.metadata()?.modified().ok();
-                let in_place = blob(digest)?.is_some_and(|stat| modified(&stat) >= begun);
-                file.metadata()?.len() == 0 || in_place || is_abandoned(&file)?
+                partial.len() == 0
+                    || blob(digest)?.is_some_and(|stat| modified(&stat) >= begun)
+                    || is_abandoned(&file)?
             }
         };
         if is_useless {

@@ -53,7 +53,8 @@ impl S3Store {
             .delete_batch(&keys, Some(&etags.collect::<Vec<_>>()))
             .await
         {
-            Err(e) if refuses_etags(&e) => {
+            // A store without conditional deletes.
+            Err(e) if e.refuses_document() => {
                 plain.store(true, Ordering::Relaxed);
                 self.delete_objects(&keys).await
             }
@@ -147,13 +148,6 @@ impl S3Store {
 /// XML cannot carry control characters.
 fn fits_xml(key: &str) -> bool {
     !key.contains(char::is_control)
-}
-
-/// Whether a store without conditional deletes would answer one like this.
-fn refuses_etags(e: &StoreError) -> bool {
-    let code = e.code.as_deref().unwrap_or_default();
-    e.kind == Kind::Unsupported
-        || matches!(code, "MalformedXML" | "InvalidRequest" | "InvalidArgument")
 }
 
 /// The payload of a DeleteObjects that compares ETags.

@@ -18,7 +18,6 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 
-use super::endpoint::is_loopback;
 use super::failure::Causes;
 use super::timing::Timing;
 use super::tls::{self, Trust};
@@ -61,15 +60,13 @@ impl SignIn {
     async fn exchange(&self, mut request: Request<SdkBody>) -> Result<HttpResponse> {
         let to = request.uri();
         let host = to.host().context("no host")?;
-        let proxy = match is_loopback(host) || METADATA.contains(&host) {
+        let proxy = match METADATA.contains(&host) {
             true => None,
             false => wire::proxy_to(to)?,
         };
-        let needs_tls = [Some(to), proxy.as_ref().map(|proxy| proxy.uri())];
-        let needs_tls = needs_tls.into_iter().flatten().any(wire::is_https);
         let config = match &self.tls {
             Some(config) => Arc::clone(config),
-            None if needs_tls => anyhow::bail!(tls::NO_CERTIFICATES),
+            None if wire::needs_tls(to, proxy.as_ref()) => anyhow::bail!(tls::NO_CERTIFICATES),
             None => Arc::new(Trust::nobody()?),
         };
         if let Some(proxy) = &proxy

@@ -27,7 +27,7 @@ use tokio::time::Instant;
 use tower_service::Service;
 
 use super::early::Early;
-use super::endpoint::{Endpoint, is_localhost};
+use super::endpoint::{Endpoint, is_localhost, is_loopback};
 use super::outgoing::Outgoing;
 use super::timing::Timing;
 use super::tls::Trust;
@@ -53,21 +53,16 @@ pub(super) struct Wire {
 impl Wire {
     /// Opens the first connection at once, in the background.
     pub(super) fn new(endpoint: &Endpoint, trust: &Trust, timing: &Timing) -> Result<Self> {
-        // Loopback needs no proxy; Go, and so BuildKit, skips it as well.
-        let proxy = match endpoint.is_loopback() {
-            true => None,
-            false => proxy_to(&endpoint.uri(None, "").parse()?)?,
-        };
-        let proxy_is_https = proxy.as_ref().is_some_and(|proxy| is_https(proxy.uri()));
-        let tls = if endpoint.is_https() || proxy_is_https {
-            trust.client()?
-        } else {
-            Trust::nobody()?
+        let to: Uri = endpoint.uri(None, "").parse()?;
+        let proxy = proxy_to(&to)?;
+        let tls = match needs_tls(&to, proxy.as_ref()) {
+            true => trust.client()?,
+            false => Trust::nobody()?,
         };
         let proxy_secret = proxy.as_ref().and_then(|proxy| proxy.basic_auth().cloned());
         let proxy_authorization = proxy_secret.clone().filter(|_| !endpoint.is_https());
         let connector = connector(proxy, &tls, timing.connect, timing.ready);
-        let connector = Early::begin(connector, endpoint.uri(None, "").parse()?);
+        let connector = Early::begin(connector, to);
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(POOL_IDLE)
@@ -247,8 +242,12 @@ impl Service<Uri> for Connector {
     }
 }
 
-/// The proxy that the environment names for requests to `to`.
+/// The proxy that the environment names for requests to `to`. Loopback needs none; Go, and so BuildKit,
+/// skips it as well.
 pub(super) fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
+    if to.host().is_some_and(is_loopback) {
+        return Ok(None);
+    }
     let Some(proxy) = Matcher::from_env().intercept(to) else {
         return Ok(None);
     };
@@ -272,6 +271,11 @@ pub(super) fn proxy_to(to: &Uri) -> Result<Option<Intercept>> {
         );
     }
     Ok(Some(proxy))
+}
+
+/// Whether there is TLS on the way to `to`.
+pub(super) fn needs_tls(to: &Uri, proxy: Option<&Intercept>) -> bool {
+    is_https(to) || proxy.is_some_and(|proxy| is_https(proxy.uri()))
 }
 
 pub(super) fn is_https(uri: &Uri) -> bool {

@@ -454,6 +454,15 @@ mod tests {
         assert_eq!(passed, [Ok("".into())]);
     }
 
+    fn means() -> Means {
+        Means {
+            buffers: Buffers::new(1 << 20),
+            streams: Buffers::new(1 << 20),
+            hashing: Hashing::on_every_core(),
+            gate: Arc::new(Gate::new(1)),
+        }
+    }
+
     /// What a part passes on: its bytes, and the error that ended it.
     async fn send(part: &PartBody) -> (Vec<u8>, Option<String>) {
         let (mut sent, mut stream) = (Vec::new(), part.open());
@@ -476,12 +485,7 @@ mod tests {
         let file = File::open(&path).unwrap();
         let source = FileSource::new(file, path.clone(), digest, bytes.len() as u64);
         let source: Arc<dyn Source> = Arc::new(source);
-        let means = Means {
-            buffers: Buffers::new(1 << 20),
-            streams: Buffers::new(1 << 20),
-            hashing: Hashing::on_every_core(),
-            gate: Arc::new(Gate::new(1)),
-        };
+        let means = means();
         let progress = Progress::new(Display::Quiet, 0);
         let blob = progress.blob(Verb::Upload, &digest, bytes.len() as u64);
 
@@ -522,12 +526,7 @@ mod tests {
         std::fs::write(&path, b"abcd").unwrap();
         let file = File::open(&path).unwrap();
         let source = FileSource::new(file, path, Digest::of(b"abcd"), 4);
-        let means = Means {
-            buffers: Buffers::new(1 << 20),
-            streams: Buffers::new(1 << 20),
-            hashing: Hashing::on_every_core(),
-            gate: Arc::new(Gate::new(1)),
-        };
+        let means = means();
         let _parts = means.buffers.room(1 << 20).await;
         let progress = Progress::new(Display::Quiet, 0);
         let blob = progress.blob(Verb::Upload, &Digest::of(b"abcd"), 4);

@@ -13,14 +13,7 @@ fn document(rules: &str) -> String {
 
 fn ours() -> Vec<Fitting> {
     vec![
-        Fitting::new(
-            "blobs",
-            "c/sha256:".into(),
-            Action::Expire {
-                days: 9,
-                replaced: Some(1),
-            },
-        ),
+        Fitting::expiring("blobs", "c/sha256:".into(), 9),
         Fitting::new("uploads", "c/sha256:".into(), Action::Abort(2)),
     ]
 }

@@ -29,9 +29,6 @@ const VERIFIED: usize = 32;
 /// Verified blobs published together: that shares the cost of syncing.
 const BATCH: usize = 256;
 
-/// Staging files opened at once. More would be as many threads, for an instant.
-const STAGINGS: usize = 4;
-
 /// What came of fetching blobs.
 #[derive(Default)]
 pub(super) struct Haul {
@@ -64,7 +61,7 @@ impl ImportFrom<'_> {
         }
         let store = Arc::clone(self.bucket.store());
         let downloader = Downloader::new(store, self.progress.clone(), self.limits);
-        let stagings = Arc::new(Semaphore::new(STAGINGS));
+        let stagings = Arc::new(Semaphore::new(process::OPENINGS));
         let (verified, publishing) = mpsc::channel(process::within_open_files(VERIFIED, FILES));
         let publishing = publish(self.layout.clone(), publishing);
         let (busy, mut idle) = mpsc::channel(1);

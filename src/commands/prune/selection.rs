@@ -168,7 +168,7 @@ fn fit(candidates: &[Candidate], decisions: &mut [Decision], max_size: Option<u6
             for (digest, size) in candidate.blobs.into_iter().flatten() {
                 let (users, most) = blobs.entry(*digest).or_default();
                 *users += 1;
-                *most = size.max(most).to_owned();
+                *most = (*most).max(*size);
             }
         }
     }
