@@ -1,6 +1,7 @@
 //! The floor under an export and an import: a bare program that moves the same blobs over the same
-//! network, with TLS or without, and hashes them. It checks nothing, and hashes each piece by itself, so
-//! that pieces need not wait for one another.
+//! network, with TLS or without, and hashes them. It asks once before, and an export writes an object
+//! once all are there. It checks nothing, and hashes each piece by itself, so that pieces need not wait
+//! for one another.
 
 mod export;
 mod import;
@@ -32,8 +33,9 @@ const BUCKET: &str = "floor";
 /// Connections on plain loopback.
 const NEAR: usize = 16;
 
-/// Connections at a distance: they keep all requests in flight.
-const DISTANT: usize = 160;
+/// Connections at a distance: large blobs need bandwidth, small ones all requests in flight.
+const DISTANT_LARGE: usize = 32;
+const DISTANT_SMALL: usize = 160;
 
 /// Blobs below this size are what an export sends few of at once.
 const SMALL: u64 = 1 << 20;
@@ -83,7 +85,8 @@ pub fn measure_export(
 fn connections(scenario: &Scenario) -> usize {
     match scenario.network.delay_ms {
         0 => NEAR,
-        _ => DISTANT,
+        _ if scenario.size < SMALL => DISTANT_SMALL,
+        _ => DISTANT_LARGE,
     }
 }
 
@@ -91,7 +94,7 @@ fn command(name: &str, server: &Server, connections: usize, layout: &Layout) -> 
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg(name)
-        .arg(format!("{}/{BUCKET}/blobs/", server.url()))
+        .arg(format!("{}/{BUCKET}", server.url()))
         .arg(connections.to_string())
         .arg(layout.blobs());
     Ok(command)

@@ -13,8 +13,9 @@ use tokio::sync::Mutex;
 
 use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Verb;
-use crate::transfer::body::{FileSource, InMemory, Means, Source};
-use crate::transfer::buffers::BUFFER;
+use crate::transfer::body::{FileSource, InMemory, Source, hash_and_pass};
+use crate::transfer::buffers::{BUFFER, Outlet};
+use crate::transfer::hashing::Hashing;
 use crate::transfer::upload::Uploader;
 
 /// The bytes that a client sends.
@@ -60,12 +61,14 @@ impl Uploader {
         });
         let blob = self.progress.blob(Verb::Upload, &digest, size);
         if size < self.limits.part {
-            let _room = self.means.buffers.room(size).await;
-            let (chunks, hasher) = source.read(0..size, Hasher::default(), &self.means).await?;
-            let found = hasher.digest();
+            let room = self.means.buffers.room(size).await;
+            let (outlet, mut passed) = self.means.buffers.outlet(room);
+            let reading = source.read(0..size, Hasher::default(), &self.means.hashing, outlet);
+            let found = reading.await?.digest();
             if found != digest {
                 return Err(source.damaged(found));
             }
+            let chunks: Vec<_> = std::iter::from_fn(|| passed.try_recv().ok()).collect();
             let bytes = InMemory(chunks.concat().into());
             self.store.put(key, Arc::new(bytes)).await?;
         } else {
@@ -140,8 +143,9 @@ impl Source for Arriving {
         &self,
         range: Range<u64>,
         hasher: Hasher,
-        means: &Means,
-    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        hashing: &Hashing,
+        mut outlet: Outlet,
+    ) -> Result<Hasher> {
         let mut rest = self.rest.lock().await;
         if rest.at != range.start {
             bail!("the upload was taken away, and the client has to send the blob again");
@@ -149,11 +153,11 @@ impl Source for Arriving {
         let mut chunks = Vec::new();
         while rest.at < range.end {
             let length = (range.end - rest.at).min(BUFFER) as usize;
-            let mut buffer = means.buffers.take(length);
+            let mut buffer = outlet.take(length);
             rest.fill(&mut buffer, length).await?;
-            chunks.push(buffer);
+            chunks.push(outlet.lend(buffer));
         }
-        means.hashing.run_filled(hasher, chunks).await
+        hash_and_pass(chunks, hasher, hashing, &outlet).await
     }
 
     fn damaged(&self, found: Digest) -> anyhow::Error {
@@ -181,9 +185,10 @@ impl Source for Arrived {
         &self,
         range: Range<u64>,
         hasher: Hasher,
-        means: &Means,
-    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
-        self.0.read(range, hasher, means).await
+        hashing: &Hashing,
+        outlet: Outlet,
+    ) -> Result<Hasher> {
+        self.0.read(range, hasher, hashing, outlet).await
     }
 
     fn damaged(&self, found: Digest) -> anyhow::Error {

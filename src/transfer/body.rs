@@ -8,14 +8,16 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::stream::{BoxStream, Stream, StreamExt};
+use futures::future::Shared;
+use futures::stream::{BoxStream, Stream, StreamExt, TryStreamExt};
 use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Blob;
 use crate::quote::printable;
 use crate::store::{ByteStream, UploadBody};
-use crate::transfer::buffers::{BUFFER, Buffers, Room};
+use crate::transfer::buffers::{BUFFER, Buffers, Outlet, Room};
 use crate::transfer::hashing::{Feed, Hashing, read_into};
 use crate::transfer::pace::Gate;
 
@@ -27,7 +29,7 @@ pub trait Source: Send + Sync {
     /// Bytes of the whole blob.
     fn size(&self) -> u64;
 
-    /// Reads exactly `range` into buffers and hashes it after what `hasher` has seen.
+    /// Reads exactly `range`, hashes it after what `hasher` has seen, and passes it on to `outlet`.
     ///
     /// # Errors
     /// The source cannot be read, or ends early.
@@ -35,8 +37,9 @@ pub trait Source: Send + Sync {
         &self,
         range: Range<u64>,
         hasher: Hasher,
-        means: &Means,
-    ) -> Result<(Vec<Vec<u8>>, Hasher)>;
+        hashing: &Hashing,
+        outlet: Outlet,
+    ) -> Result<Hasher>;
 
     /// The error of a source whose bytes hash to `found` rather than to its digest.
     fn damaged(&self, found: Digest) -> anyhow::Error;
@@ -50,7 +53,7 @@ pub trait Source: Send + Sync {
 /// What every upload of a run reads with.
 #[derive(Clone)]
 pub struct Means {
-    /// For parts, each of which is read before its request is opened.
+    /// For parts, each of which has room as a whole before its request is opened.
     pub buffers: Buffers,
     /// For bodies that are read a chunk at a time: a request that is open cannot wait until a whole
     /// part has found room, because the store would close it.
@@ -91,21 +94,23 @@ impl Source for FileSource {
         self.size
     }
 
+    /// Each chunk is passed on as soon as it is hashed, while it is in the CPU's cache.
     async fn read(
         &self,
         range: Range<u64>,
         hasher: Hasher,
-        means: &Means,
-    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        hashing: &Hashing,
+        outlet: Outlet,
+    ) -> Result<Hasher> {
         let reading = Reading {
             file: Arc::clone(&self.file),
             digest: self.digest,
             rest: range,
-            buffers: means.buffers.clone(),
-            chunks: Vec::new(),
+            chunk: Bytes::new(),
+            outlet,
         };
-        let (hasher, read) = means.hashing.run(hasher, reading).await?;
-        Ok((read.chunks, hasher))
+        let (hasher, _) = hashing.run(hasher, reading).await?;
+        Ok(hasher)
     }
 
     fn damaged(&self, found: Digest) -> anyhow::Error {
@@ -120,25 +125,43 @@ impl Source for FileSource {
     }
 }
 
-/// A range of a file on its way into buffers.
+/// Hashes filled chunks after what `hasher` has seen, and passes them on.
+pub(super) async fn hash_and_pass(
+    chunks: Vec<Bytes>,
+    hasher: Hasher,
+    hashing: &Hashing,
+    outlet: &Outlet,
+) -> Result<Hasher> {
+    let (chunks, hasher) = hashing.run_filled(hasher, chunks).await?;
+    for chunk in chunks {
+        outlet.pass(chunk);
+    }
+    Ok(hasher)
+}
+
+/// A range of a file on its way to an outlet.
 struct Reading {
     file: Arc<File>,
     digest: Digest,
     rest: Range<u64>,
-    buffers: Buffers,
-    /// What has been read.
-    chunks: Vec<Vec<u8>>,
+    /// What has been read last, and is being hashed.
+    chunk: Bytes,
+    outlet: Outlet,
 }
 
 impl Feed for Reading {
     fn advance(&mut self) -> Result<bool> {
+        let hashed = std::mem::take(&mut self.chunk);
+        if !hashed.is_empty() {
+            self.outlet.pass(hashed);
+        }
         let missing = self.rest.end - self.rest.start;
         if missing == 0 {
             return Ok(false);
         }
         let digest = self.digest;
         let wanted = missing.min(BUFFER);
-        let mut chunk = self.buffers.take(wanted as usize);
+        let mut chunk = self.outlet.take(wanted as usize);
         let read = read_into(&mut chunk, &self.file, self.rest.start, wanted)
             .with_context(|| format!("reading blob {digest} of the layout"))?;
         if read < wanted {
@@ -148,12 +171,12 @@ impl Feed for Reading {
             );
         }
         self.rest.start += read;
-        self.chunks.push(chunk);
+        self.chunk = self.outlet.lend(chunk);
         Ok(true)
     }
 
     fn bytes(&self) -> &[u8] {
-        self.chunks.last().map_or(&[], Vec::as_slice)
+        &self.chunk
     }
 }
 
@@ -263,7 +286,7 @@ impl UploadBody for WholeBlob {
 fn read_ahead(
     mut chunks: impl Stream<Item = std::io::Result<Bytes>> + Send + Unpin + 'static,
 ) -> ByteStream {
-    let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
+    let (sender, mut receiver) = mpsc::channel(1);
     tokio::spawn(async move {
         while let Some(chunk) = chunks.next().await {
             // An empty blob has an empty chunk, which is nothing to send.
@@ -296,58 +319,84 @@ fn chunks(
                 Some(room) => room,
                 None => means.streams.room(end - range.start).await,
             };
-            let (read, hasher) = source.read(range.start..end, hasher, &means).await?;
-            let bytes = means.streams.lend(read, room).next().unwrap_or_default();
+            let (outlet, mut passed) = means.streams.outlet(room);
+            let reading = source.read(range.start..end, hasher, &means.hashing, outlet);
+            let hasher = reading.await?;
+            let bytes = passed.try_recv().unwrap_or_default();
             let rest = (end < range.end).then(|| (end..range.end, hasher.clone(), None));
             Ok(Some(((bytes, hasher), rest)))
         }
     })
 }
 
-/// A part of a blob. What was read for the digest is sent, and forgotten chunk by chunk. If it has to be
+/// A part of a blob while it is read.
+pub struct PartRead {
+    pub range: Range<u64>,
+    /// Has seen what comes before it.
+    pub before: Hasher,
+    /// Of the blob up to its end, once it has been read.
+    pub after: Shared<oneshot::Receiver<Digest>>,
+    /// Its chunks as they are passed on.
+    pub passed: mpsc::UnboundedReceiver<Bytes>,
+}
+
+impl PartRead {
+    /// All its chunks, once it has been read. If it never is, its chunks do not come to an end here.
+    pub async fn whole(&mut self) -> Vec<Bytes> {
+        if self.after.clone().await.is_err() {
+            // Who reads it knows why.
+            std::future::pending::<()>().await;
+        }
+        let mut chunks = Vec::new();
+        while let Some(chunk) = self.passed.recv().await {
+            chunks.push(chunk);
+        }
+        chunks
+    }
+}
+
+/// A part of a blob. What is read for the digest is sent, and forgotten chunk by chunk. If it has to be
 /// sent again, it is read again: its last chunk passes only if the blob up to its end hashes as before.
 pub struct PartBody {
     source: Arc<dyn Source>,
     means: Means,
     range: Range<u64>,
-    /// Has seen what comes before it.
     before: Hasher,
-    /// Of the blob up to its end.
-    after: Digest,
+    after: Shared<oneshot::Receiver<Digest>>,
     chunks: Mutex<Chunks>,
     count: Count,
 }
 
-/// The chunks of a part, in memory.
 enum Chunks {
-    /// For the first try only.
-    Once(Vec<Bytes>),
-    /// Kept for every try, because the source cannot be read again.
+    /// For the first try, if it has not begun.
+    Passed(Option<mpsc::UnboundedReceiver<Bytes>>),
+    /// In memory for every try, because the source cannot be read again.
     Kept(Vec<Bytes>),
 }
 
 impl PartBody {
-    /// The part of `source` that has been read into `chunks` by `before`, which then became `after`.
-    pub fn new(
+    /// A part of `source`. If the source cannot be read again, waits until all of the part is there.
+    pub async fn new(
         source: Arc<dyn Source>,
         means: Means,
-        range: Range<u64>,
-        (before, after): (Hasher, Digest),
-        chunks: Vec<Bytes>,
+        mut part: PartRead,
         blob: &Arc<Blob>,
     ) -> Self {
         let chunks = match source.can_be_read_again() {
-            true => Chunks::Once(chunks),
-            false => Chunks::Kept(chunks),
+            true => None,
+            false => Some(part.whole().await),
         };
         PartBody {
             source,
             count: Count::new(blob, &means),
             means,
-            range,
-            before,
-            after,
-            chunks: Mutex::new(chunks),
+            range: part.range,
+            before: part.before,
+            after: part.after,
+            chunks: Mutex::new(match chunks {
+                None => Chunks::Passed(Some(part.passed)),
+                Some(chunks) => Chunks::Kept(chunks),
+            }),
         }
     }
 
@@ -357,7 +406,12 @@ impl PartBody {
         let changed = move |_| anyhow!("blob {digest} changed while it was sent");
         let (source, means) = (Arc::clone(&self.source), self.means.clone());
         let chunks = chunks(source, means, self.range.clone(), self.before.clone(), None);
-        verified(chunks, self.after, self.len(), changed)
+        let (length, after) = (self.len(), self.after.clone());
+        let verified = async move {
+            let after = after.await.context("a part was never read to its end")?;
+            anyhow::Ok(verified(chunks, after, length, changed))
+        };
+        futures::stream::once(verified).try_flatten().boxed()
     }
 }
 
@@ -372,13 +426,15 @@ impl UploadBody for PartBody {
 
     fn open(&self) -> ByteStream {
         self.count.restart();
-        let in_memory = match &mut *self.chunks.lock() {
-            Chunks::Once(chunks) => std::mem::take(chunks),
-            Chunks::Kept(chunks) => chunks.clone(),
-        };
-        let chunks = match in_memory.is_empty() {
-            true => unread_is_local(self.again()),
-            false => futures::stream::iter(in_memory).map(Ok).boxed(),
+        let chunks = match &mut *self.chunks.lock() {
+            Chunks::Passed(passed) => match passed.take() {
+                Some(mut passed) => futures::stream::poll_fn(move |context| {
+                    passed.poll_recv(context).map(|chunk| chunk.map(Ok))
+                })
+                .boxed(),
+                None => unread_is_local(self.again()),
+            },
+            Chunks::Kept(chunks) => futures::stream::iter(chunks.clone()).map(Ok).boxed(),
         };
         counted(chunks, self.count.clone())
     }
@@ -423,6 +479,8 @@ impl UploadBody for InMemory {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
+
     use super::*;
     use crate::progress::{Display, Progress, Verb};
 
@@ -465,7 +523,11 @@ mod tests {
 
     /// What a part passes on: its bytes, and the error that ended it.
     async fn send(part: &PartBody) -> (Vec<u8>, Option<String>) {
-        let (mut sent, mut stream) = (Vec::new(), part.open());
+        all(part.open()).await
+    }
+
+    async fn all(mut stream: ByteStream) -> (Vec<u8>, Option<String>) {
+        let mut sent = Vec::new();
         while let Some(chunk) = stream.next().await {
             match chunk {
                 Ok(bytes) => sent.extend_from_slice(&bytes),
@@ -493,13 +555,24 @@ mod tests {
         let mut before = Hasher::default();
         before.update(&bytes[..start as usize]);
         let room = means.buffers.room(end - start).await;
-        let read = source.read(start..end, before.clone(), &means).await;
-        let (chunks, after) = read.unwrap();
-        let chunks = means.buffers.lend(chunks, room).collect();
-        let hashes = (before, after.digest());
-        let part = PartBody::new(source, means.clone(), start..end, hashes, chunks, &blob);
+        let (outlet, passed) = means.buffers.outlet(room);
+        let (hashed, after) = oneshot::channel();
+        let read = PartRead {
+            range: start..end,
+            before: before.clone(),
+            after: after.shared(),
+            passed,
+        };
+        let part = PartBody::new(Arc::clone(&source), means.clone(), read, &blob).await;
+        // A first try that breaks off before the part has been read to its end.
+        drop(part.open());
+        let mut early = part.open();
+        assert!(futures::poll!(early.next()).is_pending());
+        let reading = source.read(start..end, before, &means.hashing, outlet);
+        hashed.send(reading.await.unwrap().digest()).unwrap();
 
         let range = start as usize..end as usize;
+        assert_eq!(all(early).await, (bytes[range.clone()].to_vec(), None));
         assert_eq!(send(&part).await, (bytes[range.clone()].to_vec(), None));
         // Nothing of it is in memory any more.
         drop(means.buffers.room(1 << 20).await);

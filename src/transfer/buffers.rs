@@ -1,11 +1,11 @@
-//! One bound on the bytes in flight, however many blobs there are and however large, and a pool of
-//! buffers, so that chunks need no allocation.
+//! One bound on the bytes in flight, however many blobs there are and however large, a pool of buffers,
+//! so that chunks need no allocation, and the way of a chunk from who fills a buffer to who empties it.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
 const UNIT: u64 = 4 << 10;
@@ -114,17 +114,45 @@ impl Buffers {
         buffer
     }
 
-    /// Shares `filled` buffers; each comes back when the last clone of its bytes is dropped, and with it
-    /// its share of `room`.
-    pub fn lend(&self, filled: Vec<Vec<u8>>, mut room: Room) -> impl Iterator<Item = Bytes> {
-        filled.into_iter().map(move |bytes| {
-            let share = room.split(bytes.len() as u64);
-            Bytes::from_owner(Lent {
-                bytes,
-                pool: self.clone(),
-                _room: share.unwrap_or_else(|| room.clone()),
-            })
+    /// Where chunks go for which there is `room`, and where they come out.
+    pub fn outlet(&self, room: Room) -> (Outlet, mpsc::UnboundedReceiver<Bytes>) {
+        let (chunks, passed) = mpsc::unbounded_channel();
+        let outlet = Outlet {
+            pool: self.clone(),
+            room,
+            chunks,
+        };
+        (outlet, passed)
+    }
+}
+
+/// Where chunks go that have been read and hashed.
+pub struct Outlet {
+    pool: Buffers,
+    room: Room,
+    chunks: mpsc::UnboundedSender<Bytes>,
+}
+
+impl Outlet {
+    /// An empty buffer for a chunk of at most `capacity` bytes.
+    pub fn take(&self, capacity: usize) -> Vec<u8> {
+        self.pool.take(capacity)
+    }
+
+    /// Shares a filled buffer; it comes back when the last clone of its bytes is dropped, and with it
+    /// its share of the room.
+    pub fn lend(&mut self, bytes: Vec<u8>) -> Bytes {
+        let share = self.room.split(bytes.len() as u64);
+        Bytes::from_owner(Lent {
+            bytes,
+            pool: self.pool.clone(),
+            _room: share.unwrap_or_else(|| self.room.clone()),
         })
+    }
+
+    /// Passes a chunk on. It is dropped if nobody waits for it any more.
+    pub fn pass(&self, chunk: Bytes) {
+        let _ = self.chunks.send(chunk);
     }
 }
 
@@ -136,13 +164,19 @@ mod tests {
     async fn each_buffers_room_comes_back_when_its_last_reader_is_gone() {
         let buffers = Buffers::new(12 << 10);
         let room = buffers.room(12 << 10).await;
-        let filled = vec![vec![7; 3], vec![8; 5000]];
-        let lent: Vec<_> = buffers.lend(filled, room).collect();
-        let second = lent[1].clone();
+        let (mut outlet, mut passed) = buffers.outlet(room);
+        for filled in [vec![7; 3], vec![8; 5000]] {
+            let chunk = outlet.lend(filled);
+            outlet.pass(chunk);
+        }
         assert_eq!(buffers.budget.available_permits(), 0);
-        drop(lent);
+        let (first, second) = (passed.recv().await, passed.recv().await);
+        drop(first);
         assert_eq!(buffers.budget.available_permits(), 1);
+        let clone = second.clone();
         drop(second);
+        assert_eq!(buffers.budget.available_permits(), 1);
+        drop(clone);
         assert_eq!(buffers.budget.available_permits(), 3);
     }
 

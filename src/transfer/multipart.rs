@@ -4,15 +4,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
+use bytes::Bytes;
+use futures::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use md5::{Digest as _, Md5};
+use tokio::sync::{OnceCell, oneshot};
 
 use crate::blocking::blocking;
 use crate::cache::digest::Hasher;
 use crate::progress::Blob;
 use crate::store::{Kind, Part, StoreError};
-use crate::transfer::body::{PartBody, Source};
+use crate::transfer::body::{PartBody, PartRead, Source};
 use crate::transfer::limits::ranges;
+use crate::transfer::pace::Place;
 use crate::transfer::unfinished::Abandoned;
 use crate::transfer::upload::Uploader;
 
@@ -54,47 +58,53 @@ impl Uploader {
         source: Arc<dyn Source>,
         blob: &Arc<Blob>,
     ) -> Result<()> {
-        let (digest, size) = (source.digest(), source.size());
-        let abandoned = self.abandoned(key, size).await;
-        let mut resumable = abandoned
-            .iter()
-            .find(|found| self.limits.cut(size, &found.parts));
+        let size = source.size();
+        let abandoned = OnceCell::new();
         let mut spoiled = None;
-        for _ in 0..RESTARTS {
-            let (upload, held) = match resumable.take() {
-                Some(Abandoned { upload, parts }) => {
-                    self.unfinished.add(key, upload);
-                    let count = parts.len();
-                    self.progress
-                        .debug(&format!("{digest}: resuming an upload with {count} parts"));
-                    (upload.clone(), parts.clone())
-                }
-                None => (self.create(key, None).await?, Vec::new()),
+        for attempt in 0..RESTARTS {
+            let attempt = Attempt {
+                uploader: self,
+                key,
+                source: &source,
+                blob,
+                abandoned: &abandoned,
+                may_resume: attempt == 0,
+                target: OnceCell::new(),
             };
-            match self.send_parts(key, &upload, &source, held, blob).await {
-                Ok(()) => {
-                    self.unfinished.remove(key, &upload);
-                    self.abort_superseded(key, &abandoned, &upload).await;
+            let sent = attempt.send_parts().await;
+            let abandoned = abandoned.get().into_iter().flatten();
+            match (sent, attempt.target.get()) {
+                (Ok(()), Some(Target { upload, .. })) => {
+                    self.unfinished.remove(key, upload);
+                    self.abort_superseded(key, abandoned, upload).await;
                     return Ok(());
                 }
-                Err(Failed::Other(error)) => {
-                    self.abort(key, &upload).await;
+                (Err(Failed::Other(error)), target) => {
+                    if let Some(Target { upload, .. }) = target {
+                        self.abort(key, upload).await;
+                    }
                     return Err(error);
                 }
-                Err(Failed::Untrusted) => self.unfinished.remove(key, &upload),
-                Err(failed @ (Failed::Gone | Failed::Spoiled(_))) => {
+                (Err(Failed::Untrusted), Some(Target { upload, .. })) => {
+                    self.unfinished.remove(key, upload);
+                }
+                (
+                    Err(failed @ (Failed::Gone | Failed::Spoiled(_))),
+                    Some(Target { upload, .. }),
+                ) => {
                     if let Failed::Spoiled(error) = failed {
                         spoiled = Some(error);
                     }
                     // Even if the store says it is gone: some gateways answer 404 to other failures.
-                    self.abort(key, &upload).await;
+                    self.abort(key, upload).await;
                     // The key is the digest, so whoever completed the object had the same bytes.
                     let found = self.store.head(key).await?;
                     if found.is_some_and(|info| info.size == size) {
-                        self.abort_superseded(key, &abandoned, &upload).await;
+                        self.abort_superseded(key, abandoned, upload).await;
                         return Ok(());
                     }
                 }
+                (_, None) => {}
             }
         }
         if let Some(error) = spoiled {
@@ -104,85 +114,170 @@ impl Uploader {
             "other runs took the multipart upload of {key} away {RESTARTS} times: try again when they have finished"
         );
     }
+}
 
+/// One attempt to send a blob in parts.
+struct Attempt<'a> {
+    uploader: &'a Uploader,
+    key: &'a str,
+    source: &'a Arc<dyn Source>,
+    blob: &'a Arc<Blob>,
+    /// What earlier runs left, once it has been looked for.
+    abandoned: &'a OnceCell<Vec<Abandoned>>,
+    may_resume: bool,
+    /// Found or created while the first parts are read.
+    target: OnceCell<Target>,
+}
+
+/// A multipart upload.
+struct Target {
+    /// Its id.
+    upload: String,
+    /// By number, the parts that it held before.
+    held: BTreeMap<u32, Part>,
+}
+
+impl Attempt<'_> {
     /// Sends every part that the upload does not hold yet, and completes it if the digest matches.
-    async fn send_parts(
-        &self,
-        key: &str,
-        upload: &str,
-        source: &Arc<dyn Source>,
-        held: Vec<Part>,
-        blob: &Arc<Blob>,
-    ) -> Result<(), Failed> {
-        let held: BTreeMap<u32, Part> = held.into_iter().map(|part| (part.number, part)).collect();
-        let part_size = self.limits.part_size(source.size());
+    async fn send_parts(&self) -> Result<(), Failed> {
+        let Uploader { limits, means, .. } = self.uploader;
+        let size = self.source.size();
         let mut hasher = Hasher::default();
-        let mut sending = FuturesUnordered::new();
-        let mut parts = Vec::new();
-        for (number, range) in (1u32..).zip(ranges(source.size(), part_size)) {
-            let size = range.end - range.start;
-            let known = held.get(&number).cloned();
-            let before = hasher.clone();
-            let read = source.read(range.clone(), hasher, &self.means);
-            let prepare = async {
-                let place = self.means.gate.enter().await;
-                let room = self.means.buffers.room(size).await;
-                let (chunks, hasher) = read.await?;
-                let Some(part) = known else {
-                    return Ok((place, room, chunks, hasher, None));
-                };
-                // The store's part is good if its ETag is the MD5 of these bytes.
-                let (chunks, known) = blocking(move || {
-                    let same = part.size == size && part.etag.trim_matches('"') == md5_hex(&chunks);
-                    Ok((chunks, same.then_some(part)))
-                })
-                .await?;
-                anyhow::Ok((place, room, chunks, hasher, Some(known)))
+        let mut sending = Sending::default();
+        for (number, range) in (1u32..).zip(ranges(size, limits.part_size(size))) {
+            let entering = async {
+                let place = means.gate.enter().await;
+                (place, means.buffers.room(range.end - range.start).await)
             };
-            tokio::pin!(prepare);
-            // Parts are sent meanwhile: as they finish, they free what this one waits for.
-            let (place, room, chunks, hashed, known) = loop {
-                tokio::select! {
-                    biased;
-                    prepared = &mut prepare => break prepared?,
-                    Some(part) = sending.next(), if !sending.is_empty() => parts.push(part?),
-                }
+            let (place, room) = sending.during(entering).await?;
+            let (outlet, passed) = means.buffers.outlet(room);
+            let (hashed, after) = oneshot::channel();
+            let part = PartRead {
+                range: range.clone(),
+                before: hasher.clone(),
+                after: after.shared(),
+                passed,
             };
-            hasher = hashed;
-            if let Some(part) = known {
-                let part = part.ok_or(Failed::Untrusted)?;
-                blob.resumed(size);
-                parts.push(part);
-                continue;
-            }
-            let chunks = self.means.buffers.lend(chunks, room).collect();
-            let (source, means) = (Arc::clone(source), self.means.clone());
-            let hashes = (before, hasher.digest());
-            let body = PartBody::new(source, means, range, hashes, chunks, blob);
-            sending.push(async move {
-                let body = Arc::new(body);
-                let etag = self.store.upload_part(key, upload, number, body).await?;
-                drop(place);
-                Ok::<_, StoreError>(Part { number, size, etag })
-            });
+            sending.under_way.push(self.send_part(number, part, place));
+            let reading = self.source.read(range, hasher, &means.hashing, outlet);
+            hasher = sending.during(reading).await??;
+            let _ = hashed.send(hasher.digest());
         }
-        while let Some(part) = sending.next().await {
-            parts.push(part?);
-        }
+        let mut parts = sending.rest().await?;
         let found = hasher.digest();
-        if found != source.digest() {
-            return Err(source.damaged(found).into());
+        if found != self.source.digest() {
+            return Err(self.source.damaged(found).into());
         }
         parts.sort_by_key(|part| part.number);
-        let completed = self.store.complete_upload(key, upload, &parts).await;
+        let Target { upload, .. } = self.target().await?;
+        let store = &self.uploader.store;
+        let completed = store.complete_upload(self.key, upload, &parts).await;
         completed.map_err(|error| match error.code.as_deref() {
             Some("InvalidPart") => Failed::Spoiled(error),
             _ => error.into(),
         })
     }
+
+    /// Sends a part, unless the upload holds it already. Its place is free again then.
+    async fn send_part(
+        &self,
+        number: u32,
+        mut part: PartRead,
+        _place: Place<'_>,
+    ) -> Result<Part, Failed> {
+        let size = part.range.end - part.range.start;
+        let Target { upload, held } = self.target().await?;
+        if let Some(held) = held.get(&number) {
+            // The store's part is good if its ETag is the MD5 of these bytes.
+            let chunks = part.whole().await;
+            let md5 = blocking(move || Ok(md5_hex(&chunks))).await?;
+            if held.size != size || held.etag.trim_matches('"') != md5 {
+                return Err(Failed::Untrusted);
+            }
+            self.blob.resumed(size);
+            return Ok(held.clone());
+        }
+        let (source, means) = (Arc::clone(self.source), self.uploader.means.clone());
+        let body = Arc::new(PartBody::new(source, means, part, self.blob).await);
+        let store = &self.uploader.store;
+        let etag = store.upload_part(self.key, upload, number, body).await?;
+        Ok(Part { number, size, etag })
+    }
+
+    async fn target(&self) -> Result<&Target, Failed> {
+        self.target.get_or_try_init(|| self.find_target()).await
+    }
+
+    async fn find_target(&self) -> Result<Target, Failed> {
+        let (key, size) = (self.key, self.source.size());
+        let Uploader {
+            limits, unfinished, ..
+        } = self.uploader;
+        let looking = || self.uploader.abandoned(key, size);
+        let abandoned = self.abandoned.get_or_init(looking).await;
+        let mut resumable = abandoned
+            .iter()
+            .filter(|found| self.may_resume && limits.cut(size, &found.parts));
+        if let Some(Abandoned { upload, parts }) = resumable.next() {
+            unfinished.add(key, upload);
+            let (digest, count) = (self.source.digest(), parts.len());
+            self.uploader
+                .progress
+                .debug(&format!("{digest}: resuming an upload with {count} parts"));
+            return Ok(Target {
+                upload: upload.clone(),
+                held: parts
+                    .iter()
+                    .map(|part| (part.number, part.clone()))
+                    .collect(),
+            });
+        }
+        let created = self.uploader.create(key, None).await;
+        Ok(Target {
+            upload: created.map_err(anyhow::Error::from)?,
+            held: BTreeMap::new(),
+        })
+    }
 }
 
-fn md5_hex(chunks: &[Vec<u8>]) -> String {
+/// The parts of a blob that are being sent, and those that the store has.
+struct Sending<F> {
+    under_way: FuturesUnordered<F>,
+    sent: Vec<Part>,
+}
+
+impl<F> Default for Sending<F> {
+    fn default() -> Self {
+        Sending {
+            under_way: FuturesUnordered::new(),
+            sent: Vec::new(),
+        }
+    }
+}
+
+impl<F: Future<Output = Result<Part, Failed>>> Sending<F> {
+    /// Does `work` while parts are sent: as they finish, they free what it may wait for.
+    async fn during<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Failed> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                Some(part) = self.under_way.next() => self.sent.push(part?),
+            }
+        }
+    }
+
+    /// Sends the rest. Returns all parts, in the order in which they arrived.
+    async fn rest(mut self) -> Result<Vec<Part>, Failed> {
+        while let Some(part) = self.under_way.next().await {
+            self.sent.push(part?);
+        }
+        Ok(self.sent)
+    }
+}
+
+fn md5_hex(chunks: &[Bytes]) -> String {
     let mut hasher = Md5::new();
     for chunk in chunks {
         hasher.update(chunk);

@@ -12,9 +12,10 @@ use tokio::sync::Mutex;
 
 use crate::cache::digest::{Digest, Hasher};
 use crate::store::{self, Expected, Kind, Store, StoreError, StoreResult};
-use crate::transfer::body::{Means, Source};
-use crate::transfer::buffers::BUFFER;
+use crate::transfer::body::{Source, hash_and_pass};
+use crate::transfer::buffers::{BUFFER, Outlet};
 use crate::transfer::download::Damaged;
+use crate::transfer::hashing::Hashing;
 
 /// A blob in an object.
 pub struct ObjectSource {
@@ -104,10 +105,11 @@ impl Source for ObjectSource {
         &self,
         range: Range<u64>,
         hasher: Hasher,
-        means: &Means,
-    ) -> Result<(Vec<Vec<u8>>, Hasher)> {
+        hashing: &Hashing,
+        mut outlet: Outlet,
+    ) -> Result<Hasher> {
         if range.is_empty() {
-            return Ok((Vec::new(), hasher));
+            return Ok(hasher);
         }
         // A read that fails or is dropped leaves nothing for the next one to continue.
         let mut kept = self.reading.lock().await;
@@ -118,13 +120,13 @@ impl Source for ObjectSource {
         let mut chunks = Vec::new();
         while reading.at < range.end {
             let wanted = (range.end - reading.at).min(BUFFER) as usize;
-            let mut chunk = means.buffers.take(wanted);
+            let mut chunk = outlet.take(wanted);
             self.fill(&mut reading, wanted, &mut chunk).await?;
-            chunks.push(chunk);
+            chunks.push(outlet.lend(chunk));
         }
         *kept = (range.end < self.size).then_some(reading);
         drop(kept);
-        means.hashing.run_filled(hasher, chunks).await
+        hash_and_pass(chunks, hasher, hashing, &outlet).await
     }
 
     fn damaged(&self, found: Digest) -> anyhow::Error {

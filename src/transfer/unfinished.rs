@@ -182,11 +182,13 @@ impl Uploader {
     pub(super) async fn abort_superseded(
         &self,
         key: &str,
-        abandoned: &[Abandoned],
+        abandoned: impl IntoIterator<Item = &Abandoned>,
         finished: &str,
     ) {
-        for found in abandoned.iter().filter(|found| found.upload != finished) {
-            self.abort(key, &found.upload).await;
+        for found in abandoned {
+            if found.upload != finished {
+                self.abort(key, &found.upload).await;
+            }
         }
         if let Some(spared) = self.unfinished.spared_at(key) {
             self.abort_unknown(key, &spared).await;

@@ -34,9 +34,13 @@ struct Piece<'a> {
     number: u64,
 }
 
-/// Sends what is in `blobs` to `url`.
+/// Lists the bucket at `url`, sends what is in `blobs` to it, and writes an object last.
 pub fn run(url: &str, connections: usize, blobs: &Path, authority: Option<&Path>) -> Result<()> {
     let wire = Wire::new(url, authority)?;
+    wire.call(
+        &format!("GET /{}?list-type=2&prefix=blobs/", wire.bucket),
+        "",
+    )?;
     let mut files = Vec::new();
     for entry in fs::read_dir(blobs)? {
         let entry = entry?;
@@ -56,11 +60,13 @@ pub fn run(url: &str, connections: usize, blobs: &Path, authority: Option<&Path>
         pieces.extend(numbers.map(|number| Piece { blob, number }));
     }
     at_once(connections, pieces, |piece| send(&wire, &piece))?;
-    at_once(connections, large, |blob| complete(&wire, blob))
+    at_once(connections, large, |blob| complete(&wire, blob))?;
+    wire.call(&format!("PUT /{}/manifest", wire.bucket), "{}")
+        .map(drop)
 }
 
 fn begin(wire: &Wire, blob: &Blob) -> Result<()> {
-    let (_, body) = wire.call(&format!("POST /{}{}?uploads", wire.path, blob.name), "")?;
+    let (_, body) = wire.call(&format!("POST {}?uploads", wire.blob(&blob.name)), "")?;
     let id = body.split_once("<UploadId>");
     let id = id.and_then(|(_, rest)| rest.split_once("</UploadId>"));
     let (id, _) = id.with_context(|| format!("{}: no upload", blob.name))?;
@@ -72,7 +78,7 @@ fn send(wire: &Wire, piece: &Piece) -> Result<()> {
     let Piece { blob, number } = piece;
     let mut at = (number - 1) * PIECE;
     let end = (at + PIECE).min(blob.size);
-    let mut line = format!("PUT /{}{}", wire.path, blob.name);
+    let mut line = format!("PUT {}", wire.blob(&blob.name));
     if let Some(upload) = blob.upload.get() {
         line.push_str(&format!("?partNumber={number}&uploadId={upload}"));
     }
@@ -107,7 +113,7 @@ fn complete(wire: &Wire, blob: &Blob) -> Result<()> {
         })
         .collect();
     let upload = blob.upload.get().context("no upload")?;
-    let line = format!("POST /{}{}?uploadId={upload}", wire.path, blob.name);
+    let line = format!("POST {}?uploadId={upload}", wire.blob(&blob.name));
     let body = format!("<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>");
     wire.call(&line, &body).map(drop)
 }

@@ -19,7 +19,7 @@ struct Piece<'a> {
     end: u64,
 }
 
-/// Fetches what is in `blobs` from `url` into `target`.
+/// Lists the bucket at `url`, and fetches what is in `blobs` from it into `target`.
 pub fn run(
     url: &str,
     connections: usize,
@@ -28,6 +28,10 @@ pub fn run(
     authority: Option<&Path>,
 ) -> Result<()> {
     let wire = Wire::new(url, authority)?;
+    wire.call(
+        &format!("GET /{}?list-type=2&prefix=manifest", wire.bucket),
+        "",
+    )?;
     let mut files = Vec::new();
     for entry in fs::read_dir(blobs)? {
         let entry = entry?;
@@ -54,11 +58,7 @@ fn fetch(wire: &Wire, piece: &Piece) -> Result<()> {
     } = piece;
     let mut connection = wire.connection()?;
     let range = format!("range: bytes={start}-{}\r\n", end - 1);
-    wire.ask(
-        &mut connection,
-        &format!("GET /{}{name}", wire.path),
-        &range,
-    )?;
+    wire.ask(&mut connection, &format!("GET {}", wire.blob(name)), &range)?;
     let head = read_head(&mut connection)?;
     ensure!(head.contains(" 206 "), "{name}: {head}");
     let mut hasher = Hasher::default();

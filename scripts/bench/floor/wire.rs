@@ -19,8 +19,7 @@ pub type Connection = BufReader<Box<dyn Stream>>;
 
 pub struct Wire<'a> {
     host: &'a str,
-    /// Where the blobs are, below the host.
-    pub path: &'a str,
+    pub bucket: &'a str,
     /// With TLS.
     tls: Option<Arc<ClientConfig>>,
     idle: Mutex<Vec<Connection>>,
@@ -30,13 +29,18 @@ impl<'a> Wire<'a> {
     /// `authority` is a file with the certificates to trust.
     pub fn new(url: &'a str, authority: Option<&Path>) -> Result<Self> {
         let (_, address) = url.split_once("://").context("no scheme")?;
-        let (host, path) = address.split_once('/').context("no path")?;
+        let (host, bucket) = address.split_once('/').context("no bucket")?;
         Ok(Wire {
             host,
-            path,
+            bucket,
             tls: authority.map(config).transpose()?.map(Arc::new),
             idle: Mutex::default(),
         })
+    }
+
+    /// The path of a blob.
+    pub fn blob(&self, name: &str) -> String {
+        format!("/{}/blobs/{name}", self.bucket)
     }
 
     pub fn connection(&self) -> Result<Connection> {
