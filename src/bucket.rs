@@ -5,15 +5,19 @@
 //! - `listing` lists all objects below a prefix, in parallel where there are many.
 //! - `names` lists the manifests.
 //! - `manifest` reads one, and writes one.
+//! - `rewrite` writes one without its bad blobs.
 //! - `watch` follows the caches that need blobs while blobs are deleted.
-//! - `inventory` is all of it in one value: every cache, every blob that one needs, and how much else
-//!   there is.
+//! - `inventory` is the whole bucket in one value: every cache, every blob that one needs, and how
+//!   much else there is.
+//! - `publish` brings a cache to the bucket.
+//! - `rules` are its lifecycle rules.
 
 mod inventory;
 mod listing;
 mod manifest;
 mod names;
 pub mod publish;
+mod rewrite;
 pub mod rules;
 mod survey;
 pub mod watch;

@@ -94,7 +94,8 @@ impl Layout {
 
     /// Opens a layout to import into. Writes nothing yet.
     ///
-    /// # Errors The directory exists, is not a layout, and holds more than an interrupted import
+    /// # Errors
+    /// The directory exists, is not a layout, and holds more than an interrupted import
     /// leaves; or its index is damaged.
     pub fn open_for_import(root: &Path, lock_wait: Duration) -> Result<Self> {
         let layout = Layout {

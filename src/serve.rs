@@ -20,7 +20,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use futures::future::BoxFuture;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -52,6 +52,17 @@ const DRAIN: Duration = Duration::from_secs(5 * 60);
 
 /// How long to wait then for other responses.
 const LEAVE: Duration = Duration::from_secs(2);
+
+/// How long a cache may take to look up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a lookup finds. A build can go on without a cache, but not wait for one forever.
+async fn in_time<T>(lookup: impl Future<Output = Result<T>>) -> Result<T> {
+    let late = |_| Err(anyhow!("S3 did not answer within {PATIENCE:?}"));
+    tokio::time::timeout(PATIENCE, lookup)
+        .await
+        .unwrap_or_else(late)
+}
 
 /// What all connections share.
 pub struct Serving {

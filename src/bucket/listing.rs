@@ -20,7 +20,7 @@ const DIGITS: &str = "0123456789abcdef";
 /// Parallel listings of blobs.
 pub(super) const LISTINGS: usize = DIGITS.len();
 
-/// The last of those digits that follow one another without a gap: `:` to `` ` `` are between `9` and `a`.
+/// The last digit of each run: `:` to `` ` `` are between `9` and `a`.
 const BEFORE_GAP: [char; 2] = ['9', 'f'];
 
 /// Objects with their keys.

@@ -56,7 +56,7 @@ impl Bucket {
     /// The bytes of the manifest called `name`, as they are; `None` if there is none.
     ///
     /// # Errors
-    /// The store's, or it is no JSON.
+    /// The store's, or it is not JSON.
     pub async fn manifest_bytes(&self, name: &str) -> Result<Option<Bytes>> {
         let key = self.config.manifest_key(name);
         Ok(store::read_whole(&self.store, &key, DOCUMENT_LIMIT, check_json).await?)

@@ -1,5 +1,6 @@
 //! Publishing a cache: brings to a bucket what it lacks of the cache's blobs, refreshes what is old
-//! there, and writes the manifests last. An export and a copy differ only in where blobs come from.
+//! there, and writes the manifests last. An export, a copy and a push through `serve` differ only in
+//! where blobs come from.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +22,7 @@ use crate::transfer::refresh::Refreshed;
 use crate::transfer::upload::Uploader;
 
 /// Refreshes in flight at once. Each is one request, and the store does the rest.
-pub const REFRESHES: usize = 32;
+const REFRESHES: usize = 32;
 
 /// Bytes below which a blob costs a round trip rather than bandwidth.
 const SMALL: u64 = 1 << 20;
@@ -198,6 +199,29 @@ pub fn is_old(info: &ObjectInfo, touch_refresh: Duration, now: SystemTime) -> bo
     touch_refresh.is_zero() || age.is_none_or(|age| age > touch_refresh)
 }
 
+/// Refreshes old blobs. Returns those that still are old, with their sizes, and why.
+pub async fn refresh(
+    bucket: &Bucket,
+    uploader: &Uploader,
+    old: &[(Digest, ObjectInfo)],
+    progress: &Progress,
+) -> Vec<(Digest, u64, Refreshed)> {
+    if !old.is_empty() {
+        let bytes = old.iter().map(|(_, info)| info.size).sum();
+        progress.stage("refreshing", old.len() as u64, bytes);
+    }
+    futures::stream::iter(old.to_vec())
+        .map(|(digest, info)| async move {
+            let key = bucket.blob_key(&digest);
+            let refreshed = uploader.refresh(&key, &digest, &info).await;
+            (digest, info.size, refreshed)
+        })
+        .buffer_unordered(process::within_open_files(REFRESHES, 1))
+        .filter(|(_, _, refreshed)| std::future::ready(*refreshed != Refreshed::Done))
+        .collect()
+        .await
+}
+
 /// Carries out plans at one bucket.
 pub struct Publisher<'a> {
     pub bucket: &'a Bucket,
@@ -234,7 +258,13 @@ impl Publisher<'_> {
         }
         let mut settled = BTreeSet::new();
         let mut missing = plan.send.clone();
-        let not_refreshed = self.refresh(&plan.refresh).await;
+        let Publisher {
+            bucket,
+            uploader,
+            progress,
+            ..
+        } = self;
+        let not_refreshed = refresh(bucket, uploader, &plan.refresh, progress).await;
         // Each is looked at again before the manifest is written, unless it is sent.
         let (gone, refused): (Vec<_>, Vec<_>) = not_refreshed
             .into_iter()
@@ -309,24 +339,6 @@ impl Publisher<'_> {
         }
     }
 
-    /// Refreshes old blobs; returns those that still are.
-    async fn refresh(&self, old: &[(Digest, ObjectInfo)]) -> Vec<(Digest, u64, Refreshed)> {
-        if !old.is_empty() {
-            let bytes = old.iter().map(|(_, info)| info.size).sum();
-            self.progress.stage("refreshing", old.len() as u64, bytes);
-        }
-        futures::stream::iter(old.to_vec())
-            .map(|(digest, info)| async move {
-                let key = self.bucket.blob_key(&digest);
-                let refreshed = self.uploader.refresh(&key, &digest, &info).await;
-                (digest, info.size, refreshed)
-            })
-            .buffer_unordered(process::within_open_files(REFRESHES, 1))
-            .filter(|(_, _, refreshed)| std::future::ready(*refreshed != Refreshed::Done))
-            .collect()
-            .await
-    }
-
     /// Sends a blob that is on S3 but cannot be refreshed. A failure only leaves it old.
     async fn renew(&self, digest: Digest, size: u64) -> bool {
         match self.send(digest, size).await {
@@ -367,8 +379,8 @@ impl Publisher<'_> {
         self.supply.send(self.uploader, &key, digest, size).await
     }
 
-    /// The blobs that were found on S3 and are not there any more. Those in `settled` were sent or
-    /// refreshed in this run.
+    /// The blobs that were found on S3 and are not there any more. Those in `settled` were sent in this
+    /// run and need no second look.
     async fn vanished(
         &self,
         blobs: &BTreeMap<Digest, u64>,

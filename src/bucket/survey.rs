@@ -73,7 +73,9 @@ impl Bucket {
     ) -> Result<()> {
         let blobs = self.blobs();
         let prefix = format!("{blobs}sha256:");
+        let all = wanted.clone();
         let mut next: Option<String> = None;
+        let mut previous: Option<Digest> = None;
         // Twice as many pages as HEADs would take rounds: a listing that goes on for longer is not what
         // its first pages promised, and might never end.
         let most_pages = 2 * wanted.len().div_ceil(HEADS) + 8;
@@ -92,18 +94,28 @@ impl Bucket {
                 }
             };
             let mut last = None;
+            let mut is_sorted = true;
             for (key, info) in page.objects {
                 let Some(Ok(digest)) = key.strip_prefix(&blobs).map(str::parse::<Digest>) else {
                     continue;
                 };
+                is_sorted &= previous
+                    .replace(digest)
+                    .is_none_or(|before| before < digest);
                 last = last.max(Some(digest));
-                if wanted.binary_search(&digest).is_ok() {
+                if all.binary_search(&digest).is_ok() {
                     found.insert(digest, info);
                 }
             }
             next = page.next;
             if next.is_none() {
                 wanted.clear();
+                return Ok(());
+            }
+            if !is_sorted {
+                // Then a page does not tell what is absent, nor how many follow.
+                *wanted = all;
+                wanted.retain(|digest| !found.contains_key(digest));
                 return Ok(());
             }
             if let Some(last) = last {

@@ -535,8 +535,9 @@ impl ImportFrom<'_> {
                 .note(&format!("{digest} is not on S3 any more"));
         }
         let (kept, dropped) = cache.without_blobs(missing);
-        details.dropped_layers = dropped.layers as u64;
-        details.dropped_results = dropped.results as u64;
+        // More may be missing when the cache is published than when it was fetched.
+        details.dropped_layers += dropped.layers as u64;
+        details.dropped_results += dropped.results as u64;
         let why = match details.damaged.is_empty() {
             true => "expired?",
             false => "gone or damaged",

@@ -71,7 +71,8 @@ impl Layout {
     /// Carries out a plan under BuildKit's lock: deletes those of its orphans, and removes those of its
     /// entries, that are still to be deleted by then.
     ///
-    /// # Errors As [`Layout::plan_prune`], or the layout cannot be written to. Part of the plan may
+    /// # Errors
+    /// As [`Layout::plan_prune`], or the layout cannot be written to. Part of the plan may
     /// be done by then.
     pub fn prune(&self, plan: &PrunePlan) -> Result<Pruned> {
         let root = self.open_root()?;

@@ -206,7 +206,8 @@ impl Blobs {
     /// The bytes of `range` of a blob, once the first of them have arrived. `None`: it is not
     /// there.
     ///
-    /// # Errors Whatever keeps the first bytes from arriving; the stream yields later errors.
+    /// # Errors
+    /// Whatever keeps the first bytes from arriving; the stream yields later errors.
     pub async fn read(
         self: &Arc<Self>,
         digest: Digest,

@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// How a flow ended.
 #[derive(Debug, Clone)]
 pub enum End {
-    /// With its last byte.
+    /// Nothing more comes: its last byte was passed on, or no reader was left.
     Whole,
     /// S3 does not have the blob (any more).
     Missing,
@@ -265,17 +265,17 @@ pub struct Filling<F> {
     pub flow: Arc<Flow>,
     /// Bytes of the blob before the next chunk.
     pub at: u64,
-    /// Called with what has been received so far.
-    pub hashed: F,
+    /// Called with the bytes of each batch, and the hasher after it.
+    pub on_batch: F,
     patience: Duration,
 }
 
 impl<F> Filling<F> {
-    pub fn new(flow: Arc<Flow>, at: u64, hashed: F) -> Self {
+    pub fn new(flow: Arc<Flow>, at: u64, on_batch: F) -> Self {
         Filling {
             flow,
             at,
-            hashed,
+            on_batch,
             patience: PATIENCE,
         }
     }
@@ -285,7 +285,7 @@ impl<F> Filling<F> {
 impl<F: Fn(u64, Option<&Hasher>) + Send> Taker for Filling<F> {
     async fn take(&mut self, chunks: Vec<Bytes>, hashed: Option<&Hasher>) -> bool {
         let received = chunks.iter().map(|chunk| chunk.len() as u64).sum();
-        (self.hashed)(received, hashed);
+        (self.on_batch)(received, hashed);
         let start = self.flow.state.lock().start;
         let mut wanted = Vec::with_capacity(chunks.len());
         for mut chunk in chunks {

@@ -2,9 +2,8 @@
 //! manifest, byte for byte; blobs are those on S3.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use http::header::{AUTHORIZATION, CONTENT_RANGE, HOST, RANGE};
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
@@ -14,19 +13,16 @@ use serde_json::json;
 use crate::cache::digest::Digest;
 use crate::cache::{CacheConfig, DOCUMENT_LIMIT};
 use crate::quote::{printable, quoted};
-use crate::serve::Serving;
 use crate::serve::kept::Document;
 use crate::serve::push::Push;
 use crate::serve::registry::{header, of_document, query, read};
 use crate::serve::reply::{self, Response};
 use crate::serve::repository::Repository;
 use crate::serve::uploads::{Spool, incoming, whole};
+use crate::serve::{Serving, in_time};
 
 /// Most bytes of a request that is not a piece of a blob.
 const SMALL: u64 = 64 << 10;
-
-/// How long a lookup may take: a build can go on without a cache, but not wait for one forever.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a client looks up or saves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,9 +117,7 @@ pub async fn answer(serving: &Arc<Serving>, path: &str, request: Request<Incomin
 async fn look_up(holder: &Holder<'_>, request: &Request<Incoming>) -> Response {
     let keys = query(request.uri().query(), "keys").unwrap_or_default();
     for key in keys.split(',').filter_map(Key::parse) {
-        let found = tokio::time::timeout(PATIENCE, find(holder, &key));
-        let late = |_| Err(anyhow!("S3 did not answer within {PATIENCE:?}"));
-        let found = found.await.unwrap_or_else(late).unwrap_or_else(|failure| {
+        let found = in_time(find(holder, &key)).await.unwrap_or_else(|failure| {
             let progress = &holder.serving.progress;
             progress.warn(&format!("no cache for the build: {failure:#}"));
             None
@@ -220,15 +214,13 @@ pub async fn archive(serving: &Arc<Serving>, path: &str, request: &Request<Incom
                 Err(failure) => {
                     let progress = &repository.progress;
                     progress.warn(&format!("blob {digest}: {failure:#}"));
-                    error(StatusCode::BAD_GATEWAY, S3_FAILED)
+                    error(StatusCode::BAD_GATEWAY, reply::FAILED)
                 }
             }
         }
         _ => unknown(),
     }
 }
-
-const S3_FAILED: &str = "S3 failed; the output of layercache says why";
 
 #[derive(Deserialize)]
 struct Reservation {

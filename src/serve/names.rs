@@ -48,7 +48,7 @@ fn is_valid(name: &str) -> bool {
                 .split(plain)
                 .all(|between| matches!(between, "" | "." | "_" | "__") || is_dashes(between))
     };
-    // `blobs`, `manifests` and `tags` are where a registry's own paths begin.
+    // Where a registry's own paths begin.
     let own = ["blobs", "manifests", "tags", "referrers"];
     name.split('/').all(component) && !name.split('/').any(|part| own.contains(&part))
 }

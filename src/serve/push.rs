@@ -77,7 +77,7 @@ pub struct Pushed {
     pub present: u64,
     /// Blobs that were already there, but old, and were refreshed.
     pub refreshed: u64,
-    /// Manifests written, or at least begun.
+    /// Manifests written.
     pub manifests: u64,
 }
 

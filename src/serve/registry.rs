@@ -143,14 +143,10 @@ fn unknown_tag(tag: &str) -> Response {
     unknown_manifest(&format!("a cache has the tag {TAG} only, not {tag}"))
 }
 
-/// The error when S3 failed. The client learns no more than that; the log says why.
+/// The error when S3 failed.
 fn bad_gateway(repository: &Repository, doing: &str, failure: &anyhow::Error) -> Response {
     repository.progress.warn(&format!("{doing}: {failure:#}"));
-    error(
-        StatusCode::BAD_GATEWAY,
-        "UNKNOWN",
-        "S3 failed; the output of layercache says why",
-    )
+    error(StatusCode::BAD_GATEWAY, "UNKNOWN", reply::FAILED)
 }
 
 /// The value of a header, if it is text.

@@ -15,6 +15,9 @@ pub type Body = UnsyncBoxBody<Bytes, anyhow::Error>;
 
 pub type Response = http::Response<Body>;
 
+/// The text of an error that is not the client's. The client learns no more; the output says why.
+pub const FAILED: &str = "layercache could not do that; its output says why";
+
 /// A response without a body.
 pub fn empty(status: StatusCode) -> Response {
     respond(

@@ -62,7 +62,7 @@ pub struct Repository {
 /// The manifest that the tag names.
 pub struct Tagged {
     pub manifest: Document,
-    /// The cache config's size in bytes; `None` for an image.
+    /// The cache config's digest; `None` for an image.
     pub config: Option<Digest>,
     pub cache: CacheConfig,
 }

@@ -1,5 +1,5 @@
-//! Uploads a blob that a client sends only once, in order. Nothing is kept on disk: a part stays in
-//! memory until the store has it, so that it can be sent again.
+//! Uploads a blob that a client sends only once. In order, nothing is kept on disk: a part stays in
+//! memory until the store has it, so that it can be sent again. In any other order, it waits in a file.
 
 use std::fs::File;
 use std::ops::Range;
@@ -163,12 +163,17 @@ impl Source for Arriving {
     fn damaged(&self, found: Digest) -> anyhow::Error {
         wrong_bytes(self.digest, found)
     }
+
+    fn can_be_read_again(&self) -> bool {
+        false
+    }
 }
 
 fn wrong_bytes(announced: Digest, found: Digest) -> anyhow::Error {
     WrongBytes { announced, found }.into()
 }
 
+/// A blob that waits in a file.
 struct Arrived(FileSource);
 
 #[async_trait]
@@ -193,5 +198,9 @@ impl Source for Arrived {
 
     fn damaged(&self, found: Digest) -> anyhow::Error {
         wrong_bytes(self.digest(), found)
+    }
+
+    fn can_be_read_again(&self) -> bool {
+        self.0.can_be_read_again()
     }
 }

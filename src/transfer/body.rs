@@ -45,9 +45,7 @@ pub trait Source: Send + Sync {
     fn damaged(&self, found: Digest) -> anyhow::Error;
 
     /// Whether any range can be read again later, while others are read.
-    fn can_be_read_again(&self) -> bool {
-        false
-    }
+    fn can_be_read_again(&self) -> bool;
 }
 
 /// What every upload of a run reads with.
@@ -278,7 +276,7 @@ impl UploadBody for WholeBlob {
             self.first.lock().take(),
         );
         let chunks = verified(chunks, digest, size, move |found| source.damaged(found));
-        counted(unread_is_local(chunks), self.count.clone())
+        counted(request_body(chunks), self.count.clone())
     }
 }
 
@@ -341,10 +339,9 @@ pub struct PartRead {
 }
 
 impl PartRead {
-    /// All its chunks, once it has been read. If it never is, its chunks do not come to an end here.
+    /// All its chunks, once it has been read. Never returns if it cannot be read: who reads it says why.
     pub async fn whole(&mut self) -> Vec<Bytes> {
         if self.after.clone().await.is_err() {
-            // Who reads it knows why.
             std::future::pending::<()>().await;
         }
         let mut chunks = Vec::new();
@@ -432,7 +429,7 @@ impl UploadBody for PartBody {
                     passed.poll_recv(context).map(|chunk| chunk.map(Ok))
                 })
                 .boxed(),
-                None => unread_is_local(self.again()),
+                None => request_body(self.again()),
             },
             Chunks::Kept(chunks) => futures::stream::iter(chunks.clone()).map(Ok).boxed(),
         };
@@ -440,8 +437,8 @@ impl UploadBody for PartBody {
     }
 }
 
-/// What a source fails with, as a stream of a request has it.
-fn unread_is_local(chunks: BoxStream<'static, Result<Bytes>>) -> ByteStream {
+/// `chunks` as the body of a request: one read ahead, with the source's errors as I/O errors.
+fn request_body(chunks: BoxStream<'static, Result<Bytes>>) -> ByteStream {
     let failed = |error| {
         let text = format!("{error:#}");
         std::io::Error::new(std::io::ErrorKind::InvalidData, text)

@@ -56,16 +56,13 @@ impl Uploader {
             }
             Err(error) => {
                 self.abort(key, &upload).await;
-                match error.kind {
-                    Kind::Changed => Err(error),
-                    // The source is gone, or another run completed the object and aborted this
-                    // upload.
-                    _ if error.kind == Kind::NoSuchUpload || error.status == Some(404) => {
-                        let found = self.store.head(key).await?;
-                        Ok(found.is_some_and(|found| found.size == info.size))
-                    }
-                    _ => Err(error),
+                // The source is gone, or another run completed the object and aborted this upload.
+                let gone = error.kind == Kind::NoSuchUpload || error.status == Some(404);
+                if !gone || matches!(error.kind, Kind::Changed | Kind::NoBucket) {
+                    return Err(error);
                 }
+                let found = self.store.head(key).await?;
+                Ok(found.is_some_and(|found| found.size == info.size))
             }
         }
     }

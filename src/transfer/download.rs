@@ -22,7 +22,8 @@ use crate::transfer::limits::Limits;
 use crate::transfer::pace::Gate;
 use crate::transfer::piece::{Next, Pieces};
 
-/// Open files that a piece in flight is counted as: connections change over, and blobs need some.
+/// Open files to reserve for each piece in flight: its connection, that connection's replacement, and a
+/// share for blobs.
 const FILES: usize = 4;
 
 /// Times a blob whose bytes are wrong is fetched again.

@@ -58,7 +58,8 @@ pub trait Feed: Send + 'static {
     /// Brings the next bytes, at most a few hundred KiB, so that they are hashed while in the CPU's
     /// cache. `false`: there are no more.
     ///
-    /// # Errors Any; [`Hashing::run`] returns it.
+    /// # Errors
+    /// Any; [`Hashing::run`] returns it.
     fn advance(&mut self) -> Result<bool>;
 
     /// The bytes that the latest `advance` brought.

@@ -81,7 +81,7 @@ impl Limits {
     }
 }
 
-/// Whether there are `parts`, each as cutting `size` bytes every `part` bytes gives.
+/// Whether `parts` is not empty, and each is a part that cutting `size` bytes every `part` bytes makes.
 fn is_cut(part: u64, size: u64, parts: &[Part]) -> bool {
     let last = size.div_ceil(part).max(1);
     let fits = |found: &Part| match u64::from(found.number) {

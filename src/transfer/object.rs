@@ -132,4 +132,9 @@ impl Source for ObjectSource {
     fn damaged(&self, found: Digest) -> anyhow::Error {
         Damaged::bytes(&self.key, found).into()
     }
+
+    /// It would be paid for twice.
+    fn can_be_read_again(&self) -> bool {
+        false
+    }
 }

@@ -16,10 +16,11 @@ use crate::transfer::pace::Gate;
 pub use crate::transfer::unfinished::ABANDONED;
 use crate::transfer::unfinished::Unfinished;
 
-/// Open files that a part in flight is counted as: connections change over, and other uploads need some.
+/// Open files to reserve for each part in flight: its connection, that connection's replacement, and a
+/// share for blobs.
 const FILES: usize = 4;
 
-/// The share of the buffers for blobs that are not sent in parts: one in so many.
+/// One byte of the buffers in this many is for bodies that are read a chunk at a time.
 const STREAMS: u64 = 8;
 
 /// Uploads and refreshes blobs, and cleans up what did not end well.

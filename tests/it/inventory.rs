@@ -174,6 +174,21 @@ async fn blobs_are_listed_side_by_side_where_there_are_many() {
 }
 
 #[tokio::test]
+async fn a_survey_finds_every_blob_on_a_store_that_lists_in_another_order() {
+    for page_size in [1000, 30, 2] {
+        let server = Server::builder()
+            .page_size(page_size)
+            .lists_in_reverse()
+            .start();
+        put_garbage(&server, "blobs/", 100);
+        let bucket = bucket(&server, "").await;
+        let digests = (0..120_u64).map(|n| Digest::of(&n.to_le_bytes()));
+        let found = bucket.survey(digests, Certainty::Known).await;
+        assert_eq!(found.expect("read").len(), 100, "pages of {page_size}");
+    }
+}
+
+#[tokio::test]
 async fn names_come_without_a_listing_of_the_blobs() {
     let server = Server::builder().page_size(10).start();
     put_garbage(&server, "blobs/", 500);

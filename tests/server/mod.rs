@@ -90,6 +90,12 @@ impl Builder {
         self
     }
 
+    /// Listings come in descending order, against S3's promise.
+    pub fn lists_in_reverse(mut self) -> Self {
+        self.limits.lists_in_reverse = true;
+        self
+    }
+
     /// CopyObject refuses objects over this size, UploadPartCopy ranges over it. 5 GiB unless set.
     pub fn copy_limit(mut self, bytes: u64) -> Self {
         self.limits.copy_limit = bytes;

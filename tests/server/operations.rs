@@ -242,6 +242,7 @@ fn list(
     delimiter: Option<&str>,
     after: Option<&str>,
     most: usize,
+    in_reverse: bool,
     encode: &impl Fn(&str) -> String,
 ) -> Listing {
     let mut listing = Listing {
@@ -254,9 +255,18 @@ fn list(
         _ => Bound::Included(prefix),
     };
     let mut last: Option<String> = None;
-    for (key, object) in objects.range::<str, _>((from, Bound::Unbounded)) {
+    let keys: Box<dyn Iterator<Item = _>> = match in_reverse {
+        false => Box::new(objects.range::<str, _>((from, Bound::Unbounded))),
+        true => {
+            let to = after.map_or(Bound::Unbounded, Bound::Excluded);
+            Box::new(objects.range::<str, _>((Bound::Unbounded, to)).rev())
+        }
+    };
+    // Keys are sorted: those with the prefix lie together.
+    let keys = keys.skip_while(|(key, _)| !key.starts_with(prefix));
+    for (key, object) in keys {
         let Some(rest) = key.strip_prefix(prefix) else {
-            break; // Keys are sorted: those with the prefix lie together.
+            break;
         };
         let common = delimiter
             .filter(|d| !d.is_empty())
@@ -601,6 +611,7 @@ impl S3 for Store {
             input.delimiter.as_deref(),
             after.as_deref().filter(|after| !after.is_empty()),
             most,
+            self.limits.lists_in_reverse,
             &encode,
         );
         Ok(S3Response::new(ListObjectsV2Output {
@@ -635,6 +646,7 @@ impl S3 for Store {
             input.delimiter.as_deref(),
             input.marker.as_deref().filter(|marker| !marker.is_empty()),
             most,
+            self.limits.lists_in_reverse,
             &encode,
         );
         Ok(S3Response::new(ListObjectsOutput {

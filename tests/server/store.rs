@@ -79,6 +79,8 @@ pub struct Limits {
     pub ignore_range: bool,
     /// Listings begin at the start whatever key they are to begin after.
     pub ignore_start_after: bool,
+    /// Listings come in descending order.
+    pub lists_in_reverse: bool,
     /// A missing key is 403, as on S3 without the permission to list.
     pub hide_missing: bool,
     /// A copy onto itself leaves LastModified as it was, as MinIO once did.
@@ -96,6 +98,7 @@ impl Default for Limits {
             min_part: 5 << 20,
             ignore_range: false,
             ignore_start_after: false,
+            lists_in_reverse: false,
             hide_missing: false,
             stale_copies: false,
             undeletable: Vec::new(),

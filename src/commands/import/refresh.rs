@@ -3,15 +3,13 @@
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
-use futures::stream::StreamExt;
 
 use super::ImportFrom;
 use crate::bucket::Certainty;
-use crate::bucket::publish::{REFRESHES, is_old};
+use crate::bucket::publish::{self, is_old};
 use crate::cache::digest::Digest;
 use crate::progress::count;
 use crate::store::ObjectInfo;
-use crate::transfer::refresh::Refreshed;
 
 impl ImportFrom<'_> {
     /// Those of the blobs that were written to S3 longer than `age` ago.
@@ -41,28 +39,14 @@ impl ImportFrom<'_> {
                 return 0;
             }
         };
-        if old.is_empty() {
-            return 0;
-        }
-        let bytes = old.iter().map(|(_, info)| info.size).sum();
-        self.progress.stage("refreshing", old.len() as u64, bytes);
-        let all = old.len() as u64;
-        let done = futures::stream::iter(old)
-            .map(|(digest, info)| async move {
-                let key = self.bucket.blob_key(&digest);
-                self.uploader.refresh(&key, &digest, &info).await == Refreshed::Done
-            })
-            .buffer_unordered(REFRESHES)
-            .filter(|done| std::future::ready(*done))
-            .count()
-            .await as u64;
-        if done < all {
-            let blobs = count(all - done, "blob");
+        let left = publish::refresh(&self.bucket, &self.uploader, &old, self.progress).await;
+        if !left.is_empty() {
+            let blobs = count(left.len() as u64, "blob");
             self.progress.warn(&format!(
                 "{blobs} could not be refreshed: a lifecycle rule may delete them before the next \
                  export (-v says why)"
             ));
         }
-        done
+        (old.len() - left.len()) as u64
     }
 }

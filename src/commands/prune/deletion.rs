@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use bytes::Bytes;
+use futures::FutureExt;
 use futures::future::try_join_all;
 use futures::stream::{StreamExt, TryStreamExt};
 use parking_lot::RwLock;
@@ -352,21 +352,12 @@ impl<'a> Deletion<'a> {
                 continue;
             }
             let name = &watched.cache.named.name;
-            let Some(cache) = self.bucket.manifest(name).await? else {
-                continue;
-            };
-            let wanted = cache.blobs()?;
-            let found = self
-                .bucket
-                .survey(wanted.keys().copied(), Certainty::Known)
-                .await?;
-            let missing = wanted
-                .into_keys()
-                .filter(|digest| !found.contains_key(digest));
-            let (left, _) = cache.without_blobs(&missing.collect());
-            let manifest = Bytes::from(left.to_s3()?);
-            self.bucket.write_manifest(name, manifest).await?;
-            self.deleted.lock().repaired.push(address.clone());
+            let none_damaged = |_| async { Ok(false) }.boxed();
+            let rewritten = self.bucket.rewrite_without_bad(name, none_damaged);
+            let rewritten = rewritten.await?;
+            if rewritten.is_some() {
+                self.deleted.lock().repaired.push(address.clone());
+            }
         }
         Ok(())
     }

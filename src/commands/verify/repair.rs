@@ -7,19 +7,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Result, bail};
-use bytes::Bytes;
+use anyhow::Result;
+use futures::FutureExt;
 
-use crate::bucket::{Bucket, Certainty};
+use crate::bucket::Bucket;
 use crate::cache::Dropped;
 use crate::cache::digest::Digest;
 use crate::progress::{Progress, Verb};
-use crate::quote::printable;
 use crate::store::ObjectInfo;
 use crate::transfer::download::Downloader;
-
-/// How often a manifest may be replaced by others while it is repaired.
-const ATTEMPTS: usize = 5;
 
 /// How often to look for new manifests that name a damaged object.
 const PASSES: usize = 3;
@@ -51,10 +47,11 @@ pub(super) struct Repaired {
 }
 
 impl Repair<'_> {
-    /// Repairs the caches called `names`, then deletes the objects of `doomed`, which are damaged or have
-    /// a size that no cache gives them: with the sizes that caches give them.
+    /// Repairs the caches `names`, then deletes the blobs of `doomed`: those that are damaged, or whose
+    /// size no manifest states. Each comes with the sizes that manifests state.
     ///
-    /// # Errors The store's. A cache that could not be repaired is not an error.
+    /// # Errors
+    /// The store's. A cache that could not be repaired is not an error.
     pub(super) async fn run(
         &self,
         names: BTreeSet<String>,
@@ -65,7 +62,8 @@ impl Repair<'_> {
         let mut named = BTreeSet::new();
         for _ in 0..PASSES {
             for name in &names {
-                match self.cache(name).await {
+                let is_damaged = |blob| self.is_damaged(blob).boxed();
+                match self.bucket.rewrite_without_bad(name, is_damaged).await {
                     Ok(None) => {}
                     Ok(Some(dropped)) => {
                         done.caches.insert(name.clone(), dropped);
@@ -117,54 +115,20 @@ impl Repair<'_> {
         Ok(done)
     }
 
-    /// Rewrites the manifest called `name` without the blobs that are missing or damaged by now.
-    /// `None`: there are none.
-    async fn cache(&self, name: &str) -> Result<Option<Dropped>> {
-        for _ in 0..ATTEMPTS {
-            let Some(cache) = self.bucket.manifest(name).await? else {
-                return Ok(None);
-            };
-            let blobs = cache.blobs()?;
-            let digests = blobs.keys().copied();
-            let found = self.bucket.survey(digests, Certainty::Known).await?;
-            let mut bad = BTreeSet::new();
-            for (blob, size) in blobs {
-                let is_there = found.get(&blob).is_some_and(|info| info.size == size);
-                if !is_there || self.is_damaged(&blob).await? {
-                    bad.insert(blob);
-                }
-            }
-            if bad.is_empty() {
-                return Ok(None);
-            }
-            let (left, dropped) = cache.without_blobs(&bad);
-            let manifest = Bytes::from(left.to_s3()?);
-            if self.bucket.manifest(name).await?.as_ref() == Some(&cache) {
-                self.bucket.write_manifest(name, manifest).await?;
-                return Ok(Some(dropped));
-            }
-            self.progress.note(&format!(
-                "{}: replaced meanwhile; looking again",
-                printable(name)
-            ));
-        }
-        bail!("other programs keep replacing the manifest")
-    }
-
     /// Whether the blob was found damaged and still is.
-    async fn is_damaged(&self, blob: &Digest) -> Result<bool> {
-        let Some(damaged) = self.damaged.get(blob) else {
+    async fn is_damaged(&self, blob: Digest) -> Result<bool> {
+        let Some(damaged) = self.damaged.get(&blob) else {
             return Ok(false);
         };
-        match self.bucket.blob(blob).await? {
+        match self.bucket.blob(&blob).await? {
             None => Ok(true),
             Some(info) if info == *damaged => Ok(true),
             Some(info) => {
-                let shown = self.progress.blob(Verb::Hash, blob, info.size);
-                let key = self.bucket.blob_key(blob);
+                let shown = self.progress.blob(Verb::Hash, &blob, info.size);
+                let key = self.bucket.blob_key(&blob);
                 let good = self
                     .downloader
-                    .verify(&key, *blob, info.size, &shown)
+                    .verify(&key, blob, info.size, &shown)
                     .await?;
                 shown.done();
                 Ok(!good)

@@ -3,9 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use bytes::Bytes;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, RANGE};
 use http::{Method, Request, StatusCode};
@@ -15,12 +14,10 @@ use super::{
     CONTENT_DIGEST, bad_gateway, error, header, unknown_blob, unknown_manifest, unknown_tag,
 };
 use crate::cache::digest::Digest;
+use crate::serve::in_time;
 use crate::serve::kept::Document;
 use crate::serve::reply::{self, Response};
 use crate::serve::repository::{Repository, TAG, Tagged};
-
-/// How long a tag may take to look up. A build can go on without a cache, but not wait for one forever.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// `GET` or `HEAD` of a manifest, by tag or digest.
 pub async fn manifest(repository: &Arc<Repository>, reference: &str, head: bool) -> Response {
@@ -47,9 +44,7 @@ pub async fn manifest(repository: &Arc<Repository>, reference: &str, head: bool)
 /// The manifest that the tag names. If S3 fails, there is none, and the build goes on without a
 /// cache.
 async fn tagged(repository: &Arc<Repository>) -> Option<Tagged> {
-    let found = tokio::time::timeout(PATIENCE, repository.tagged()).await;
-    let late = |_| Err(anyhow!("S3 did not answer within {PATIENCE:?}"));
-    found.unwrap_or_else(late).unwrap_or_else(|error| {
+    in_time(repository.tagged()).await.unwrap_or_else(|error| {
         let name = crate::quote::printable(repository.cache_name());
         repository.progress.warn(&format!(
             "no cache for the build, because '{name}' cannot be read: {error:#}"
@@ -109,11 +104,7 @@ pub async fn blob<B>(
         Ok(Some(response)) => response,
         Ok(None) => unknown_blob(digest),
         // Already logged.
-        Err(_) => error(
-            StatusCode::BAD_GATEWAY,
-            "UNKNOWN",
-            "S3 failed; the output of layercache says why",
-        ),
+        Err(_) => error(StatusCode::BAD_GATEWAY, "UNKNOWN", reply::FAILED),
     }
 }
 

@@ -337,11 +337,7 @@ fn failed(repository: &Repository, what: &str, failure: &anyhow::Error) -> Respo
     } else if failure.is::<ClientGone>() {
         (StatusCode::REQUEST_TIMEOUT, "BLOB_UPLOAD_INVALID")
     } else {
-        return error(
-            StatusCode::BAD_GATEWAY,
-            "UNKNOWN",
-            "S3 failed; the output of layercache says why",
-        );
+        return error(StatusCode::BAD_GATEWAY, "UNKNOWN", reply::FAILED);
     };
     error(status, code, &format!("{failure:#}"))
 }
