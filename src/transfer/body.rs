@@ -4,6 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::{Poll, ready};
 
 use anyhow::{Context, Result, anyhow, bail};
 use async_trait::async_trait;
@@ -334,21 +335,54 @@ pub struct PartRead {
     pub before: Hasher,
     /// Of the blob up to its end, once it has been read.
     pub after: Shared<oneshot::Receiver<Digest>>,
-    /// Its chunks as they are passed on.
+    /// Its first chunk, if that has been waited for.
+    pub first: Option<Bytes>,
+    /// Its other chunks as they are passed on.
     pub passed: mpsc::UnboundedReceiver<Bytes>,
 }
 
 impl PartRead {
-    /// All its chunks, once it has been read. Never returns if it cannot be read: who reads it says why.
+    /// Waits for the first chunk: many parts may be read before this one, and a store closes a request
+    /// in which nothing moves. Never returns if it cannot be read: who reads it says why.
+    pub async fn begun(&mut self) {
+        self.first = self.passed.recv().await;
+        if self.first.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// All its chunks, once it has been read. Never returns if it cannot be read.
     pub async fn whole(&mut self) -> Vec<Bytes> {
         if self.after.clone().await.is_err() {
             std::future::pending::<()>().await;
         }
-        let mut chunks = Vec::new();
+        let mut chunks = Vec::from_iter(self.first.take());
         while let Some(chunk) = self.passed.recv().await {
             chunks.push(chunk);
         }
         chunks
+    }
+
+    /// Its chunks as they are passed on. They do not come to an end if it cannot be read: an error here
+    /// would hide the reader's.
+    fn stream(self) -> ByteStream {
+        let PartRead {
+            range,
+            first,
+            mut passed,
+            ..
+        } = self;
+        let first_length = first.as_ref().map_or(0, Bytes::len) as u64;
+        let mut left = (range.end - range.start).saturating_sub(first_length);
+        let rest = futures::stream::poll_fn(move |context| {
+            let chunk = ready!(passed.poll_recv(context));
+            if chunk.is_none() && left > 0 {
+                return Poll::Pending;
+            }
+            left = left.saturating_sub(chunk.as_ref().map_or(0, Bytes::len) as u64);
+            Poll::Ready(chunk)
+        });
+        futures::stream::iter(first).chain(rest).map(Ok).boxed()
     }
 }
 
@@ -366,7 +400,7 @@ pub struct PartBody {
 
 enum Chunks {
     /// For the first try, if it has not begun.
-    Passed(Option<mpsc::UnboundedReceiver<Bytes>>),
+    Passed(Option<ByteStream>),
     /// In memory for every try, because the source cannot be read again.
     Kept(Vec<Bytes>),
 }
@@ -387,11 +421,11 @@ impl PartBody {
             source,
             count: Count::new(blob, &means),
             means,
-            range: part.range,
-            before: part.before,
-            after: part.after,
+            range: part.range.clone(),
+            before: part.before.clone(),
+            after: part.after.clone(),
             chunks: Mutex::new(match chunks {
-                None => Chunks::Passed(Some(part.passed)),
+                None => Chunks::Passed(Some(part.stream())),
                 Some(chunks) => Chunks::Kept(chunks),
             }),
         }
@@ -425,10 +459,7 @@ impl UploadBody for PartBody {
         self.count.restart();
         let chunks = match &mut *self.chunks.lock() {
             Chunks::Passed(passed) => match passed.take() {
-                Some(mut passed) => futures::stream::poll_fn(move |context| {
-                    passed.poll_recv(context).map(|chunk| chunk.map(Ok))
-                })
-                .boxed(),
+                Some(passed) => passed,
                 None => request_body(self.again()),
             },
             Chunks::Kept(chunks) => futures::stream::iter(chunks.clone()).map(Ok).boxed(),
@@ -558,6 +589,7 @@ mod tests {
             range: start..end,
             before: before.clone(),
             after: after.shared(),
+            first: None,
             passed,
         };
         let part = PartBody::new(Arc::clone(&source), means.clone(), read, &blob).await;
@@ -587,6 +619,38 @@ mod tests {
         changed[range.end] ^= 1;
         std::fs::write(&path, &changed).unwrap();
         assert_eq!(send(&part).await, (bytes[range].to_vec(), None));
+    }
+
+    #[tokio::test]
+    async fn a_part_that_is_not_read_to_its_end_has_no_error_of_its_own() {
+        let bytes = [7; 1000];
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("blob");
+        std::fs::write(&path, bytes).unwrap();
+        let digest = Digest::of(&bytes);
+        let file = File::open(&path).unwrap();
+        // As if 500 bytes had been cut off.
+        let source: Arc<dyn Source> = Arc::new(FileSource::new(file, path, digest, 1500));
+        let means = means();
+        let progress = Progress::new(Display::Quiet, 0);
+        let blob = progress.blob(Verb::Upload, &digest, 1500);
+        let (outlet, passed) = means.buffers.outlet(means.buffers.room(1500).await);
+        let (hashed, after) = oneshot::channel();
+        let read = PartRead {
+            range: 0..1500,
+            before: Hasher::default(),
+            after: after.shared(),
+            first: None,
+            passed,
+        };
+        let part = PartBody::new(Arc::clone(&source), means.clone(), read, &blob).await;
+        let reading = source.read(0..1500, Hasher::default(), &means.hashing, outlet);
+        let error = reading.await.err().unwrap().to_string();
+        assert!(error.ends_with("500 bytes are missing"), "{error}");
+        let wait = std::time::Duration::from_millis(100);
+        let sent = tokio::time::timeout(wait, send(&part)).await;
+        assert!(sent.is_err(), "{sent:?}");
+        drop(hashed);
     }
 
     #[tokio::test]

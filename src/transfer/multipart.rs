@@ -1,6 +1,6 @@
 //! A blob uploaded in parts, which continues an upload that an earlier run left if there is one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use md5::{Digest as _, Md5};
-use tokio::sync::{OnceCell, oneshot};
+use tokio::sync::{OnceCell, oneshot, watch};
 
 use crate::blocking::blocking;
 use crate::cache::digest::Hasher;
@@ -135,6 +135,8 @@ struct Target {
     upload: String,
     /// By number, the parts that it held before.
     held: BTreeMap<u32, Part>,
+    /// The numbers of those that have not been recognised yet.
+    unchecked: watch::Sender<BTreeSet<u32>>,
 }
 
 impl Attempt<'_> {
@@ -156,6 +158,7 @@ impl Attempt<'_> {
                 range: range.clone(),
                 before: hasher.clone(),
                 after: after.shared(),
+                first: None,
                 passed,
             };
             sending.under_way.push(self.send_part(number, part, place));
@@ -186,7 +189,11 @@ impl Attempt<'_> {
         _place: Place<'_>,
     ) -> Result<Part, Failed> {
         let size = part.range.end - part.range.start;
-        let Target { upload, held } = self.target().await?;
+        let Target {
+            upload,
+            held,
+            unchecked,
+        } = self.target().await?;
         if let Some(held) = held.get(&number) {
             // The store's part is good if its ETag is the MD5 of these bytes.
             let chunks = part.whole().await;
@@ -194,9 +201,16 @@ impl Attempt<'_> {
             if held.size != size || held.etag.trim_matches('"') != md5 {
                 return Err(Failed::Untrusted);
             }
+            unchecked.send_modify(|numbers| {
+                numbers.remove(&number);
+            });
             self.blob.resumed(size);
             return Ok(held.clone());
         }
+        // Nothing is sent to an upload whose parts before this one cannot be recognised.
+        let are_known = |numbers: &BTreeSet<u32>| numbers.range(..number).next().is_none();
+        let _ = unchecked.subscribe().wait_for(are_known).await;
+        part.begun().await;
         let (source, means) = (Arc::clone(self.source), self.uploader.means.clone());
         let body = Arc::new(PartBody::new(source, means, part, self.blob).await);
         let store = &self.uploader.store;
@@ -230,12 +244,14 @@ impl Attempt<'_> {
                     .iter()
                     .map(|part| (part.number, part.clone()))
                     .collect(),
+                unchecked: watch::Sender::new(parts.iter().map(|part| part.number).collect()),
             });
         }
         let created = self.uploader.create(key, None).await;
         Ok(Target {
             upload: created.map_err(anyhow::Error::from)?,
             held: BTreeMap::new(),
+            unchecked: watch::Sender::default(),
         })
     }
 }
