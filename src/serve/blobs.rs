@@ -267,7 +267,8 @@ impl Blobs {
         place
     }
 
-    /// Where to start the download: a blob is verified whole, unless it already has been.
+    /// What to download: the blob to its end, from where it has been hashed before `range`, so that it is
+    /// verified. Of a blob that has been verified, a later range alone.
     fn wanted(&self, digest: Digest, size: u64, range: &Range<u64>) -> Wanted {
         let known = self.known.lock();
         if range.start > 0 && known.verified.contains(&digest) {

@@ -45,13 +45,13 @@ impl Uploader {
         key: &str,
         info: &ObjectInfo,
     ) -> Result<bool, StoreError> {
-        let abandoned = self.abandoned(key, info.size).await;
+        let leftovers = self.leftovers(key, info.size).await;
         let upload = self.create(key, Some(info)).await?;
         let copied = self.copy_each_part(from, key, &upload, info).await;
         match copied {
             Ok(()) => {
                 self.unfinished.remove(key, &upload);
-                self.abort_superseded(key, &abandoned, &upload).await;
+                self.abort_superseded(key, &leftovers, &upload).await;
                 Ok(true)
             }
             Err(error) => {

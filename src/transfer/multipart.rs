@@ -17,7 +17,7 @@ use crate::store::{Kind, Part, StoreError};
 use crate::transfer::body::{PartBody, PartRead, Source};
 use crate::transfer::limits::ranges;
 use crate::transfer::pace::Place;
-use crate::transfer::unfinished::Abandoned;
+use crate::transfer::unfinished::Leftover;
 use crate::transfer::upload::Uploader;
 
 /// How often an upload starts over when another run takes its multipart upload away.
@@ -59,7 +59,7 @@ impl Uploader {
         blob: &Arc<Blob>,
     ) -> Result<()> {
         let size = source.size();
-        let abandoned = OnceCell::new();
+        let leftovers = OnceCell::new();
         let mut spoiled = None;
         for attempt in 0..RESTARTS {
             let attempt = Attempt {
@@ -67,16 +67,16 @@ impl Uploader {
                 key,
                 source: &source,
                 blob,
-                abandoned: &abandoned,
+                leftovers: &leftovers,
                 may_resume: attempt == 0,
                 target: OnceCell::new(),
             };
             let sent = attempt.send_parts().await;
-            let abandoned = abandoned.get().into_iter().flatten();
+            let leftovers = leftovers.get().into_iter().flatten();
             match (sent, attempt.target.get()) {
                 (Ok(()), Some(Target { upload, .. })) => {
                     self.unfinished.remove(key, upload);
-                    self.abort_superseded(key, abandoned, upload).await;
+                    self.abort_superseded(key, leftovers, upload).await;
                     return Ok(());
                 }
                 (Err(Failed::Other(error)), target) => {
@@ -100,7 +100,7 @@ impl Uploader {
                     // The key is the digest, so whoever completed the object had the same bytes.
                     let found = self.store.head(key).await?;
                     if found.is_some_and(|info| info.size == size) {
-                        self.abort_superseded(key, abandoned, upload).await;
+                        self.abort_superseded(key, leftovers, upload).await;
                         return Ok(());
                     }
                 }
@@ -123,7 +123,7 @@ struct Attempt<'a> {
     source: &'a Arc<dyn Source>,
     blob: &'a Arc<Blob>,
     /// What earlier runs left, once it has been looked for.
-    abandoned: &'a OnceCell<Vec<Abandoned>>,
+    leftovers: &'a OnceCell<Vec<Leftover>>,
     may_resume: bool,
     /// Found or created while the first parts are read.
     target: OnceCell<Target>,
@@ -227,12 +227,12 @@ impl Attempt<'_> {
         let Uploader {
             limits, unfinished, ..
         } = self.uploader;
-        let looking = || self.uploader.abandoned(key, size);
-        let abandoned = self.abandoned.get_or_init(looking).await;
-        let mut resumable = abandoned
+        let looking = || self.uploader.leftovers(key, size);
+        let leftovers = self.leftovers.get_or_init(looking).await;
+        let mut resumable = leftovers
             .iter()
             .filter(|found| self.may_resume && limits.cut(size, &found.parts));
-        if let Some(Abandoned { upload, parts }) = resumable.next() {
+        if let Some(Leftover { upload, parts }) = resumable.next() {
             unfinished.add(key, upload);
             let (digest, count) = (self.source.digest(), parts.len());
             self.uploader

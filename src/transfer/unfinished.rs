@@ -74,7 +74,7 @@ impl Unfinished {
 }
 
 /// A multipart upload that was there before ours and may be continued or aborted.
-pub(super) struct Abandoned {
+pub(super) struct Leftover {
     /// Its id.
     pub(super) upload: String,
     pub(super) parts: Vec<Part>,
@@ -84,7 +84,7 @@ impl Uploader {
     /// The unfinished uploads to `key` that this run may continue or abort, the latest first: those of
     /// this program, killed or under way, and those that nobody can be working on any more. BuildKit
     /// exports to the same keys, and fails if its upload is taken away.
-    pub(super) async fn abandoned(&self, key: &str, size: u64) -> Vec<Abandoned> {
+    pub(super) async fn leftovers(&self, key: &str, size: u64) -> Vec<Leftover> {
         let mut uploads = match self.uploads_to(key).await {
             Ok(uploads) => uploads,
             // Some stores cannot list uploads (OCI, Storj), and some roles may not.
@@ -96,34 +96,34 @@ impl Uploader {
         };
         self.unfinished.begin(key, &uploads);
         uploads.sort_by_key(|upload| std::cmp::Reverse(upload.initiated));
-        let mut abandoned = Vec::new();
+        let mut leftovers = Vec::new();
         for upload in uploads.into_iter().take(EXAMINED) {
-            abandoned.extend(self.if_abandoned(size, upload).await);
+            leftovers.extend(self.if_leftover(size, upload).await);
         }
-        abandoned
+        leftovers
     }
 
-    async fn if_abandoned(&self, size: u64, upload: Upload) -> Option<Abandoned> {
+    async fn if_leftover(&self, size: u64, upload: Upload) -> Option<Leftover> {
         let parts = self.store.list_parts(&upload.key, &upload.id).await.ok()?;
         let patience = if parts.is_empty() {
             NEVER_BEGUN
         } else {
             ABANDONED
         };
-        let abandoned = is_older(&upload, patience) || self.limits.started(size, &parts);
-        abandoned.then_some(Abandoned {
+        let free = is_older(&upload, patience) || self.limits.started(size, &parts);
+        free.then_some(Leftover {
             upload: upload.id,
             parts,
         })
     }
 
-    /// Aborts those of `uploads` that have been abandoned. Each comes with the size of its blob,
-    /// which must be in place, so that a run that is still sending it finds the blob.
+    /// Aborts those of `uploads` that are leftovers. Each comes with the size of its blob, which must be in
+    /// place, so that a run that is still sending it finds the blob.
     pub async fn abort_pointless(&self, uploads: Vec<(Upload, u64)>) {
         futures::stream::iter(uploads)
             .for_each_concurrent(ABORTS, |(upload, size)| async move {
                 let key = upload.key.clone();
-                if let Some(found) = self.if_abandoned(size, upload).await {
+                if let Some(found) = self.if_leftover(size, upload).await {
                     self.abort(&key, &found.upload).await;
                 }
             })
@@ -176,16 +176,16 @@ impl Uploader {
         }
     }
 
-    /// Aborts the uploads that a finished blob has made pointless: the abandoned ones other than
+    /// Aborts the uploads that a finished blob has made pointless: the leftovers other than
     /// `finished`, and those of this run whose id never arrived. If one belongs to a run that is still
     /// working, that run finds the blob in place.
     pub(super) async fn abort_superseded(
         &self,
         key: &str,
-        abandoned: impl IntoIterator<Item = &Abandoned>,
+        leftovers: impl IntoIterator<Item = &Leftover>,
         finished: &str,
     ) {
-        for found in abandoned {
+        for found in leftovers {
             if found.upload != finished {
                 self.abort(key, &found.upload).await;
             }
