@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use futures::FutureExt;
 use futures::future::try_join_all;
 use futures::stream::{StreamExt, TryStreamExt};
@@ -25,6 +25,7 @@ use crate::bucket::{Bucket, Certainty, Key, Pages};
 use crate::cache::digest::Digest;
 use crate::progress::Progress;
 use crate::progress::count;
+use crate::quote::printable;
 use crate::store::{Kind, ObjectInfo, StoreError, StoreResult, Upload};
 
 /// Requests in flight at once, each for one object.
@@ -354,7 +355,8 @@ impl<'a> Deletion<'a> {
             let name = &watched.cache.named.name;
             let none_damaged = |_| async { Ok(false) }.boxed();
             let rewritten = self.bucket.rewrite_without_bad(name, none_damaged);
-            let rewritten = rewritten.await?;
+            let repairing = || format!("repairing {}", printable(address));
+            let rewritten = rewritten.await.with_context(repairing)?;
             if rewritten.is_some() {
                 self.deleted.lock().repaired.push(address.clone());
             }
