@@ -258,13 +258,8 @@ impl Publisher<'_> {
         }
         let mut settled = BTreeSet::new();
         let mut missing = plan.send.clone();
-        let Publisher {
-            bucket,
-            uploader,
-            progress,
-            ..
-        } = self;
-        let not_refreshed = refresh(bucket, uploader, &plan.refresh, progress).await;
+        let refreshing = refresh(self.bucket, self.uploader, &plan.refresh, self.progress);
+        let not_refreshed = refreshing.await;
         // Each is looked at again before the manifest is written, unless it is sent.
         let (gone, refused): (Vec<_>, Vec<_>) = not_refreshed
             .into_iter()

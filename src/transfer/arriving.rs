@@ -1,5 +1,5 @@
-//! Uploads a blob that a client sends only once. In order, nothing is kept on disk: a part stays in
-//! memory until the store has it, so that it can be sent again. In any other order, it waits in a file.
+//! Uploads a blob that a client sends only once. If its bytes arrive in order, nothing is kept on disk: a
+//! part stays in memory until the store has it, so that it can be sent again. If not, they wait in a file.
 
 use std::fs::File;
 use std::ops::Range;
@@ -62,13 +62,13 @@ impl Uploader {
         let blob = self.progress.blob(Verb::Upload, &digest, size);
         if size < self.limits.part {
             let room = self.means.buffers.room(size).await;
-            let (outlet, mut passed) = self.means.buffers.outlet(room);
+            let (outlet, passed) = self.means.buffers.outlet(room);
             let reading = source.read(0..size, Hasher::default(), &self.means.hashing, outlet);
             let found = reading.await?.digest();
             if found != digest {
                 return Err(source.damaged(found));
             }
-            let chunks: Vec<_> = std::iter::from_fn(|| passed.try_recv().ok()).collect();
+            let chunks: Vec<_> = passed.collect().await;
             let bytes = InMemory(chunks.concat().into());
             self.store.put(key, Arc::new(bytes)).await?;
         } else {

@@ -3,16 +3,17 @@
 use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Poll, ready};
 
 use anyhow::{Context, Result, anyhow, bail};
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::future::Shared;
-use futures::stream::{BoxStream, Stream, StreamExt, TryStreamExt};
+use futures::channel::mpsc;
+use futures::future::{FutureExt, Shared};
+use futures::stream::{BoxStream, Peekable, Stream, StreamExt, TryStreamExt};
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use crate::cache::digest::{Digest, Hasher};
 use crate::progress::Blob;
@@ -285,7 +286,7 @@ impl UploadBody for WholeBlob {
 fn read_ahead(
     mut chunks: impl Stream<Item = std::io::Result<Bytes>> + Send + Unpin + 'static,
 ) -> ByteStream {
-    let (sender, mut receiver) = mpsc::channel(1);
+    let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
     tokio::spawn(async move {
         while let Some(chunk) = chunks.next().await {
             // An empty blob has an empty chunk, which is nothing to send.
@@ -321,7 +322,7 @@ fn chunks(
             let (outlet, mut passed) = means.streams.outlet(room);
             let reading = source.read(range.start..end, hasher, &means.hashing, outlet);
             let hasher = reading.await?;
-            let bytes = passed.try_recv().unwrap_or_default();
+            let bytes = passed.next().await.unwrap_or_default();
             let rest = (end < range.end).then(|| (end..range.end, hasher.clone(), None));
             Ok(Some(((bytes, hasher), rest)))
         }
@@ -332,57 +333,52 @@ fn chunks(
 pub struct PartRead {
     pub range: Range<u64>,
     /// Has seen what comes before it.
-    pub before: Hasher,
-    /// Of the blob up to its end, once it has been read.
-    pub after: Shared<oneshot::Receiver<Digest>>,
-    /// Its first chunk, if that has been waited for.
-    pub first: Option<Bytes>,
-    /// Its other chunks as they are passed on.
-    pub passed: mpsc::UnboundedReceiver<Bytes>,
+    before: Hasher,
+    after: After,
+    /// What has been passed on and not been taken.
+    passed: Peekable<mpsc::UnboundedReceiver<Bytes>>,
 }
 
+/// The digest of a blob up to a part's end, once the part has been read.
+type After = Shared<oneshot::Receiver<Digest>>;
+
 impl PartRead {
-    /// Waits for the first chunk: many parts may be read before this one, and a store closes a request
-    /// in which nothing moves. Never returns if it cannot be read: who reads it says why.
-    pub async fn begun(&mut self) {
-        self.first = self.passed.recv().await;
-        if self.first.is_none() {
-            std::future::pending::<()>().await;
-        }
-    }
-
-    /// All its chunks, once it has been read. Never returns if it cannot be read.
-    pub async fn whole(&mut self) -> Vec<Bytes> {
-        if self.after.clone().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-        let mut chunks = Vec::from_iter(self.first.take());
-        while let Some(chunk) = self.passed.recv().await {
-            chunks.push(chunk);
-        }
-        chunks
-    }
-
-    /// Its chunks as they are passed on. They do not come to an end if it cannot be read: an error here
-    /// would hide the reader's.
-    fn stream(self) -> ByteStream {
-        let PartRead {
+    /// The part whose chunks come from `passed`. Whoever reads it sends the digest of the blob up to its
+    /// end, or drops the sender and reports why it cannot be read.
+    pub fn new(
+        range: Range<u64>,
+        before: Hasher,
+        passed: mpsc::UnboundedReceiver<Bytes>,
+    ) -> (PartRead, oneshot::Sender<Digest>) {
+        let (hashed, after) = oneshot::channel();
+        let part = PartRead {
             range,
-            first,
-            mut passed,
-            ..
-        } = self;
-        let first_length = first.as_ref().map_or(0, Bytes::len) as u64;
-        let mut left = (range.end - range.start).saturating_sub(first_length);
-        let rest = futures::stream::poll_fn(move |context| {
-            let chunk = ready!(passed.poll_recv(context));
-            if chunk.is_none() && left > 0 {
-                return Poll::Pending;
+            before,
+            after: after.shared(),
+            passed: passed.peekable(),
+        };
+        (part, hashed)
+    }
+
+    /// Waits for the first chunk: many parts may be read before this one, and a store closes a request
+    /// in which nothing moves. Never returns if the part cannot be read.
+    pub async fn begun(&mut self) {
+        if Pin::new(&mut self.passed).peek().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Its chunks. The stream never ends if the part cannot be read: an error here would hide the reader's.
+    pub fn chunks(self) -> BoxStream<'static, Bytes> {
+        let after = self.after;
+        let end = async move {
+            if after.await.is_err() {
+                std::future::pending::<()>().await;
             }
-            left = left.saturating_sub(chunk.as_ref().map_or(0, Bytes::len) as u64);
-            Poll::Ready(chunk)
-        });
-        futures::stream::iter(first).chain(rest).map(Ok).boxed()
+            None
+        };
+        let end = futures::stream::once(end).filter_map(std::future::ready);
+        self.passed.chain(end).boxed()
     }
 }
 
@@ -393,15 +389,15 @@ pub struct PartBody {
     means: Means,
     range: Range<u64>,
     before: Hasher,
-    after: Shared<oneshot::Receiver<Digest>>,
+    after: After,
     chunks: Mutex<Chunks>,
     count: Count,
 }
 
 enum Chunks {
-    /// For the first try, if it has not begun.
-    Passed(Option<ByteStream>),
-    /// In memory for every try, because the source cannot be read again.
+    /// Streamed to the first try. `None`: it has begun, and a retry reads the source again.
+    Passed(Option<BoxStream<'static, Bytes>>),
+    /// The whole part, kept for retries.
     Kept(Vec<Bytes>),
 }
 
@@ -410,24 +406,23 @@ impl PartBody {
     pub async fn new(
         source: Arc<dyn Source>,
         means: Means,
-        mut part: PartRead,
+        part: PartRead,
         blob: &Arc<Blob>,
     ) -> Self {
+        let range = part.range.clone();
+        let (before, after) = (part.before.clone(), part.after.clone());
         let chunks = match source.can_be_read_again() {
-            true => None,
-            false => Some(part.whole().await),
+            true => Chunks::Passed(Some(part.chunks())),
+            false => Chunks::Kept(part.chunks().collect().await),
         };
         PartBody {
             source,
             count: Count::new(blob, &means),
             means,
-            range: part.range.clone(),
-            before: part.before.clone(),
-            after: part.after.clone(),
-            chunks: Mutex::new(match chunks {
-                None => Chunks::Passed(Some(part.stream())),
-                Some(chunks) => Chunks::Kept(chunks),
-            }),
+            range,
+            before,
+            after,
+            chunks: Mutex::new(chunks),
         }
     }
 
@@ -459,7 +454,7 @@ impl UploadBody for PartBody {
         self.count.restart();
         let chunks = match &mut *self.chunks.lock() {
             Chunks::Passed(passed) => match passed.take() {
-                Some(passed) => passed,
+                Some(passed) => passed.map(Ok).boxed(),
                 None => request_body(self.again()),
             },
             Chunks::Kept(chunks) => futures::stream::iter(chunks.clone()).map(Ok).boxed(),
@@ -507,8 +502,6 @@ impl UploadBody for InMemory {
 
 #[cfg(test)]
 mod tests {
-    use futures::FutureExt;
-
     use super::*;
     use crate::progress::{Display, Progress, Verb};
 
@@ -584,14 +577,7 @@ mod tests {
         before.update(&bytes[..start as usize]);
         let room = means.buffers.room(end - start).await;
         let (outlet, passed) = means.buffers.outlet(room);
-        let (hashed, after) = oneshot::channel();
-        let read = PartRead {
-            range: start..end,
-            before: before.clone(),
-            after: after.shared(),
-            first: None,
-            passed,
-        };
+        let (read, hashed) = PartRead::new(start..end, before.clone(), passed);
         let part = PartBody::new(Arc::clone(&source), means.clone(), read, &blob).await;
         // A first try that breaks off before the part has been read to its end.
         drop(part.open());
@@ -635,14 +621,7 @@ mod tests {
         let progress = Progress::new(Display::Quiet, 0);
         let blob = progress.blob(Verb::Upload, &digest, 1500);
         let (outlet, passed) = means.buffers.outlet(means.buffers.room(1500).await);
-        let (hashed, after) = oneshot::channel();
-        let read = PartRead {
-            range: 0..1500,
-            before: Hasher::default(),
-            after: after.shared(),
-            first: None,
-            passed,
-        };
+        let (read, hashed) = PartRead::new(0..1500, Hasher::default(), passed);
         let part = PartBody::new(Arc::clone(&source), means.clone(), read, &blob).await;
         let reading = source.read(0..1500, Hasher::default(), &means.hashing, outlet);
         let error = reading.await.err().unwrap().to_string();

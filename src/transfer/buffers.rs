@@ -1,11 +1,12 @@
-//! One bound on the bytes in flight, however many blobs there are and however large, a pool of buffers,
-//! so that chunks need no allocation, and the way of a chunk from who fills a buffer to who empties it.
+//! One bound on the bytes in flight, however many blobs there are and however large; a pool of buffers,
+//! so that chunks need no allocation; and a channel from whoever fills buffers to whoever empties them.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::channel::mpsc;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Buffers are accounted in units of this many bytes: a semaphore counts in `u32`.
 const UNIT: u64 = 4 << 10;
@@ -114,9 +115,9 @@ impl Buffers {
         buffer
     }
 
-    /// Where chunks go for which there is `room`, and where they come out.
+    /// The two ends of a channel for chunks that fit into `room`. It closes with the outlet.
     pub fn outlet(&self, room: Room) -> (Outlet, mpsc::UnboundedReceiver<Bytes>) {
-        let (chunks, passed) = mpsc::unbounded_channel();
+        let (chunks, passed) = mpsc::unbounded();
         let outlet = Outlet {
             pool: self.clone(),
             room,
@@ -152,12 +153,14 @@ impl Outlet {
 
     /// Passes a chunk on. It is dropped if nobody waits for it any more.
     pub fn pass(&self, chunk: Bytes) {
-        let _ = self.chunks.send(chunk);
+        let _ = self.chunks.unbounded_send(chunk);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt;
+
     use super::*;
 
     #[tokio::test]
@@ -170,7 +173,7 @@ mod tests {
             outlet.pass(chunk);
         }
         assert_eq!(buffers.budget.available_permits(), 0);
-        let (first, second) = (passed.recv().await, passed.recv().await);
+        let (first, second) = (passed.next().await, passed.next().await);
         drop(first);
         assert_eq!(buffers.budget.available_permits(), 1);
         let clone = second.clone();

@@ -1,14 +1,13 @@
 //! A blob uploaded in parts, which continues an upload that an earlier run left if there is one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use md5::{Digest as _, Md5};
-use tokio::sync::{OnceCell, oneshot, watch};
+use tokio::sync::{OnceCell, watch};
 
 use crate::blocking::blocking;
 use crate::cache::digest::Hasher;
@@ -133,10 +132,8 @@ struct Attempt<'a> {
 struct Target {
     /// Its id.
     upload: String,
-    /// By number, the parts that it held before.
-    held: BTreeMap<u32, Part>,
-    /// The numbers of those that have not been recognised yet.
-    unchecked: watch::Sender<BTreeSet<u32>>,
+    /// By number, the parts that it held before and that have not been recognised yet.
+    unchecked: watch::Sender<BTreeMap<u32, Part>>,
 }
 
 impl Attempt<'_> {
@@ -153,14 +150,7 @@ impl Attempt<'_> {
             };
             let (place, room) = sending.during(entering).await?;
             let (outlet, passed) = means.buffers.outlet(room);
-            let (hashed, after) = oneshot::channel();
-            let part = PartRead {
-                range: range.clone(),
-                before: hasher.clone(),
-                after: after.shared(),
-                first: None,
-                passed,
-            };
+            let (part, hashed) = PartRead::new(range.clone(), hasher.clone(), passed);
             sending.under_way.push(self.send_part(number, part, place));
             let reading = self.source.read(range, hasher, &means.hashing, outlet);
             hasher = sending.during(reading).await??;
@@ -189,26 +179,21 @@ impl Attempt<'_> {
         _place: Place<'_>,
     ) -> Result<Part, Failed> {
         let size = part.range.end - part.range.start;
-        let Target {
-            upload,
-            held,
-            unchecked,
-        } = self.target().await?;
-        if let Some(held) = held.get(&number) {
+        let Target { upload, unchecked } = self.target().await?;
+        let held = unchecked.borrow().get(&number).cloned();
+        if let Some(held) = held {
             // The store's part is good if its ETag is the MD5 of these bytes.
-            let chunks = part.whole().await;
+            let chunks: Vec<_> = part.chunks().collect().await;
             let md5 = blocking(move || Ok(md5_hex(&chunks))).await?;
             if held.size != size || held.etag.trim_matches('"') != md5 {
                 return Err(Failed::Untrusted);
             }
-            unchecked.send_modify(|numbers| {
-                numbers.remove(&number);
-            });
+            unchecked.send_modify(|parts| drop(parts.remove(&number)));
             self.blob.resumed(size);
-            return Ok(held.clone());
+            return Ok(held);
         }
         // Nothing is sent to an upload whose parts before this one cannot be recognised.
-        let are_known = |numbers: &BTreeSet<u32>| numbers.range(..number).next().is_none();
+        let are_known = |parts: &BTreeMap<u32, Part>| parts.range(..number).next().is_none();
         let _ = unchecked.subscribe().wait_for(are_known).await;
         part.begun().await;
         let (source, means) = (Arc::clone(self.source), self.uploader.means.clone());
@@ -234,23 +219,19 @@ impl Attempt<'_> {
             .filter(|found| self.may_resume && limits.cut(size, &found.parts));
         if let Some(Leftover { upload, parts }) = resumable.next() {
             unfinished.add(key, upload);
+            let numbered = parts.iter().map(|part| (part.number, part.clone()));
             let (digest, count) = (self.source.digest(), parts.len());
             self.uploader
                 .progress
                 .debug(&format!("{digest}: resuming an upload with {count} parts"));
             return Ok(Target {
                 upload: upload.clone(),
-                held: parts
-                    .iter()
-                    .map(|part| (part.number, part.clone()))
-                    .collect(),
-                unchecked: watch::Sender::new(parts.iter().map(|part| part.number).collect()),
+                unchecked: watch::Sender::new(numbered.collect()),
             });
         }
         let created = self.uploader.create(key, None).await;
         Ok(Target {
             upload: created.map_err(anyhow::Error::from)?,
-            held: BTreeMap::new(),
             unchecked: watch::Sender::default(),
         })
     }

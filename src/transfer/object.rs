@@ -133,7 +133,7 @@ impl Source for ObjectSource {
         Damaged::bytes(&self.key, found).into()
     }
 
-    /// It would be paid for twice.
+    /// A second read would be a second download.
     fn can_be_read_again(&self) -> bool {
         false
     }

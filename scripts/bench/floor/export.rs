@@ -37,10 +37,7 @@ struct Piece<'a> {
 /// Lists the bucket at `url`, sends what is in `blobs` to it, and writes an object last.
 pub fn run(url: &str, connections: usize, blobs: &Path, authority: Option<&Path>) -> Result<()> {
     let wire = Wire::new(url, authority)?;
-    wire.call(
-        &format!("GET /{}?list-type=2&prefix=blobs/", wire.bucket),
-        "",
-    )?;
+    wire.list("blobs/")?;
     let mut files = Vec::new();
     for entry in fs::read_dir(blobs)? {
         let entry = entry?;

@@ -28,10 +28,7 @@ pub fn run(
     authority: Option<&Path>,
 ) -> Result<()> {
     let wire = Wire::new(url, authority)?;
-    wire.call(
-        &format!("GET /{}?list-type=2&prefix=manifest", wire.bucket),
-        "",
-    )?;
+    wire.list("manifest")?;
     let mut files = Vec::new();
     for entry in fs::read_dir(blobs)? {
         let entry = entry?;

@@ -38,6 +38,12 @@ impl<'a> Wire<'a> {
         })
     }
 
+    /// Lists what begins with `prefix`, as a round trip that comes before all others.
+    pub fn list(&self, prefix: &str) -> Result<()> {
+        let line = format!("GET /{}?list-type=2&prefix={prefix}", self.bucket);
+        self.call(&line, "").map(drop)
+    }
+
     /// The path of a blob.
     pub fn blob(&self, name: &str) -> String {
         format!("/{}/blobs/{name}", self.bucket)

@@ -42,7 +42,7 @@ impl Reading {
             size: Some(size),
             content_addressed: false,
         };
-        // If it has been removed meanwhile, the answer still shows that the request is allowed.
+        // A 404 shows as well that reading is allowed: someone has deleted the manifest since.
         if let Some(object) = read(&self.store, &self.manifest, Some(RANGE), expected).await? {
             drop(object.body.try_collect::<Vec<Bytes>>().await?);
         }
